@@ -1,0 +1,190 @@
+"""Find a model's sites, and what each one is, by watching one forward pass.
+
+The role of a tensor follows from what produced it and what consumes it, so the walk leaves a mark on every result and
+carries it through operations that only rearrange numbers or scale them by a constant. That is how a query that is a
+view of a linear output is known not to need a second rounding, how a linear layer in front of an activation function
+is known to stay in float, and how the logits are found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from quanttune.inputs import ModelInputs, call_model, logits_of
+from quanttune.quantization.sites import Site, SiteKind, SiteTable
+from quanttune.quantization.tracing import SiteVisitor
+
+_MARK = "_quanttune_site"
+_EMBEDDING = "<embedding>"
+
+_RESULT_KINDS = {
+    "linear": SiteKind.LINEAR_OUTPUT,
+    "conv": SiteKind.LINEAR_OUTPUT,
+    "softmax": SiteKind.UNQUANTIZED,  # becomes SOFTMAX when a matrix product consumes it
+    "layer_norm": SiteKind.NORM,
+    "rms_norm": SiteKind.NORM,
+    "matmul": SiteKind.UNQUANTIZED,  # attention scores; the product of a softmax becomes ATTENTION_OUTPUT
+}
+_OPERAND_KINDS = {"linear": SiteKind.LINEAR_INPUT, "conv": SiteKind.LINEAR_INPUT, "matmul": SiteKind.MATMUL_INPUT}
+_ACTIVATION_FUNCTIONS = frozenset({"gelu", "silu", "relu", "tanh"})
+
+# Operations whose result holds the same numbers, up to one constant factor, in another arrangement.
+_REARRANGING: frozenset[Any] = frozenset(
+    {
+        *(getattr(Tensor, name) for name in (
+            "reshape", "view", "permute", "transpose", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze",
+            "chunk", "split", "unbind", "expand", "__getitem__", "to", "type_as", "float", "roll", "clone",
+        )),
+        *(getattr(torch, name) for name in (
+            "reshape", "permute", "transpose", "flatten", "unflatten", "squeeze", "unsqueeze", "chunk", "split",
+            "unbind", "roll", "clone", "dropout",
+        )),
+        F.dropout,
+        F.pad,
+        Tensor.mT.__get__,  # type: ignore[attr-defined]
+    }
+)  # fmt: skip
+_SCALING: frozenset[Any] = frozenset(
+    {Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul, Tensor.div, Tensor.__truediv__, torch.div}
+)
+
+
+class _Discovery(SiteVisitor):
+    """Records every site of one forward pass with its kind."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.sites: dict[str, Site] = {}
+        self._parameters = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
+        if func in _REARRANGING or (func in _SCALING and not _is_tensor_product(args)):
+            _mark_all(result, _mark_of(args[0]) if args else None)
+        elif func is F.embedding:
+            _mark_all(result, _EMBEDDING)
+        elif func is torch.cat:
+            filled = [tensor for tensor in args[0] if tensor.numel()]
+            _mark_all(result, _mark_of(filled[0]) if len(filled) == 1 else None)  # e.g. onto an empty key-value cache
+        elif func in (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__):
+            self._classify_sum(result, args)
+        return result
+
+    def visit(self, site_id: str, tensor: Tensor) -> Tensor:
+        operation, _, operand = site_id.rpartition(".")
+        name = operation.rpartition("/")[2].partition("#")[0]
+        if operand == "weight":
+            self._record(site_id, SiteKind.WEIGHT, tensor, parameter=self._parameters.get(id(tensor)))
+        elif operand == "output":
+            self._result(site_id, operation, name, tensor)
+        else:
+            self._operand(site_id, name, tensor)
+        return tensor
+
+    def rearranged(self, result: Tensor, source: Tensor) -> Tensor:
+        _mark_all(result, _mark_of(source))
+        return result
+
+    def _operand(self, site_id: str, name: str, tensor: Tensor) -> None:
+        source = _mark_of(tensor)
+        source = source if source in self.sites else None
+        if name in _ACTIVATION_FUNCTIONS and source is not None:
+            self._change(source, SiteKind.UNQUANTIZED)
+        if name in _OPERAND_KINDS:
+            if name == "matmul" and source is not None and "/softmax" in source:
+                self._change(source, SiteKind.SOFTMAX)
+            self._record(site_id, _OPERAND_KINDS[name], tensor, source=source)
+
+    def _result(self, site_id: str, operation: str, name: str, tensor: Tensor) -> None:
+        if name == "add":
+            kind = SiteKind.RESIDUAL_SUM  # _classify_sum, which sees the operands, has the last word
+        elif name in _ACTIVATION_FUNCTIONS:
+            kind = SiteKind.ACTIVATION
+        else:
+            kind = _RESULT_KINDS[name]
+        if name == "matmul" and "/softmax" in (self.sites[f"{operation}.a"].source or ""):
+            kind = SiteKind.ATTENTION_OUTPUT
+        self._record(site_id, kind, tensor)
+        _mark_all(tensor, site_id)
+
+    def _classify_sum(self, result: Any, args: tuple[Any, ...]) -> None:
+        site_id = _mark_of(result)
+        if site_id is None or site_id not in self.sites or "/add" not in site_id:
+            return
+        operands = args[:2]
+        marks = [_mark_of(operand) for operand in operands]
+        kinds = [self.sites[mark].kind if mark in self.sites else None for mark in marks]
+        embedded = [mark == _EMBEDDING or kind is SiteKind.EMBEDDING_SUM for mark, kind in zip(marks, kinds, strict=True)]
+        if any(kind is SiteKind.UNQUANTIZED and "/matmul" in str(mark) for mark, kind in zip(marks, kinds, strict=True)):
+            self._change(site_id, SiteKind.UNQUANTIZED)  # a bias on the attention scores
+        elif all(embedded) or any(isinstance(operand, nn.Parameter) for operand in operands):
+            self._change(site_id, SiteKind.EMBEDDING_SUM)
+            for mark, kind in zip(marks, kinds, strict=True):
+                if mark is not None and kind is SiteKind.EMBEDDING_SUM:
+                    self._change(mark, SiteKind.UNQUANTIZED)  # of a chain of sums, integers hold only the total
+
+    def _record(
+        self, site_id: str, kind: SiteKind, tensor: Tensor, parameter: str | None = None, source: str | None = None
+    ) -> None:
+        shape = tuple(tensor.shape) if kind is SiteKind.WEIGHT else tuple(tensor.shape[1:])
+        self.sites[site_id] = Site(site_id, kind, shape, parameter, source)
+
+    def _change(self, site_id: str, kind: SiteKind) -> None:
+        site = self.sites[site_id]
+        self.sites[site_id] = Site(site.id, kind, site.shape, site.parameter, site.source)
+
+
+def _mark_of(value: Any) -> str | None:
+    return getattr(value, _MARK, None) if isinstance(value, Tensor) else None
+
+
+def _mark_all(result: Any, mark: str | None) -> None:
+    tensors = result if isinstance(result, tuple | list) else (result,)
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter) and mark is not None:
+            setattr(tensor, _MARK, mark)
+
+
+def _is_tensor_product(args: tuple[Any, ...]) -> bool:
+    return len(args) > 1 and isinstance(args[1], Tensor) and args[1].dim() > 0
+
+
+def discover_sites(
+    model: nn.Module, inputs: ModelInputs, logits: Callable[[Any], Tensor] = logits_of
+) -> SiteTable:
+    """Run ``model`` once and list its sites in execution order.
+
+    Args:
+        model: Any eager PyTorch model; it is run in evaluation mode and left in the mode it had.
+        inputs: One batch, preferably of two or more items so that broadcast operands show as such.
+        logits: Picks the logits from the model's output; the site that made them stays in float.
+
+    Returns:
+        All sites, whether or not a profile quantizes them.
+
+    Raises:
+        ValueError: If no operation of the model was recognised.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), _Discovery(model) as discovery:
+            output = call_model(model, inputs)
+    finally:
+        model.train(training)
+    made_by = _mark_of(logits(output))
+    if made_by in discovery.sites:
+        discovery._change(made_by, SiteKind.UNQUANTIZED)
+    if not discovery.sites:
+        raise ValueError(
+            f"no linear layer, matrix product or normalisation was seen in {type(model).__name__}; "
+            "quantization works on eager PyTorch modules, not on compiled or exported graphs"
+        )
+    return SiteTable(discovery.sites.values())

@@ -1,0 +1,112 @@
+"""Quantizers: a real tensor in, the value an integer would stand for out."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Quantizer(Protocol):
+    """Maps a tensor to the tensor its integer codes would be read back as; same shape and dtype."""
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Quantize and dequantize ``values``."""
+        ...
+
+
+class UniformQuantizer:
+    """Equidistant levels ``scale * (code - zero_point)``, per tensor or per channel.
+
+    Symmetric signed quantizers use the narrow codes ``-(2**(bits-1)-1) .. 2**(bits-1)-1``, asymmetric ones
+    ``0 .. 2**bits-1``; zero is always a level. Rounding is to nearest, ties to even. Gradients pass straight through
+    inside the range and are zero outside.
+
+    Args:
+        scale: Step in the tensor's unit, positive; scalar, or shape ``(channels,)`` with ``axis``.
+        zero_point: Code of zero, integer valued, same shape as ``scale``.
+        code_min: Smallest code.
+        code_max: Largest code.
+        axis: Channel dimension of a per-channel quantizer.
+
+    Raises:
+        ValueError: If a scale is not positive and finite, or ``axis`` does not fit its shape.
+    """
+
+    def __init__(
+        self, scale: Tensor, zero_point: Tensor, code_min: int, code_max: int, axis: int | None = None
+    ) -> None:
+        if not bool((scale > 0).all() and torch.isfinite(scale).all()):
+            raise ValueError("quantizer scales must be positive and finite; check the range they were made from")
+        if (axis is None) != (scale.dim() == 0):
+            raise ValueError(f"a scale of shape {tuple(scale.shape)} does not fit axis {axis}")
+        self.scale = scale.to(torch.float32)
+        self.zero_point = zero_point.to(torch.int32)
+        self.code_min, self.code_max, self.axis = code_min, code_max, axis
+        # Python floats keep the per-tensor path free of tiny tensor operations.
+        self._step = float(self.scale) if axis is None else 1.0
+        self._inverse = float(np.float32(1) / np.float32(self._step))
+        self._zero = int(self.zero_point) if axis is None else 0
+
+    @classmethod
+    def symmetric(cls, limit: Tensor | float, bits: int, axis: int | None = None) -> UniformQuantizer:
+        """Signed codes over ``[-limit, limit]``; an all-zero tensor (limit 0) gets the limit 1."""
+        limit = torch.as_tensor(limit, dtype=torch.float64)
+        code_max = 2 ** (bits - 1) - 1
+        scale = torch.where(limit > 0, limit, 1.0) / code_max
+        return cls(scale, torch.zeros_like(scale), -code_max, code_max, axis)
+
+    @classmethod
+    def asymmetric(
+        cls, low: Tensor | float, high: Tensor | float, bits: int, axis: int | None = None
+    ) -> UniformQuantizer:
+        """Unsigned codes over ``[low, high]``, widened to hold zero; the zero point is rounded to a code."""
+        low = torch.as_tensor(low, dtype=torch.float64).clamp(max=0)
+        high = torch.as_tensor(high, dtype=torch.float64).clamp(min=0)
+        code_max = 2**bits - 1
+        width = high - low
+        scale = torch.where(width > 0, width, 1.0) / code_max
+        return cls(scale, torch.round(-low / scale), 0, code_max, axis)
+
+    @property
+    def low(self) -> Tensor:
+        """Smallest representable value, shape of ``scale``."""
+        return (self.code_min - self.zero_point) * self.scale
+
+    @property
+    def high(self) -> Tensor:
+        """Largest representable value, shape of ``scale``."""
+        return (self.code_max - self.zero_point) * self.scale
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Quantize and dequantize ``values``; a per-channel quantizer needs its channel count on ``axis``."""
+        if torch.is_grad_enabled() and values.requires_grad:
+            return self._with_gradient(values)
+        if self.axis is None:
+            # Four in-cache passes: several times faster on a CPU than the fused kernel, bit for bit the same result.
+            codes = (values * self._inverse).round_()
+            return codes.clamp_(self.code_min - self._zero, self.code_max - self._zero).mul_(self._step)
+        shape = [1] * values.dim()
+        shape[self.axis] = -1
+        scale = self.scale.to(values.device).view(shape)
+        zero = self.zero_point.to(values.device).view(shape)
+        codes = (values * (1 / scale)).round_()
+        return torch.minimum(torch.maximum(codes, self.code_min - zero), self.code_max - zero).mul_(scale)
+
+    def _with_gradient(self, values: Tensor) -> Tensor:
+        if self.axis is None:
+            return torch.fake_quantize_per_tensor_affine(values, self._step, self._zero, self.code_min, self.code_max)
+        return torch.fake_quantize_per_channel_affine(
+            values,
+            self.scale.to(values.device),
+            self.zero_point.to(values.device),
+            self.axis,
+            self.code_min,
+            self.code_max,
+        )
+
+    def __repr__(self) -> str:
+        kind = "per tensor" if self.axis is None else f"per channel {self.axis}"
+        return f"UniformQuantizer({kind}, codes {self.code_min}..{self.code_max}, scale max {float(self.scale.max()):.4g})"

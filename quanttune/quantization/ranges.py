@@ -1,0 +1,188 @@
+"""Range rules (calibrators): from a site's statistics and a bit width to the range its quantizer covers.
+
+Every rule reads the same statistics, so trying another rule or width costs no pass over the data.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from quanttune.errors import ConfigError
+from quanttune.quantization.statistics import Histogram, TensorStatistics
+from quanttune.registry import Registry
+
+
+class RangeRule(Protocol):
+    """Chooses a range.
+
+    Symmetric ranges are ``(-limit, limit)``. Asymmetric ranges always hold zero.
+    """
+
+    def __call__(self, statistics: TensorStatistics, bits: int, symmetric: bool) -> tuple[float, float]:
+        """Return the lower and upper end of the range, in the tensor's unit."""
+        ...
+
+
+RANGE_RULES: Registry[RangeRule] = Registry("range rule")
+
+DEFAULT_PERCENTILE = 99.99
+OMSE_FACTORS = np.arange(100, 10, -1) / 100
+"""The 90 factors 1.00, 0.99 .. 0.11 by which both ends are shrunk (the grid of the FQ-ViT reference code)."""
+
+_COARSE = np.geomspace(2.0**-10, 1.0, 97)
+_REFINEMENTS = 3
+
+
+@RANGE_RULES.register("minmax")
+def minmax(statistics: TensorStatistics, bits: int, symmetric: bool) -> tuple[float, float]:
+    """Cover every value seen: ``limit = max |x|``, or the minimum and the maximum."""
+    return _ends(statistics.low, statistics.high, symmetric)
+
+
+@RANGE_RULES.register("ema")
+def ema(statistics: TensorStatistics, bits: int, symmetric: bool) -> tuple[float, float]:
+    """Cover the running minimum and maximum, ``v += 0.01 (new - v)`` per batch, so that the first batch dominates."""
+    return _ends(statistics.ema_low, statistics.ema_high, symmetric)
+
+
+@RANGE_RULES.register("percentile")
+def percentile(
+    statistics: TensorStatistics, bits: int, symmetric: bool, p: float = DEFAULT_PERCENTILE
+) -> tuple[float, float]:
+    """Cut off the largest values.
+
+    Symmetric: the limit is the ``p``-th percentile of ``|x|`` over the whole calibration set. Asymmetric: both tails
+    are cut, at ``100 - p`` and at ``p``.
+
+    Raises:
+        ConfigError: If ``p`` is not between 50 and 100.
+    """
+    if not 50 < p <= 100:
+        raise ConfigError(f"percentile {p} is not between 50 and 100; the usual values are 99.9, 99.99 and 99.999")
+    if symmetric:
+        limit = min(statistics.histogram.magnitudes().quantile(p / 100), max(-statistics.low, statistics.high))
+        return -limit, limit
+    histogram = statistics.histogram
+    return _ends(histogram.quantile(1 - p / 100), histogram.quantile(p / 100), symmetric=False)
+
+
+@RANGE_RULES.register("mse")
+def mse(statistics: TensorStatistics, bits: int, symmetric: bool) -> tuple[float, float]:
+    """Minimise the squared error of the quantized tensor over the whole calibration set.
+
+    Symmetric: a search over the limit. Asymmetric: over both ends. The grid is geometric from 1/1024 of the largest
+    magnitude, then refined three times around its best point.
+    """
+    low, high = _ends(statistics.low, statistics.high, symmetric)
+    if symmetric:
+        histogram = statistics.histogram.magnitudes()
+
+        def error_of(factors: np.ndarray) -> np.ndarray:
+            return symmetric_error(histogram, factors * high, bits)
+
+        limit = high * _refine(error_of, _COARSE)
+        return -limit, limit
+    return _search_both_ends(statistics.histogram, low, high, bits)
+
+
+@RANGE_RULES.register("omse")
+def omse(statistics: TensorStatistics, bits: int, symmetric: bool) -> tuple[float, float]:
+    """Shrink both ends together by 1.00, 0.99 .. 0.11 and keep the factor of the lowest squared error.
+
+    The name and the grid follow the FQ-ViT tables; Choukroun et al. 2019 (arXiv 1902.06822) define OMSE more widely.
+    The reference code searches on the last calibration batch alone, this rule on all calibration data.
+    """
+    low, high = _ends(statistics.low, statistics.high, symmetric)
+    if symmetric:
+        errors = symmetric_error(statistics.histogram.magnitudes(), OMSE_FACTORS * high, bits)
+    else:
+        errors = asymmetric_error(statistics.histogram, OMSE_FACTORS * low, OMSE_FACTORS * high, bits)
+    factor = float(OMSE_FACTORS[int(np.argmin(errors))])
+    return low * factor, high * factor
+
+
+def symmetric_error(magnitudes: Histogram, limits: np.ndarray, bits: int) -> np.ndarray:
+    """Squared error of a symmetric quantizer for each candidate limit.
+
+    Args:
+        magnitudes: Histogram of ``|x|``.
+        limits: Candidate limits, shape ``(candidates,)``, all positive unless the tensor is zero.
+        bits: Bit width.
+
+    Returns:
+        Sum of squared errors over all elements, shape ``(candidates,)``.
+    """
+    code_max = 2 ** (bits - 1) - 1
+    steps = np.maximum(limits, np.finfo(np.float64).tiny) / code_max
+    return _level_error(magnitudes, steps[:, None] * np.arange(code_max + 1))
+
+
+def asymmetric_error(histogram: Histogram, lows: np.ndarray, highs: np.ndarray, bits: int) -> np.ndarray:
+    """Squared error of an asymmetric quantizer, with its rounded zero point, for each candidate pair of ends.
+
+    Args:
+        histogram: Histogram of signed values.
+        lows: Lower ends, shape ``(candidates,)``, none positive.
+        highs: Upper ends, shape ``(candidates,)``, none negative.
+        bits: Bit width.
+    """
+    code_max = 2**bits - 1
+    steps = np.maximum(highs - lows, np.finfo(np.float64).tiny) / code_max
+    zero_points = np.round(-lows / steps)
+    return _level_error(histogram, steps[:, None] * (np.arange(code_max + 1) - zero_points[:, None]))
+
+
+def _level_error(histogram: Histogram, levels: np.ndarray) -> np.ndarray:
+    """Squared error when every value goes to the nearest of ``levels``, shape ``(candidates, levels)``, ascending.
+
+    Within one level's cell the error is ``sum x^2 - 2 q sum x + q^2 n``, so three running sums over the histogram
+    price any grid exactly, without visiting the values again.
+    """
+    counts, sums, squares = histogram.prefix_sums
+    borders = np.searchsorted(histogram.values, (levels[:, 1:] + levels[:, :-1]) / 2)
+    first = np.zeros((len(levels), 1), dtype=borders.dtype)
+    last = np.full((len(levels), 1), len(histogram.values), dtype=borders.dtype)
+    borders = np.concatenate([first, borders, last], axis=1)
+    cells = [np.diff(moment[borders], axis=1) for moment in (counts, sums, squares)]
+    return np.maximum((cells[2] - 2 * levels * cells[1] + levels**2 * cells[0]).sum(axis=1), 0.0)
+
+
+def _ends(low: float, high: float, symmetric: bool) -> tuple[float, float]:
+    if symmetric:
+        limit = max(abs(low), abs(high))
+        return -limit, limit
+    return min(low, 0.0), max(high, 0.0)
+
+
+def _refine(error_of: _ErrorOf, grid: np.ndarray) -> float:
+    """Search a grid, then ever finer grids between the neighbours of the best point; ties go to the wider range."""
+    for _ in range(_REFINEMENTS + 1):
+        errors = error_of(grid)
+        best = len(grid) - 1 - int(np.argmin(errors[::-1]))
+        low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
+        chosen = float(grid[best])
+        grid = np.unique(np.append(np.linspace(low, high, 17), chosen))
+    return chosen
+
+
+class _ErrorOf(Protocol):
+    def __call__(self, factors: np.ndarray) -> np.ndarray: ...
+
+
+def _search_both_ends(histogram: Histogram, low: float, high: float, bits: int) -> tuple[float, float]:
+    """Two-parameter search: a coarse grid over both shrink factors, refined around its best pair."""
+    lows = highs = np.geomspace(2.0**-6, 1.0, 25)
+    for _ in range(_REFINEMENTS + 1):
+        pairs = np.stack(np.meshgrid(lows, highs, indexing="ij"), axis=-1).reshape(-1, 2)[::-1]
+        errors = asymmetric_error(histogram, pairs[:, 0] * low, pairs[:, 1] * high, bits)
+        best_low, best_high = (float(factor) for factor in pairs[int(np.argmin(errors))])
+        lows, highs = _around(lows, best_low), _around(highs, best_high)
+    return best_low * low, best_high * high
+
+
+def _around(grid: np.ndarray, best: float) -> np.ndarray:
+    index = int(np.argmin(np.abs(grid - best)))
+    inner = np.linspace(grid[max(index - 1, 0)], grid[min(index + 1, len(grid) - 1)], 9)
+    return np.unique(np.append(inner, best))
