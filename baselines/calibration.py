@@ -1,0 +1,40 @@
+"""What the four calibrators share: they differ in the range rule alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+from baselines.method import Context, Method, Quantized
+from quanttune.quantization import RANGE_RULES, RangeRule, build_quantizers
+
+
+@dataclass(frozen=True)
+class Calibrator(Method):
+    """Post-training quantization with static ranges from one range rule; weights by min-max.
+
+    Class attributes:
+        rule: Registered name of the range rule.
+    """
+
+    rule: ClassVar[str]
+
+    def range_rule(self) -> RangeRule:
+        """The rule with this method's parameters."""
+        parameters: dict[str, Any] = self.parameters()
+        rule = RANGE_RULES.get(self.rule)
+        return partial(rule, **parameters) if parameters else rule
+
+    def quantize(self, context: Context) -> Quantized:
+        """Choose a range per site from statistics that every rule and width shares."""
+        quantizers = build_quantizers(
+            context.model,
+            context.profile_sites,
+            context.statistics(),
+            context.precision,
+            self.range_rule(),
+            symmetric=context.symmetric,
+            weight_granularity=context.weight_granularity,
+        )
+        return Quantized(quantizers)
