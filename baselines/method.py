@@ -54,7 +54,9 @@ class TrainingData(Protocol):
 class StageCache(Protocol):
     """Keeps expensive intermediate tensors, shared by every cell that needs them."""
 
-    def tensors(self, stage: str, key: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def tensors(
+        self, stage: str, key: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
         """Return the tensors of ``stage`` for ``key``, making and keeping them if they are not there yet."""
         ...
 
@@ -65,7 +67,9 @@ class MemoryStages:
     def __init__(self) -> None:
         self._kept: dict[str, dict[str, Tensor]] = {}
 
-    def tensors(self, stage: str, key: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def tensors(
+        self, stage: str, key: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
         """See :class:`StageCache`."""
         name = f"{stage}:{sorted(key.items())!r}"
         if name not in self._kept:
@@ -108,7 +112,7 @@ class Context:
     weight_granularity: str = "per_channel"
     symmetric: bool = True
     seed: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     stages: StageCache = field(default_factory=MemoryStages)
     identity: Mapping[str, Any] = field(default_factory=dict)
     progress: Progress = _silent
@@ -163,7 +167,7 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A way to turn a reference model into a quantized one. Fields of the dataclass are the method's parameters.
+    """A way to turn a reference model into a quantized one; the dataclass fields are its parameters.
 
     Class attributes:
         name: The registered name.

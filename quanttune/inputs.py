@@ -30,7 +30,9 @@ def logits_of(output: Any) -> Tensor:
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits
-    raise TypeError(f"model output of type {type(output).__name__} has no logits; return a tensor or set .logits")
+    raise TypeError(
+        f"model output of type {type(output).__name__} has no logits; return a tensor or set .logits"
+    )
 
 
 def batch_size_of(inputs: ModelInputs) -> int:

@@ -1,7 +1,7 @@
 """One typed registry for every kind of component: methods, models, tasks, range rules.
 
-A component is one file: it imports the registry of its kind and decorates its class. Files are imported on the
-first look-up only, so importing a package stays cheap and a new file needs no edit elsewhere.
+A component is one file: it imports the registry of its kind and decorates its class. Files are imported on
+the first look-up only, so importing a package stays cheap and a new file needs no edit elsewhere.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Registry(Generic[T]):
             present = self._items.get(name)
             if present is not None and _origin(present) != _origin(item):
                 raise ValueError(
-                    f"two components claim the {self.kind} name {name!r}: {_origin(present)} and {_origin(item)}; "
-                    "rename one of them"
+                    f"two components claim the {self.kind} name {name!r}: "
+                    f"{_origin(present)} and {_origin(item)}; rename one of them"
                 )
             self._items[name] = item
             return item
@@ -77,7 +77,8 @@ class Registry(Generic[T]):
     def _load(self) -> None:
         if self._loaded:
             return
-        self._loaded = True  # set first: a component that looks up its own registry while loading must not recurse
+        # Set first: a component that looks up its own registry while loading must not recurse.
+        self._loaded = True
         for package_name in self._packages:
             package = importlib.import_module(package_name)
             for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda found: found.name):

@@ -1,4 +1,4 @@
-"""Seeds derived per purpose, so that every rival sees the same draw and nothing touches global random state."""
+"""Seeds derived per purpose: every rival sees the same draw and nothing touches global random state."""
 
 from __future__ import annotations
 

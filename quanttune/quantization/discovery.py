@@ -1,9 +1,9 @@
 """Find a model's sites, and what each one is, by watching one forward pass.
 
-The role of a tensor follows from what produced it and what consumes it, so the walk leaves a mark on every result and
-carries it through operations that only rearrange numbers or scale them by a constant. That is how a query that is a
-view of a linear output is known not to need a second rounding, how a linear layer in front of an activation function
-is known to stay in float, and how the logits are found.
+The role of a tensor follows from what produced it and what consumes it, so the walk leaves a mark on every
+result and carries it through operations that only rearrange numbers or scale them by a constant. That is how
+a query that is a view of a linear output is known not to need a second rounding, how a linear layer in front
+of an activation function is known to stay in float, and how the logits are found.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quanttune.inputs import ModelInputs, call_model, logits_of
@@ -30,19 +30,24 @@ _RESULT_KINDS = {
     "rms_norm": SiteKind.NORM,
     "matmul": SiteKind.UNQUANTIZED,  # attention scores; the product of a softmax becomes ATTENTION_OUTPUT
 }
-_OPERAND_KINDS = {"linear": SiteKind.LINEAR_INPUT, "conv": SiteKind.LINEAR_INPUT, "matmul": SiteKind.MATMUL_INPUT}
+_OPERAND_KINDS = {
+    "linear": SiteKind.LINEAR_INPUT,
+    "conv": SiteKind.LINEAR_INPUT,
+    "matmul": SiteKind.MATMUL_INPUT,
+}
 _ACTIVATION_FUNCTIONS = frozenset({"gelu", "silu", "relu", "tanh"})
 
 # Operations whose result holds the same numbers, up to one constant factor, in another arrangement.
 _REARRANGING: frozenset[Any] = frozenset(
     {
         *(getattr(Tensor, name) for name in (
-            "reshape", "view", "permute", "transpose", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze",
-            "chunk", "split", "unbind", "expand", "__getitem__", "to", "type_as", "float", "roll", "clone",
+            "reshape", "view", "permute", "transpose", "contiguous", "flatten", "unflatten", "squeeze",
+            "unsqueeze", "chunk", "split", "unbind", "expand", "__getitem__", "to", "type_as", "float",
+            "roll", "clone",
         )),
         *(getattr(torch, name) for name in (
-            "reshape", "permute", "transpose", "flatten", "unflatten", "squeeze", "unsqueeze", "chunk", "split",
-            "unbind", "roll", "clone", "dropout",
+            "reshape", "permute", "transpose", "flatten", "unflatten", "squeeze", "unsqueeze", "chunk",
+            "split", "unbind", "roll", "clone", "dropout",
         )),
         F.dropout,
         F.pad,
@@ -71,8 +76,8 @@ class _Discovery(SiteVisitor):
         elif func is F.embedding:
             _mark_all(result, _EMBEDDING)
         elif func is torch.cat:
-            filled = [tensor for tensor in args[0] if tensor.numel()]
-            _mark_all(result, _mark_of(filled[0]) if len(filled) == 1 else None)  # e.g. onto an empty key-value cache
+            filled = [tensor for tensor in args[0] if tensor.numel()]  # a key-value cache starts empty
+            _mark_all(result, _mark_of(filled[0]) if len(filled) == 1 else None)
         elif func in (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__):
             self._classify_sum(result, args)
         return result
@@ -121,17 +126,29 @@ class _Discovery(SiteVisitor):
         operands = args[:2]
         marks = [_mark_of(operand) for operand in operands]
         kinds = [self.sites[mark].kind if mark in self.sites else None for mark in marks]
-        embedded = [mark == _EMBEDDING or kind is SiteKind.EMBEDDING_SUM for mark, kind in zip(marks, kinds, strict=True)]
-        if any(kind is SiteKind.UNQUANTIZED and "/matmul" in str(mark) for mark, kind in zip(marks, kinds, strict=True)):
+        embedded = [
+            mark == _EMBEDDING or kind is SiteKind.EMBEDDING_SUM
+            for mark, kind in zip(marks, kinds, strict=True)
+        ]
+        if any(
+            kind is SiteKind.UNQUANTIZED and "/matmul" in str(mark)
+            for mark, kind in zip(marks, kinds, strict=True)
+        ):
             self._change(site_id, SiteKind.UNQUANTIZED)  # a bias on the attention scores
         elif all(embedded) or any(isinstance(operand, nn.Parameter) for operand in operands):
             self._change(site_id, SiteKind.EMBEDDING_SUM)
             for mark, kind in zip(marks, kinds, strict=True):
                 if mark is not None and kind is SiteKind.EMBEDDING_SUM:
-                    self._change(mark, SiteKind.UNQUANTIZED)  # of a chain of sums, integers hold only the total
+                    # Of a chain of sums, integers hold only the total.
+                    self._change(mark, SiteKind.UNQUANTIZED)
 
     def _record(
-        self, site_id: str, kind: SiteKind, tensor: Tensor, parameter: str | None = None, source: str | None = None
+        self,
+        site_id: str,
+        kind: SiteKind,
+        tensor: Tensor,
+        parameter: str | None = None,
+        source: str | None = None,
     ) -> None:
         shape = tuple(tensor.shape) if kind is SiteKind.WEIGHT else tuple(tensor.shape[1:])
         self.sites[site_id] = Site(site_id, kind, shape, parameter, source)

@@ -30,7 +30,8 @@ class Precision:
         for what, bits in (("weights", self.weights), ("activations", self.activations)):
             if not _NARROWEST <= bits <= _WIDEST:
                 raise ConfigError(
-                    f"precision {self}: {bits} bits for {what} is outside {_NARROWEST} to {_WIDEST}; write e.g. W8A8"
+                    f"precision {self}: {bits} bits for {what} is outside {_NARROWEST} to {_WIDEST}; "
+                    "write e.g. W8A8"
                 )
 
     @classmethod

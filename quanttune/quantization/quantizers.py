@@ -21,8 +21,8 @@ class UniformQuantizer:
     """Equidistant levels ``scale * (code - zero_point)``, per tensor or per channel.
 
     Symmetric signed quantizers use the narrow codes ``-(2**(bits-1)-1) .. 2**(bits-1)-1``, asymmetric ones
-    ``0 .. 2**bits-1``; zero is always a level. Rounding is to nearest, ties to even. Gradients pass straight through
-    inside the range and are zero outside.
+    ``0 .. 2**bits-1``; zero is always a level. Rounding is to nearest, ties to even. Gradients pass straight
+    through inside the range and are zero outside.
 
     Args:
         scale: Step in the tensor's unit, positive; scalar, or shape ``(channels,)`` with ``axis``.
@@ -39,7 +39,9 @@ class UniformQuantizer:
         self, scale: Tensor, zero_point: Tensor, code_min: int, code_max: int, axis: int | None = None
     ) -> None:
         if not bool((scale > 0).all() and torch.isfinite(scale).all()):
-            raise ValueError("quantizer scales must be positive and finite; check the range they were made from")
+            raise ValueError(
+                "quantizer scales must be positive and finite; check the range they were made from"
+            )
         if (axis is None) != (scale.dim() == 0):
             raise ValueError(f"a scale of shape {tuple(scale.shape)} does not fit axis {axis}")
         self.scale = scale.to(torch.float32)
@@ -85,7 +87,7 @@ class UniformQuantizer:
         if torch.is_grad_enabled() and values.requires_grad:
             return self._with_gradient(values)
         if self.axis is None:
-            # Four in-cache passes: several times faster on a CPU than the fused kernel, bit for bit the same result.
+            # Four in-cache passes: several times faster on a CPU than the fused kernel, bit for bit the same.
             codes = (values * self._inverse).round_()
             return codes.clamp_(self.code_min - self._zero, self.code_max - self._zero).mul_(self._step)
         shape = [1] * values.dim()
@@ -97,7 +99,9 @@ class UniformQuantizer:
 
     def _with_gradient(self, values: Tensor) -> Tensor:
         if self.axis is None:
-            return torch.fake_quantize_per_tensor_affine(values, self._step, self._zero, self.code_min, self.code_max)
+            return torch.fake_quantize_per_tensor_affine(
+                values, self._step, self._zero, self.code_min, self.code_max
+            )
         return torch.fake_quantize_per_channel_affine(
             values,
             self.scale.to(values.device),
@@ -109,4 +113,5 @@ class UniformQuantizer:
 
     def __repr__(self) -> str:
         kind = "per tensor" if self.axis is None else f"per channel {self.axis}"
-        return f"UniformQuantizer({kind}, codes {self.code_min}..{self.code_max}, scale max {float(self.scale.max()):.4g})"
+        codes = f"codes {self.code_min}..{self.code_max}"
+        return f"UniformQuantizer({kind}, {codes}, scale max {float(self.scale.max()):.4g})"

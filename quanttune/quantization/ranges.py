@@ -43,7 +43,7 @@ def minmax(statistics: TensorStatistics, bits: int, symmetric: bool) -> tuple[fl
 
 @RANGE_RULES.register("ema")
 def ema(statistics: TensorStatistics, bits: int, symmetric: bool) -> tuple[float, float]:
-    """Cover the running minimum and maximum, ``v += 0.01 (new - v)`` per batch, so that the first batch dominates."""
+    """Cover the running minimum and maximum, ``v += 0.01 (new - v)`` per batch: the first batch dominates."""
     return _ends(statistics.ema_low, statistics.ema_high, symmetric)
 
 
@@ -53,16 +53,20 @@ def percentile(
 ) -> tuple[float, float]:
     """Cut off the largest values.
 
-    Symmetric: the limit is the ``p``-th percentile of ``|x|`` over the whole calibration set. Asymmetric: both tails
-    are cut, at ``100 - p`` and at ``p``.
+    Symmetric: the limit is the ``p``-th percentile of ``|x|`` over the whole calibration set. Asymmetric:
+    both tails are cut, at ``100 - p`` and at ``p``.
 
     Raises:
         ConfigError: If ``p`` is not between 50 and 100.
     """
     if not 50 < p <= 100:
-        raise ConfigError(f"percentile {p} is not between 50 and 100; the usual values are 99.9, 99.99 and 99.999")
+        raise ConfigError(
+            f"percentile {p} is not between 50 and 100; the usual values are 99.9, 99.99 and 99.999"
+        )
     if symmetric:
-        limit = min(statistics.histogram.magnitudes().quantile(p / 100), max(-statistics.low, statistics.high))
+        limit = min(
+            statistics.histogram.magnitudes().quantile(p / 100), max(-statistics.low, statistics.high)
+        )
         return -limit, limit
     histogram = statistics.histogram
     return _ends(histogram.quantile(1 - p / 100), histogram.quantile(p / 100), symmetric=False)
@@ -72,8 +76,8 @@ def percentile(
 def mse(statistics: TensorStatistics, bits: int, symmetric: bool) -> tuple[float, float]:
     """Minimise the squared error of the quantized tensor over the whole calibration set.
 
-    Symmetric: a search over the limit. Asymmetric: over both ends. The grid is geometric from 1/1024 of the largest
-    magnitude, then refined three times around its best point.
+    Symmetric: a search over the limit. Asymmetric: over both ends. The grid is geometric from 1/1024 of the
+    largest magnitude, then refined three times around its best point.
     """
     low, high = _ends(statistics.low, statistics.high, symmetric)
     if symmetric:
@@ -91,8 +95,9 @@ def mse(statistics: TensorStatistics, bits: int, symmetric: bool) -> tuple[float
 def omse(statistics: TensorStatistics, bits: int, symmetric: bool) -> tuple[float, float]:
     """Shrink both ends together by 1.00, 0.99 .. 0.11 and keep the factor of the lowest squared error.
 
-    The name and the grid follow the FQ-ViT tables; Choukroun et al. 2019 (arXiv 1902.06822) define OMSE more widely.
-    The reference code searches on the last calibration batch alone, this rule on all calibration data.
+    The name and the grid follow the FQ-ViT tables; Choukroun et al. 2019 (arXiv 1902.06822) define OMSE more
+    widely. The reference code searches on the last calibration batch alone, this rule on all calibration
+    data.
     """
     low, high = _ends(statistics.low, statistics.high, symmetric)
     if symmetric:
@@ -135,10 +140,10 @@ def asymmetric_error(histogram: Histogram, lows: np.ndarray, highs: np.ndarray, 
 
 
 def _level_error(histogram: Histogram, levels: np.ndarray) -> np.ndarray:
-    """Squared error when every value goes to the nearest of ``levels``, shape ``(candidates, levels)``, ascending.
+    """Squared error with every value at the nearest of ``levels``, ascending, shape ``(candidates, levels)``.
 
-    Within one level's cell the error is ``sum x^2 - 2 q sum x + q^2 n``, so three running sums over the histogram
-    price any grid exactly, without visiting the values again.
+    Within one level's cell the error is ``sum x^2 - 2 q sum x + q^2 n``, so three running sums over the
+    histogram price any grid exactly, without visiting the values again.
     """
     counts, sums, squares = histogram.prefix_sums
     borders = np.searchsorted(histogram.values, (levels[:, 1:] + levels[:, :-1]) / 2)
@@ -157,7 +162,7 @@ def _ends(low: float, high: float, symmetric: bool) -> tuple[float, float]:
 
 
 def _refine(error_of: _ErrorOf, grid: np.ndarray) -> float:
-    """Search a grid, then ever finer grids between the neighbours of the best point; ties go to the wider range."""
+    """Search a grid, then ever finer ones between the neighbours of the best point; ties go to the wider."""
     for _ in range(_REFINEMENTS + 1):
         errors = error_of(grid)
         best = len(grid) - 1 - int(np.argmin(errors[::-1]))

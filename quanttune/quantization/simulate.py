@@ -18,7 +18,9 @@ from quanttune.quantization.tracing import Handler, SiteHandlers
 WEIGHT_GRANULARITIES = ("per_channel", "per_tensor")
 
 
-def activation_quantizer(statistics: TensorStatistics, bits: int, rule: RangeRule, symmetric: bool) -> UniformQuantizer:
+def activation_quantizer(
+    statistics: TensorStatistics, bits: int, rule: RangeRule, symmetric: bool
+) -> UniformQuantizer:
     """The uniform per-tensor quantizer of one activation site under a range rule."""
     low, high = rule(statistics, bits, symmetric)
     if symmetric:
@@ -33,7 +35,9 @@ def weight_quantizer(weight: Tensor, bits: int, granularity: str = "per_channel"
         ConfigError: If the granularity is neither ``per_channel`` nor ``per_tensor``.
     """
     if granularity not in WEIGHT_GRANULARITIES:
-        raise ConfigError(f"weight granularity {granularity!r} is not one of {', '.join(WEIGHT_GRANULARITIES)}")
+        raise ConfigError(
+            f"weight granularity {granularity!r} is not one of {', '.join(WEIGHT_GRANULARITIES)}"
+        )
     magnitude = weight.detach().abs().cpu()
     if granularity == "per_tensor":
         return UniformQuantizer.symmetric(magnitude.amax(), bits)
@@ -67,7 +71,9 @@ def build_quantizers(
         if site.kind is not SiteKind.WEIGHT:
             return activation_quantizer(statistics[site.id], precision.activations, rule, symmetric)
         if site.parameter is None:
-            raise ConfigError(f"site {site.id}: its weight is computed, not a parameter, and cannot be quantized statically")
+            raise ConfigError(
+                f"site {site.id}: its weight is computed, not a parameter, and cannot be quantized statically"
+            )
         return weight_quantizer(parameters[site.parameter], precision.weights, weight_granularity)
 
     return {site.id: quantizer_of(site) for site in sites.values()}
@@ -76,14 +82,16 @@ def build_quantizers(
 def simulate(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> SiteHandlers:
     """A context in which ``model`` computes with quantized tensors at the given sites.
 
-    A weight is quantized once and reused until it changes. With no quantizers the model's own kernels run and its
-    logits are bit-identical.
+    A weight is quantized once and reused until it changes. With no quantizers the model's own kernels run and
+    its logits are bit-identical.
 
     Example:
         >>> with torch.no_grad(), simulate(model, quantizers):  # doctest: +SKIP
         ...     logits = model(images)
     """
-    return SiteHandlers(model, {site_id: _handler(site_id, quantizer) for site_id, quantizer in quantizers.items()})
+    return SiteHandlers(
+        model, {site_id: _handler(site_id, quantizer) for site_id, quantizer in quantizers.items()}
+    )
 
 
 def _handler(site_id: str, quantizer: Quantizer) -> Handler:

@@ -1,8 +1,8 @@
 """Sites: the tensors of a forward pass that may be quantized, and the profiles that choose among them.
 
-A site's id reads ``<module path>/<operation>[#n].<operand>``: ``blocks.3.attn/softmax.output`` is the attention matrix
-of block 3, ``blocks.3/add#2.output`` the second residual sum of that block. Ids depend on the model alone, never on
-the batch.
+A site's id reads ``<module path>/<operation>[#n].<operand>``: ``blocks.3.attn/softmax.output`` is the
+attention matrix of block 3, ``blocks.3/add#2.output`` the second residual sum of that block. Ids depend on
+the model alone, never on the batch.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ PROFILES: Mapping[str, frozenset[SiteKind]] = {"full": _FULL_KINDS, "matmul": _M
 """Which kinds of site each profile quantizes.
 
 ``matmul``: weights and inputs of linear and convolution layers, both operands of every matrix product.
-``full``: also every other tensor that integer inference would hold in memory. Left in float by both: the arithmetic
-inside softmax, normalisation and activation functions, attention scores, the input of an activation function, the
-logits, biases and embedding tables.
+``full``: also every other tensor that integer inference would hold in memory. Left in float by both: the
+arithmetic inside softmax, normalisation and activation functions, attention scores, the input of an
+activation function, the logits, biases and embedding tables.
 """
 
 
@@ -51,9 +51,10 @@ class Site:
         id: Stable readable name.
         kind: What the tensor is.
         shape: Its shape without the batch dimension as seen at discovery; a weight's whole shape.
-        parameter: For a weight, its name in ``model.named_parameters()``; several sites may share one parameter.
-        source: For an operand that is another site's tensor seen through views only, that site. Quantizing both would
-            round the same numbers twice, so a profile that has the source leaves the operand out.
+        parameter: For a weight, its name in ``model.named_parameters()``; several sites may share one
+            parameter.
+        source: For an operand that is another site's tensor seen through views only, that site. Quantizing
+            both would round the same numbers twice, so a profile that has the source leaves the operand out.
     """
 
     id: str
@@ -99,7 +100,9 @@ class SiteTable(Mapping[str, Site]):
         kinds = PROFILES[name]
         chosen = {site.id for site in self.values() if site.kind in kinds}
         return SiteTable(
-            site for site in self.values() if site.id in chosen and (site.source is None or site.source not in chosen)
+            site
+            for site in self.values()
+            if site.id in chosen and (site.source is None or site.source not in chosen)
         )
 
     def weights(self) -> SiteTable:

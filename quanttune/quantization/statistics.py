@@ -1,8 +1,8 @@
-"""Mergeable summaries of activations: one pass over the calibration data serves every range rule and bit width.
+"""Mergeable summaries of activations: one pass over the calibration data serves every range rule and width.
 
-Values are counted by their float16 code. That histogram needs no range in advance, so it can be filled in one pass and
-merged by addition, and its bins are 2**-11 of a value wide: about a thirtieth of an 8-bit step at the end of the
-range, finer towards zero. Minimum and maximum are kept exactly.
+Values are counted by their float16 code. That histogram needs no range in advance, so it can be filled in one
+pass and merged by addition, and its bins are 2**-11 of a value wide: about a thirtieth of an 8-bit step at
+the end of the range, finer towards zero. Minimum and maximum are kept exactly.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ class TensorStatistics:
         values = values.detach()
         low, high = (float(bound) for bound in torch.aminmax(values))
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise QuantTuneError("a calibration activation is NaN or infinite; check the model's weights and inputs")
+            raise QuantTuneError(
+                "a calibration activation is NaN or infinite; check the model's weights and inputs"
+            )
         momentum = EMA_MOMENTUM if self.batches else 1.0
         self.ema_low += momentum * (low - self.ema_low)
         self.ema_high += momentum * (high - self.ema_high)
@@ -105,7 +107,7 @@ class TensorStatistics:
         self.codes += torch.bincount(codes, minlength=_CODES).to(self.codes.device)
 
     def merge(self, other: TensorStatistics) -> TensorStatistics:
-        """The statistics of both sets of values; running bounds are those of this set followed by the other."""
+        """The statistics of both sets of values; running bounds are those of this set, then the other."""
         weight = (1 - EMA_MOMENTUM) ** other.batches if self.batches else 0.0
         return TensorStatistics(
             low=min(self.low, other.low),

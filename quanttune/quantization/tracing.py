@@ -1,11 +1,11 @@
 """Reach every site of any eager model without a line per architecture.
 
-Module hooks keep the path of the module that is running; one ``TorchFunctionMode`` recognises a short table of
-operations below it and offers each operand and result to ``visit`` under its site id. Statistics, the outlier loss,
-simulated quantization and export are different visitors of the same walk.
+Module hooks keep the path of the module that is running; one ``TorchFunctionMode`` recognises a short table
+of operations below it and offers each operand and result to ``visit`` under its site id. Statistics, the
+outlier loss, simulated quantization and export are different visitors of the same walk.
 
-Fused attention hides the softmax, so ``scaled_dot_product_attention`` is decomposed, but only when a visitor wants one
-of the tensors inside; otherwise the model runs its own kernel and its logits stay bit-identical.
+Fused attention hides the softmax, so ``scaled_dot_product_attention`` is decomposed, but only when a visitor
+wants one of the tensors inside; otherwise the model runs its own kernel and its logits stay bit-identical.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name every PyTorch reader expects
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
@@ -29,7 +29,8 @@ Handler = Callable[[Tensor], Tensor]
 class SiteVisitor(TorchFunctionMode):
     """Walks the sites of ``model`` while it runs inside ``with``.
 
-    Subclasses override :meth:`visit`. Calls outside ``model`` are left alone. Not re-entrant and bound to one thread.
+    Subclasses override :meth:`visit`. Calls outside ``model`` are left alone. Not re-entrant and bound to one
+    thread.
 
     Args:
         model: The module whose forward pass is walked.
@@ -47,11 +48,11 @@ class SiteVisitor(TorchFunctionMode):
         return tensor
 
     def opens_attention(self, path: str) -> bool:
-        """Whether the module at ``path`` must have its fused attention decomposed, because a site inside is wanted."""
+        """Whether a site inside the fused attention of the module at ``path`` is wanted."""
         return True
 
     def rearranged(self, result: Tensor, source: Tensor) -> Tensor:
-        """Note that a walker made ``result`` from ``source`` by moving numbers only; the default needs no note."""
+        """Note that a walker made ``result`` from ``source`` by moving numbers only; ignored by default."""
         return result
 
     @property
@@ -96,7 +97,7 @@ class SiteVisitor(TorchFunctionMode):
         return walker(self, func, args, kwargs or {})
 
     def operation_id(self, operation: str) -> str:
-        """The id of the next call of ``operation`` in the running module: ``path/operation``, then ``#2``, ``#3``..."""
+        """The id of the running module's next call of ``operation``: ``path/operation``, then ``#2`` ..."""
         key = f"{self.path}/{operation}"
         self._calls[key] += 1
         calls = self._calls[key]
@@ -114,7 +115,9 @@ class SiteHandlers(SiteVisitor):
     def __init__(self, model: nn.Module, handlers: Mapping[str, Handler]) -> None:
         super().__init__(model)
         self._handlers = dict(handlers)
-        self._attention_paths = {site_id.partition("/")[0] for site_id in handlers if _inside_attention(site_id)}
+        self._attention_paths = {
+            site_id.partition("/")[0] for site_id in handlers if _inside_attention(site_id)
+        }
 
     def visit(self, site_id: str, tensor: Tensor) -> Tensor:
         """Apply the site's handler, if it has one."""
@@ -174,7 +177,7 @@ def _walk_add(visitor: SiteVisitor, func: Any, args: tuple[Any, ...], kwargs: di
 
 
 def _is_sum_of_tokens(left: Any, right: Any) -> bool:
-    """Whether an addition may be a residual or embedding sum, by shapes alone so that every batch is walked alike."""
+    """Whether an addition may be a residual or embedding sum, by shapes alone: batches are walked alike."""
     if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
         return False
     if not (left.is_floating_point() and right.is_floating_point()):
@@ -225,7 +228,7 @@ def _softmax(scores: Tensor) -> Tensor:
 
 
 def _safe_softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last dimension with zeros, not NaN, in a row that is masked throughout, as the kernel has it."""
+    """Softmax over the last dimension; zeros, not NaN, in a row masked throughout, as in the fused kernel."""
     probabilities = torch.softmax(scores, dim=-1)
     return torch.where((scores == float("-inf")).all(dim=-1, keepdim=True), 0.0, probabilities)
 
