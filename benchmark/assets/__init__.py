@@ -1,0 +1,1 @@
+"""Pretrained weights: what they are (``catalogue``), where they come from (``fetch``), how they are kept."""
