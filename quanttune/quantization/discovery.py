@@ -8,7 +8,8 @@ of an activation function is known to stay in float, and how the logits are foun
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from quanttune.inputs import ModelInputs, call_model, logits_of
 from quanttune.quantization.sites import Site, SiteKind, SiteTable
-from quanttune.quantization.tracing import SiteVisitor
+from quanttune.quantization.tracing import SiteVisitor, walks
 
 _MARK = "_quanttune_site"
 _EMBEDDING = "<embedding>"
@@ -54,6 +55,7 @@ _REARRANGING: frozenset[Any] = frozenset(
         Tensor.mT.__get__,  # type: ignore[attr-defined]
     }
 )  # fmt: skip
+_SUMS: frozenset[Any] = frozenset({torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__})
 _SCALING: frozenset[Any] = frozenset(
     {Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul, Tensor.div, Tensor.__truediv__, torch.div}
 )
@@ -70,15 +72,20 @@ class _Discovery(SiteVisitor):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        marks = [mark for value in (*args, *(kwargs or {}).values()) for mark in _marks_in(value)]
         result = super().__torch_function__(func, types, args, kwargs)
-        if func in _REARRANGING or (func in _SCALING and not _is_tensor_product(args)):
+        passed_on = func in _REARRANGING or (func in _SCALING and not _is_tensor_product(args))
+        if not passed_on and (func in _SUMS or not walks(func)) and _is_tensors(result):
+            for mark in marks:
+                self._read(mark, f"{self.path}/{getattr(func, '__name__', func)}")
+        if passed_on:
             _mark_all(result, _mark_of(args[0]) if args else None)
         elif func is F.embedding:
             _mark_all(result, _EMBEDDING)
         elif func is torch.cat:
             filled = [tensor for tensor in args[0] if tensor.numel()]  # a key-value cache starts empty
             _mark_all(result, _mark_of(filled[0]) if len(filled) == 1 else None)
-        elif func in (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__):
+        elif func in _SUMS:
             self._classify_sum(result, args)
         return result
 
@@ -100,6 +107,8 @@ class _Discovery(SiteVisitor):
     def _operand(self, site_id: str, name: str, tensor: Tensor) -> None:
         source = _mark_of(tensor)
         source = source if source in self.sites else None
+        if source is not None:
+            self._read(source, site_id)
         if name in _ACTIVATION_FUNCTIONS and source is not None:
             self._change(source, SiteKind.UNQUANTIZED)
         if name in _OPERAND_KINDS:
@@ -154,12 +163,28 @@ class _Discovery(SiteVisitor):
         self.sites[site_id] = Site(site_id, kind, shape, parameter, source)
 
     def _change(self, site_id: str, kind: SiteKind) -> None:
-        site = self.sites[site_id]
-        self.sites[site_id] = Site(site.id, kind, site.shape, site.parameter, site.source)
+        self.sites[site_id] = dataclasses.replace(self.sites[site_id], kind=kind)
+
+    def _read(self, site_id: str, consumer: str) -> None:
+        site = self.sites.get(site_id)
+        if site is not None and consumer not in site.consumers:
+            self.sites[site_id] = dataclasses.replace(site, consumers=(*site.consumers, consumer))
 
 
 def _mark_of(value: Any) -> str | None:
     return getattr(value, _MARK, None) if isinstance(value, Tensor) else None
+
+
+def _marks_in(value: Any) -> Iterator[str]:
+    for item in value if isinstance(value, tuple | list) else (value,):
+        mark = _mark_of(item)
+        if mark is not None:
+            yield mark
+
+
+def _is_tensors(result: Any) -> bool:
+    items = result if isinstance(result, tuple | list) else (result,)
+    return any(isinstance(item, Tensor) for item in items)
 
 
 def _mark_all(result: Any, mark: str | None) -> None:

@@ -62,6 +62,7 @@ class Site:
     shape: tuple[int, ...]
     parameter: str | None = None
     source: str | None = None
+    consumers: tuple[str, ...] = ()
 
     @property
     def operation(self) -> str:

@@ -248,3 +248,8 @@ _WALKERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.tanh, Tensor.tanh), _walk_unary("tanh")),
     **dict.fromkeys((torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__), _walk_add),
 }
+
+
+def walks(func: Any) -> bool:
+    """Whether ``func`` is an operation that visitors see operand by operand."""
+    return func in _WALKERS
