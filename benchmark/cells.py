@@ -1,0 +1,251 @@
+"""Cells: one measured number each, its identity, and the one generator of a suite's grid."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from benchmark.models.entry import FOLDER_PREFIX, get_model
+from benchmark.suite import Suite
+from benchmark.tasks.task import get_task
+from quanttune.digests import canonical_json, json_digest
+from quanttune.errors import ConfigError, UnknownNameError
+from quanttune.quantization.precision import Precision
+from quanttune.quantization.sites import PROFILES
+
+if TYPE_CHECKING:
+    from baselines.method import Method
+
+ENGINE_VERSION = 1
+"""Part of every cell id: raise it when the engine measures the same settings differently."""
+
+REFERENCE_METHOD = "fp32"
+REFERENCE_PRECISION = "FP32"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Everything that decides one number, and nothing else.
+
+    Attributes:
+        model_identity: Digest of :meth:`ModelEntry.identity`: what decides the reference weights.
+        task_fingerprint: Digest of the task's data and splits.
+        parameters_json: The method's parameters as canonical JSON.
+        profile: Which sites are quantized; ``"none"`` for the reference itself.
+        limit: Test items measured, ``None`` for the whole split.
+    """
+
+    model: str
+    model_identity: str
+    task: str
+    task_fingerprint: str
+    method: str
+    variant: str
+    method_version: str
+    parameters_json: str
+    profile: str
+    precision: str
+    weight_granularity: str
+    symmetric: bool
+    seed: int
+    calibration_items: int
+    limit: int | None
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The method's parameters."""
+        return dict(json.loads(self.parameters_json))
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether this cell is a model's FP32 row."""
+        return self.method == REFERENCE_METHOD
+
+    def identity(self) -> dict[str, Any]:
+        """The cell as a JSON object, with the engine's version: what :attr:`cell_id` is the digest of."""
+        fields = asdict(self)
+        fields["parameters"] = json.loads(fields.pop("parameters_json"))
+        return {"engine": ENGINE_VERSION, **fields}
+
+    @classmethod
+    def from_identity(cls, identity: Mapping[str, Any]) -> Cell:
+        """The inverse of :meth:`identity`."""
+        fields = {name: value for name, value in identity.items() if name != "engine"}
+        fields["parameters_json"] = canonical_json(fields.pop("parameters"))
+        return cls(**fields)
+
+    @cached_property
+    def cell_id(self) -> str:
+        """sha256 of the identity, 64 hexadecimal digits."""
+        return json_digest(self.identity())
+
+    @property
+    def training_group(self) -> str:
+        """Digest shared by the cells that may reuse one expensive stage, such as tuned weights."""
+        shared = (self.model_identity, self.method, self.parameters_json, self.profile, self.seed)
+        return json_digest(list(shared))
+
+    def make_method(self) -> Method:
+        """The method of this cell with its parameters."""
+        from baselines import METHODS
+
+        return METHODS.get(self.method)(**self.parameters)
+
+    def __str__(self) -> str:
+        if self.is_reference:
+            return f"{self.model} {self.method}"
+        extra = "" if self.weight_granularity == "per_channel" else f" {self.weight_granularity}"
+        extra += "" if self.symmetric else " asymmetric"
+        return f"{self.model} {self.label} {self.precision} {self.profile}{extra} seed {self.seed}"
+
+    @cached_property
+    def label(self) -> str:
+        """The method's own short name, which tells apart other parameters."""
+        return self.make_method().label
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a user asked for out of a suite.
+
+    Model and method globs choose among the suite's; precisions, profiles and seeds replace the suite's.
+    Empty means "as the suite says".
+    """
+
+    models: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ()
+    profiles: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+
+def expand(suite: Suite, selection: Selection | None = None, limit: int | None = None) -> list[Cell]:
+    """The grid of a suite: every cell once, in an order that lets neighbours share expensive stages.
+
+    Args:
+        suite: What to expand.
+        selection: A part of the suite; all of it by default.
+        limit: Test items, in place of the suite's own.
+
+    Raises:
+        UnknownNameError: If a model or method is not registered, or a plain name is not in the suite.
+        ConfigError: If a value is out of range or nothing is left.
+    """
+    selection = selection or Selection()
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit {limit}: it must be at least 1 test item")
+    models = _choose("model", suite.models, selection.models, suite.name)
+    names = _choose("method", [spec.name for spec in suite.methods], selection.methods, suite.name)
+    methods = [_instance(spec.name, spec.parameters) for spec in suite.methods if spec.name in names]
+    precisions = [str(Precision.parse(text)) for text in selection.precisions or suite.precisions]
+    profiles = selection.profiles or suite.profiles
+    for profile in profiles:
+        if profile not in PROFILES:
+            raise UnknownNameError("profile", profile, PROFILES)
+    seeds = selection.seeds or suite.seeds
+    if any(seed < 0 for seed in seeds):
+        raise ConfigError(f"--seed {min(seeds)}: seeds are 0 or more")
+
+    cells: dict[str, Cell] = {}
+    for model in dict.fromkeys(models):
+        base = _model_fields(model)
+        common = {
+            "calibration_items": suite.calibration_items,
+            "limit": limit if limit is not None else suite.limit,
+        }
+        for cell in _model_cells(base | common, methods, suite, precisions, profiles, seeds):
+            cells.setdefault(cell.cell_id, cell)
+    if not cells:
+        raise ConfigError(f"nothing of suite {suite.name} is selected; see `list cells --suite {suite.name}`")
+    return list(cells.values())
+
+
+def _model_cells(
+    base: dict[str, Any],
+    methods: list[tuple[str, Method]],
+    suite: Suite,
+    precisions: Iterable[str],
+    profiles: Iterable[str],
+    seeds: Iterable[int],
+) -> Iterator[Cell]:
+    precisions, profiles, seeds = list(precisions), list(profiles), list(seeds)
+    for name, method in methods:
+        if name == REFERENCE_METHOD:
+            yield _cell(base, name, method, "none", REFERENCE_PRECISION, "none", True, 0)
+    for seed in seeds:
+        for profile in profiles:
+            for name, method in methods:
+                if name == REFERENCE_METHOD:
+                    continue
+                for granularity in suite.weight_granularity:
+                    for symmetric in suite.symmetric:
+                        for precision in precisions:
+                            yield _cell(base, name, method, profile, precision, granularity, symmetric, seed)
+
+
+def _cell(
+    base: dict[str, Any],
+    name: str,
+    method: Method,
+    profile: str,
+    precision: str,
+    granularity: str,
+    symmetric: bool,
+    seed: int,
+) -> Cell:
+    reference = name == REFERENCE_METHOD
+    return Cell(
+        **(base | {"calibration_items": 0} if reference else base),
+        method=name,
+        variant=method.variant,
+        method_version=str(method.version),
+        parameters_json=canonical_json(method.parameters()),
+        profile=profile,
+        precision=precision,
+        weight_granularity=granularity,
+        symmetric=symmetric,
+        seed=seed,
+    )
+
+
+def _model_fields(name: str) -> dict[str, Any]:
+    entry = get_model(name)
+    return {
+        "model": name,
+        "model_identity": json_digest(entry.identity()),
+        "task": entry.task,
+        "task_fingerprint": get_task(entry.task).fingerprint(),
+    }
+
+
+def _instance(name: str, parameters: Mapping[str, Any]) -> tuple[str, Method]:
+    """The method, with errors that name a parameter it does not have."""
+    from baselines import METHODS
+
+    kind = METHODS.get(name)
+    known = kind().parameters()
+    for key in parameters:
+        if key not in known:
+            raise UnknownNameError(f"parameter of method {name}:", key, known)
+    return name, kind(**parameters)
+
+
+def _choose(kind: str, available: Iterable[str], patterns: tuple[str, ...], suite: str) -> list[str]:
+    names = list(dict.fromkeys(available))
+    if not patterns:
+        return names
+    chosen: list[str] = []
+    for pattern in patterns:
+        if kind == "model" and pattern.startswith(FOLDER_PREFIX):  # a user's own model joins any suite
+            names.append(pattern)
+        matches = [name for name in names if name == pattern or fnmatchcase(name, pattern)]
+        if not matches and not set(pattern) & set("*?["):
+            raise UnknownNameError(f"{kind} of suite {suite}:", pattern, names)
+        if not matches:
+            raise ConfigError(f"no {kind} of suite {suite} matches {pattern!r}; it has {', '.join(names)}")
+        chosen += matches
+    return [name for name in names if name in chosen]

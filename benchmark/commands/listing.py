@@ -1,0 +1,140 @@
+"""``list`` and ``show``: what there is, and what is known about one cell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from benchmark.cli import cli, results_option, suite_option
+
+if TYPE_CHECKING:
+    from benchmark.cells import Cell
+    from benchmark.store import Store
+
+_KINDS = ("suites", "models", "methods", "tasks", "cells")
+
+
+@cli.command("list")
+@click.argument("kind", type=click.Choice(_KINDS), default="suites")
+@suite_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@results_option
+def list_command(kind: str, suite: str, as_json: bool, results: Path) -> None:
+    """List suites, models, methods, tasks, or the cells of a suite with their status."""
+    if kind == "cells":
+        from benchmark.cells import expand
+        from benchmark.store import Store
+        from benchmark.suite import load_suite
+
+        echo_cells(Store(results), expand(load_suite(suite)), as_json)
+        return
+    rows = {"suites": _suites, "models": _models, "methods": _methods, "tasks": _tasks}[kind]()
+    _echo(rows, as_json)
+
+
+@cli.command()
+@click.argument("cell_id_prefix")
+@results_option
+def show(cell_id_prefix: str, results: Path) -> None:
+    """Print everything the store knows about the cell whose id starts with CELL_ID_PREFIX, as JSON."""
+    from benchmark.store import Store
+
+    click.echo(json.dumps(Store(results).find(cell_id_prefix).to_json(), indent=2))
+
+
+def echo_cells(store: Store, cells: list[Cell], as_json: bool = False) -> None:
+    """Print cells with the status the store has for each."""
+    rows = []
+    for cell in cells:
+        status, note = cell_status(store, cell)
+        rows.append(
+            {
+                "cell_id": cell.cell_id if as_json else cell.cell_id[:12],
+                "model": cell.model,
+                "method": cell.label,
+                "precision": cell.precision,
+                "profile": cell.profile,
+                "seed": cell.seed,
+                "status": status,
+                "note": note,
+            }
+        )
+    _echo(rows, as_json)
+
+
+def cell_status(store: Store, cell: Cell) -> tuple[str, str]:
+    """A cell's status word and the reason or error behind it."""
+    record = store.load(cell)
+    if record is not None:
+        return ("cached" if record.status == "done" else record.status), record.reason or ""
+    failure = store.load_failure(cell.cell_id)
+    if failure is not None:
+        return "failed", str(failure["error"]).partition("\n")[0]
+    return "missing", ""
+
+
+def _suites() -> list[dict[str, Any]]:
+    from benchmark.suite import load_suite, suite_names
+
+    suites = [load_suite(name) for name in suite_names()]
+    return [
+        {
+            "suite": suite.name,
+            "models": len(suite.models),
+            "methods": len(suite.methods),
+            "precisions": " ".join(suite.precisions),
+            "description": suite.description,
+        }
+        for suite in suites
+    ]
+
+
+def _models() -> list[dict[str, Any]]:
+    from benchmark.models.entry import MODELS
+
+    return [
+        {"model": name, "family": entry.family, "task": entry.task, "source": entry.source}
+        for name, entry in MODELS.items()
+    ]
+
+
+def _methods() -> list[dict[str, Any]]:
+    from baselines import METHODS
+
+    return [
+        {
+            "method": name,
+            "variant": method.variant,
+            "trains": method.trains,
+            "parameters": json.dumps(method().parameters()),
+            "about": (method.__doc__ or "").strip().partition("\n")[0],
+        }
+        for name, method in METHODS.items()
+    ]
+
+
+def _tasks() -> list[dict[str, Any]]:
+    from benchmark.tasks.task import TASKS
+
+    return [
+        {
+            "task": name,
+            "metric": task.metric,
+            "train": len(task.split_ids("train")),
+            "validation": len(task.split_ids("validation")),
+            "test": len(task.split_ids("test")),
+        }
+        for name, task in TASKS.items()
+    ]
+
+
+def _echo(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    from tabulate import tabulate
+
+    click.echo(tabulate(rows, headers="keys", tablefmt="simple", disable_numparse=True))

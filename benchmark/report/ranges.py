@@ -1,0 +1,44 @@
+"""The range plot: what every site's quantizer represents, in the order of the forward pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmark.record import Record
+
+
+def save_range_plot(record: Record, path: Path) -> None:
+    """Draw the ranges of a cell's activation sites and save them as an image.
+
+    Args:
+        record: A record with sites.
+        path: The image; its ending decides the format.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    sites = [
+        site
+        for site in record.sites
+        if site["kind"] != "weight" and site["low"] is not None and site["high"] is not None
+    ]
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for kind in dict.fromkeys(site["kind"] for site in sites):
+        chosen = [(index, site) for index, site in enumerate(sites) if site["kind"] == kind]
+        axes.vlines(
+            [index for index, _ in chosen],
+            [site["low"] for _, site in chosen],
+            [site["high"] for _, site in chosen],
+            label=kind,
+            color=f"C{list(dict.fromkeys(site['kind'] for site in sites)).index(kind)}",
+            linewidth=1.5,
+        )
+    axes.set_xlabel("activation site, in the order of the forward pass")
+    axes.set_ylabel("represented range")
+    axes.set_yscale("symlog", linthresh=1.0)
+    axes.set_title(str(record.cell), fontsize=9)
+    if sites:
+        axes.legend(fontsize=6, ncols=3)
+    figure.savefig(path, dpi=90)

@@ -1,0 +1,122 @@
+"""The rows of a suite: one plain object per cell, from which every table and figure is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmark.cells import Cell, expand
+from benchmark.record import Record
+from benchmark.store import Store
+from benchmark.suite import Suite
+from quanttune.errors import ConfigError
+
+ROW_FIELDS = (
+    "suite",
+    "model",
+    "task",
+    "method",
+    "variant",
+    "profile",
+    "precision",
+    "seed",
+    "metric",
+    "value",
+    "fp32",
+    "fp32_own",
+    "drop",
+    "ci_low",
+    "ci_high",
+    "n",
+    "cell_id",
+    "status",
+    "duration_s",
+)
+
+
+@dataclass(frozen=True)
+class SuiteRows:
+    """A suite's cells with what the store has of each.
+
+    Attributes:
+        cells: The grid, in its order.
+        records: The finished record of each cell by cell id; unfinished ones are absent.
+    """
+
+    suite: Suite
+    cells: list[Cell]
+    records: dict[str, Record]
+    failures: dict[str, str]
+
+    @property
+    def finished(self) -> int:
+        """Number of cells that are done or skipped."""
+        return len(self.records)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every cell is done or skipped."""
+        return self.finished == len(self.cells)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """One object a cell with the fields :data:`ROW_FIELDS`; numbers of unfinished cells are ``None``."""
+        return [self._row(cell) for cell in self.cells]
+
+    def _row(self, cell: Cell) -> dict[str, Any]:
+        record = self.records.get(cell.cell_id)
+        result = None if record is None else record.result
+        status = record.status if record else "failed" if cell.cell_id in self.failures else "missing"
+        row: dict[str, Any] = {
+            "suite": self.suite.name,
+            "model": cell.model,
+            "task": cell.task,
+            "method": cell.label,
+            "variant": cell.variant,
+            "profile": cell.profile,
+            "precision": cell.precision,
+            "seed": cell.seed,
+            "cell_id": cell.cell_id,
+            "status": status,
+            "duration_s": None if record is None else record.duration_s,
+        }
+        for name in ("metric", "value", "fp32", "fp32_own", "drop", "ci_low", "ci_high", "n"):
+            row[name] = None if result is None else getattr(result, name)
+        return {name: row[name] for name in ROW_FIELDS}
+
+
+def collect_rows(store: Store, suite: Suite, allow_partial: bool = False) -> SuiteRows:
+    """Read the cells of a suite from the store.
+
+    Raises:
+        ConfigError: If cells are missing and ``allow_partial`` is false. Cells measured with ``--limit`` have
+            other ids and never stand in for missing ones.
+    """
+    cells = expand(suite)
+    records: dict[str, Record] = {}
+    failures: dict[str, str] = {}
+    for cell in cells:
+        record = store.load(cell)
+        if record is not None:
+            records[cell.cell_id] = record
+        elif (failure := store.load_failure(cell.cell_id)) is not None:
+            failures[cell.cell_id] = str(failure["error"])
+    rows = SuiteRows(suite, cells, records, failures)
+    if not rows.complete and not allow_partial:
+        raise ConfigError(_refusal(store, rows))
+    return rows
+
+
+def _refusal(store: Store, rows: SuiteRows) -> str:
+    name, missing = rows.suite.name, [cell for cell in rows.cells if cell.cell_id not in rows.records]
+    text = f"{rows.finished} of {len(rows.cells)} cells of suite {name} are finished"
+    if rows.failures:
+        text += f", {len(rows.failures)} failed"
+    wanted = {replace(cell, limit=None) for cell in missing}
+    limited = sum(
+        replace(record.cell, limit=None) in wanted
+        for record in store.records()
+        if record.cell.limit is not None and record.cell.limit != rows.suite.limit
+    )
+    if limited:
+        text += f"; {limited} measured with --limit are not used"
+    return f"{text}; run `python -m benchmark run --all --suite {name}`, or give --allow-partial"

@@ -1,0 +1,284 @@
+"""The paper's kind of table: models and precisions down, methods across, FP32 beside, the best in bold."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING
+
+from benchmark.cells import REFERENCE_METHOD, Cell
+from benchmark.record import Record
+from benchmark.report.rows import SuiteRows
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+OWN_ROW = "FP32"
+"""The row that shows what training alone did to a model: the FP32 metric of each method's own weights."""
+
+_ABSENT = "--"
+
+RowKey = tuple[str, str]  # model, and precision with whatever else varies
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method in one row, over its seeds.
+
+    Attributes:
+        value: Mean of the metric.
+        drop: Mean drop against the reference.
+        low: Lower end of the drop's 95 % interval; with several seeds ``None``.
+        high: Its upper end.
+        deviation: Standard deviation over seeds; ``None`` for one.
+        higher_is_better: Direction of the metric.
+    """
+
+    value: float
+    drop: float | None
+    low: float | None
+    high: float | None
+    deviation: float | None
+    higher_is_better: bool
+
+    def lines(self) -> tuple[str, str]:
+        """The value, and below it the drop with its interval."""
+        spread = "" if self.deviation is None else f" ± {self.deviation:.1f}"
+        if self.drop is None:
+            return f"{self.value:.1f}{spread}", ""
+        # + 0.0 turns a negative zero into zero
+        below = f"{round(self.drop, 1) + 0.0:.1f}"
+        if self.low is not None and self.high is not None:
+            below += f" [{round(self.low, 1) + 0.0:.1f}, {round(self.high, 1) + 0.0:.1f}]"
+        return f"{self.value:.1f}{spread}", below
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows, columns and entries, apart from any output format."""
+
+    caption: str
+    methods: list[str]
+    rows: list[RowKey]
+    entries: dict[tuple[RowKey, str], Entry]
+    notes: dict[tuple[RowKey, str], str]
+
+    def best(self, row: RowKey) -> set[str]:
+        """The methods with the best value of a row as printed; the reference and FP32 rows do not compete."""
+        rivals = {
+            method: round(entry.value, 1)
+            for method in self.methods
+            if (entry := self.entries.get((row, method))) is not None and method != REFERENCE_METHOD
+        }
+        if not rivals or row[1] == OWN_ROW:
+            return set()
+        first = next(self.entries[row, method] for method in rivals)
+        top = max(rivals.values()) if first.higher_is_better else min(rivals.values())
+        return {method for method, value in rivals.items() if value == top}
+
+
+def make_table(rows: SuiteRows) -> Table:
+    """Arrange the finished cells of a suite; several seeds become mean and deviation."""
+    groups: dict[tuple[RowKey, str], list[Record]] = defaultdict(list)
+    notes: dict[tuple[RowKey, str], str] = {}
+    keys: dict[RowKey, None] = {}
+    methods: dict[str, None] = {REFERENCE_METHOD: None}
+    for cell in rows.cells:
+        record = rows.records.get(cell.cell_id)
+        if cell.is_reference:
+            continue
+        key = (cell.model, _row_name(cell, rows))
+        keys[key] = None
+        methods[cell.label] = None
+        if record is None:
+            notes[key, cell.label] = "failed" if cell.cell_id in rows.failures else "missing"
+        elif record.result is None:
+            notes[key, cell.label] = "n/a"
+        else:
+            groups[key, cell.label].append(record)
+    entries = {place: _entry(records) for place, records in groups.items()}
+    own = _own_rows(groups)
+    ordered: list[RowKey] = []
+    for key in keys:
+        if (key[0], OWN_ROW) not in ordered and any(place[0][0] == key[0] for place in own):
+            ordered.append((key[0], OWN_ROW))
+        ordered.append(key)
+    entries |= own
+    entries |= _references(rows, ordered)
+    return Table(_caption(rows), list(methods), ordered, entries, notes)
+
+
+def _row_name(cell: Cell, rows: SuiteRows) -> str:
+    """The precision, with whatever else the suite varies."""
+    parts = [cell.precision]
+    suite = rows.suite
+    if len(suite.profiles) > 1:
+        parts.append(cell.profile)
+    if len(suite.weight_granularity) > 1:
+        parts.append(cell.weight_granularity.replace("_", " "))
+    if len(suite.symmetric) > 1:
+        parts.append("symmetric" if cell.symmetric else "asymmetric")
+    return " ".join(parts)
+
+
+def _entry(records: list[Record]) -> Entry:
+    results = [record.result for record in records if record.result is not None]
+    values = [result.value for result in results]
+    one = len(results) == 1
+    return Entry(
+        value=fmean(values),
+        drop=fmean(result.drop for result in results),
+        low=results[0].ci_low if one else None,
+        high=results[0].ci_high if one else None,
+        deviation=None if one else stdev(values),
+        higher_is_better=results[0].higher_is_better,
+    )
+
+
+def _own_rows(groups: dict[tuple[RowKey, str], list[Record]]) -> dict[tuple[RowKey, str], Entry]:
+    """A row per model: the FP32 metric of trained weights over the seeds; precisions share weights."""
+    values: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    directions: dict[str, bool] = {}
+    for (key, method), records in groups.items():
+        for record in records:
+            if record.result is not None and record.result.fp32_own is not None:
+                values[key[0], method][str(record.weights_digest)] = record.result.fp32_own
+                directions[key[0]] = record.result.higher_is_better
+    return {
+        ((model, OWN_ROW), method): Entry(
+            value=fmean(found.values()),
+            drop=None,
+            low=None,
+            high=None,
+            deviation=stdev(found.values()) if len(found) > 1 else None,
+            higher_is_better=directions[model],
+        )
+        for (model, method), found in values.items()
+    }
+
+
+def _references(rows: SuiteRows, keys: list[RowKey]) -> dict[tuple[RowKey, str], Entry]:
+    """The reference's value beside every row of its model."""
+    found: dict[str, Entry] = {}
+    for record in rows.records.values():
+        result = record.result
+        if result is not None:
+            found[record.cell.model] = Entry(result.fp32, None, None, None, None, result.higher_is_better)
+    return {(key, REFERENCE_METHOD): found[key[0]] for key in keys if key[0] in found}
+
+
+def _caption(rows: SuiteRows) -> str:
+    suite = rows.suite
+    results = [record.result for record in rows.records.values() if record.result is not None]
+    metrics = sorted(
+        {f"{result.metric} (%)" if result.metric == "accuracy" else result.metric for result in results}
+    )
+    counts: dict[str, int] = {}
+    for record in rows.records.values():
+        if record.result is not None:
+            counts[record.cell.task] = record.result.n
+    items = ", ".join(f"n = {count} ({task})" for task, count in sorted(counts.items()))
+    several = len(suite.seeds) > 1
+    spread = (
+        f"mean and standard deviation over {len(suite.seeds)} seeds"
+        if several
+        else "with its paired 95% bootstrap interval"
+    )
+    partial = "" if rows.complete else f" Partial: {rows.finished} of {len(rows.cells)} cells."
+    random = " Random weights: the numbers mean nothing." if suite.name == "smoke" else ""
+    return (
+        f"Suite {suite.name}: {' and '.join(metrics) or 'metric'} on the test split and, below, the drop "
+        f"against FP32 in points, {spread}. {items}; profile {', '.join(suite.profiles)}; "
+        f"weights {', '.join(suite.weight_granularity).replace('_', ' ')}, activations "
+        f"{' and '.join('symmetric' if value else 'asymmetric' for value in suite.symmetric)} per tensor; "
+        f"{suite.calibration_items} calibration items, seed {', '.join(map(str, suite.seeds))}. "
+        f"Row FP32: each method's own weights before quantization. Best of a row in bold.{random}{partial}"
+    )
+
+
+def text_of(table: Table, row: RowKey, method: str) -> tuple[str, str]:
+    """What stands in a place of the table: an entry's two lines, or a note."""
+    entry = table.entries.get((row, method))
+    if entry is not None:
+        return entry.lines()
+    return table.notes.get((row, method), _ABSENT), ""
+
+
+def to_latex(table: Table, label: str) -> str:
+    """A floating LaTeX table for the package booktabs; nothing else is needed to compile it."""
+    import pandas as pd
+
+    columns = [_latex(method) for method in table.methods]
+    index = pd.MultiIndex.from_tuples([(_latex(model), _latex(name)) for model, name in table.rows])
+    cells = [[_latex_cell(table, row, method) for method in table.methods] for row in table.rows]
+    frame = pd.DataFrame(cells, index=index, columns=columns)
+    # the index has no names: a header row of its own would only repeat "model, precision"
+    body = frame.style.to_latex(
+        hrules=True,
+        clines="skip-last;data",
+        column_format="ll" + "r" * len(columns),
+        caption=_latex(table.caption),
+        label=label,
+        position="htbp",
+        position_float="centering",
+        multirow_align="naive",
+    )
+    # between models booktabs' lighter rule, and none above its bottom rule
+    rule = f"\\cline{{1-{len(columns) + 2}}}\n"
+    body = body.replace(rule + "\\bottomrule", "\\bottomrule").replace(rule, "\\midrule\n")
+    return "% made by `python -m benchmark table --format latex`; needs \\usepackage{booktabs}\n" + body
+
+
+def _latex_cell(table: Table, row: RowKey, method: str) -> str:
+    first, second = (_latex(line) for line in text_of(table, row, method))
+    if method in table.best(row):
+        first = f"\\textbf{{{first}}}"
+    return f"\\shortstack[r]{{{first} \\\\ {{\\scriptsize {second}}}}}" if second else first
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+}
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def to_grid(table: Table, style: str) -> str:
+    """The table for a terminal (``simple_grid``) or Markdown (``github``), with tabulate."""
+    from tabulate import tabulate
+
+    markdown = style == "github"
+    body = []
+    for row in table.rows:
+        line = list(row)
+        for method in table.methods:
+            first, second = text_of(table, row, method)
+            if method in table.best(row):
+                first = f"**{first}**" if markdown else f"{first} *"
+            line.append(f"{first}<br>{second}" if markdown and second else f"{first}\n{second}".strip())
+        body.append(line)
+    headers = ["model", "precision", *table.methods]
+    align = ["left", "left", *["right"] * len(table.methods)]
+    text = tabulate(body, headers=headers, tablefmt=style, colalign=align, disable_numparse=True)
+    best = "" if markdown else "\n* best of its row"
+    return f"{table.caption}{best}\n\n{text}\n"
+
+
+def to_frame(rows: SuiteRows) -> pd.DataFrame:
+    """The rows as a frame, one line a cell."""
+    import pandas as pd
+
+    return pd.DataFrame(rows.to_json())

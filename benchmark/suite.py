@@ -1,0 +1,146 @@
+"""Suites: TOML files that say which models, methods, precisions, profiles and seeds belong together."""
+
+from __future__ import annotations
+
+import itertools
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from quanttune.errors import ConfigError, UnknownNameError
+from quanttune.quantization.precision import Precision
+from quanttune.quantization.sites import PROFILES
+
+DEFAULT_SUITE = "laptop"
+GRANULARITIES = ("per_channel", "per_tensor")
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method of a suite with the parameters the suite sets; the rest are the method's defaults."""
+
+    name: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What a suite file says.
+
+    Attributes:
+        name: The file's name without its ending.
+        models: Names of registered models.
+        methods: Methods with parameters; list-valued parameters are already expanded.
+        precisions: Bit widths such as ``W8A8``.
+        calibration_items: Training items each method may calibrate on.
+        limit: Number of test items, ``None`` for the whole split.
+    """
+
+    name: str
+    description: str
+    models: tuple[str, ...]
+    methods: tuple[MethodSpec, ...]
+    precisions: tuple[str, ...]
+    profiles: tuple[str, ...] = ("full",)
+    seeds: tuple[int, ...] = (0,)
+    weight_granularity: tuple[str, ...] = ("per_channel",)
+    symmetric: tuple[bool, ...] = (True,)
+    calibration_items: int = 128
+    limit: int | None = None
+
+
+def suite_names() -> list[str]:
+    """Names of the suites that come with the package, sorted."""
+    folder = resources.files("benchmark.suites")
+    return sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml"))
+
+
+def load_suite(name: str) -> Suite:
+    """Read a suite by its name, or from a path that ends in ``.toml``.
+
+    Raises:
+        UnknownNameError: If no suite has the name.
+        ConfigError: If the file cannot be read or holds something that is not a suite.
+    """
+    if name.endswith(".toml"):
+        path = Path(name)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read suite file {name}: {error}") from error
+        return parse_suite(path.stem, text, origin=name)
+    if name not in suite_names():
+        raise UnknownNameError("suite", name, suite_names())
+    text = (resources.files("benchmark.suites") / f"{name}.toml").read_text(encoding="utf-8")
+    return parse_suite(name, text, origin=f"suite {name}")
+
+
+def parse_suite(name: str, text: str, origin: str) -> Suite:
+    """Turn the text of a suite file into a :class:`Suite`; ``origin`` names it in messages.
+
+    Raises:
+        ConfigError: If a key is unknown, missing or of the wrong type.
+    """
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{origin} is not valid TOML: {error}") from error
+    for key in raw:
+        if key not in _FIELDS:
+            raise UnknownNameError(f"key in {origin}:", key, _FIELDS)
+    for key in ("models", "methods", "precisions"):
+        if not raw.get(key):
+            raise ConfigError(f"{origin} has no {key}; give at least one")
+    values = {key: _check(origin, key, value) for key, value in raw.items() if key != "methods"}
+    methods = tuple(itertools.chain.from_iterable(_methods(origin, item) for item in raw["methods"]))
+    for key, allowed in (("weight_granularity", GRANULARITIES), ("profiles", PROFILES)):
+        for value in values.get(key, ()):
+            if value not in allowed:
+                raise ConfigError(f"{origin}: {key} holds {value!r}; known: {', '.join(allowed)}")
+    values["precisions"] = tuple(str(Precision.parse(text)) for text in values["precisions"])
+    return Suite(name=name, methods=methods, **{"description": "", **values})
+
+
+_FIELDS: dict[str, type] = {
+    "description": str,
+    "models": str,
+    "methods": dict,
+    "precisions": str,
+    "profiles": str,
+    "seeds": int,
+    "weight_granularity": str,
+    "symmetric": bool,
+    "calibration_items": int,
+    "limit": int,
+}
+_SCALARS = ("description", "calibration_items", "limit")
+
+
+def _check(origin: str, key: str, value: Any) -> Any:
+    kind = _FIELDS[key]
+    items = [value] if key in _SCALARS else value
+    if not isinstance(items, list) or not items or any(type(item) is not kind for item in items):
+        wanted = kind.__name__ if key in _SCALARS else f"a list of {kind.__name__}"
+        raise ConfigError(f"{origin}: {key} = {value!r}; expected {wanted}")
+    if key in ("calibration_items", "limit") and value < 1:
+        raise ConfigError(f"{origin}: {key} = {value}; it must be at least 1")
+    return value if key in _SCALARS else tuple(value)
+
+
+def _methods(origin: str, item: Any) -> Iterator[MethodSpec]:
+    """One spec per combination of the list-valued parameters of a ``[[methods]]`` table."""
+    if not isinstance(item, dict) or not isinstance(item.get("name"), str):
+        raise ConfigError(
+            f'{origin}: every [[methods]] table needs a name, e.g. name = "minmax"; got {item!r}'
+        )
+    parameters = {key: value for key, value in item.items() if key != "name"}
+    axes = [[(key, choice) for choice in _choices(value)] for key, value in parameters.items()]
+    for combination in itertools.product(*axes):
+        yield MethodSpec(item["name"], dict(combination))
+
+
+def _choices(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
