@@ -22,6 +22,7 @@ from quanttune.quantization.tracing import SiteVisitor, walks
 
 _MARK = "_quanttune_site"
 _EMBEDDING = "<embedding>"
+_PRODUCT = "<product>"  # of two tensors, element by element
 
 _RESULT_KINDS = {
     "linear": SiteKind.LINEAR_OUTPUT,
@@ -39,22 +40,26 @@ _OPERAND_KINDS = {
 _ACTIVATION_FUNCTIONS = frozenset({"gelu", "silu", "relu", "tanh"})
 
 # Operations whose result holds the same numbers, up to one constant factor, in another arrangement.
+_ARRANGEMENTS = (
+    "chunk", "clone", "detach", "flatten", "gather", "index_select", "movedim", "narrow", "permute", "ravel",
+    "repeat_interleave", "reshape", "roll", "select", "split", "squeeze", "swapaxes", "transpose", "unbind",
+    "unflatten", "unsqueeze",
+)  # fmt: skip
+_TENSOR_ARRANGEMENTS = (
+    *_ARRANGEMENTS, "__getitem__", "bfloat16", "contiguous", "cpu", "cuda", "double", "expand", "expand_as",
+    "float", "half", "repeat", "reshape_as", "to", "type", "type_as", "view", "view_as",
+)  # fmt: skip
 _REARRANGING: frozenset[Any] = frozenset(
     {
-        *(getattr(Tensor, name) for name in (
-            "reshape", "view", "permute", "transpose", "contiguous", "flatten", "unflatten", "squeeze",
-            "unsqueeze", "chunk", "split", "unbind", "expand", "__getitem__", "to", "type_as", "float",
-            "roll", "clone",
-        )),
-        *(getattr(torch, name) for name in (
-            "reshape", "permute", "transpose", "flatten", "unflatten", "squeeze", "unsqueeze", "chunk",
-            "split", "unbind", "roll", "clone", "dropout",
-        )),
+        *(getattr(Tensor, name) for name in _TENSOR_ARRANGEMENTS),
+        *(getattr(torch, name) for name in _ARRANGEMENTS),
+        torch.dropout,
         F.dropout,
         F.pad,
+        Tensor.T.__get__,  # type: ignore[attr-defined]
         Tensor.mT.__get__,  # type: ignore[attr-defined]
     }
-)  # fmt: skip
+)
 _SUMS: frozenset[Any] = frozenset({torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__})
 _SCALING: frozenset[Any] = frozenset(
     {Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul, Tensor.div, Tensor.__truediv__, torch.div}
@@ -68,13 +73,22 @@ class _Discovery(SiteVisitor):
         super().__init__(model)
         self.sites: dict[str, Site] = {}
         self._parameters = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._constants = {*self._parameters, *(id(buffer) for buffer in model.buffers())}
+        self._sum: str | None = None  # the site of the addition that is running, if it is one
+        self._summands: dict[str, list[str | None]] = {}
+        self._scores: set[str] = set()  # results of matrix products that no softmax fed, and their sums
+        self._projected_embeddings: set[str] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        marks = [mark for value in (*args, *(kwargs or {}).values()) for mark in _marks_in(value)]
+        # Read before the call: an operation in place marks its own operand.
+        operands = (*args, *(kwargs or {}).values())
+        marks = [mark for value in operands for mark in _marks_in(value)]
+        summands = [_mark_of(value) for value in operands[:2]]
         result = super().__torch_function__(func, types, args, kwargs)
-        passed_on = func in _REARRANGING or (func in _SCALING and not _is_tensor_product(args))
+        scales = func in _SCALING and not _is_tensor_product(args)
+        passed_on = func in _REARRANGING or scales
         if not passed_on and (func in _SUMS or not walks(func)) and _is_tensors(result):
             for mark in marks:
                 self._read(mark, f"{self.path}/{getattr(func, '__name__', func)}")
@@ -85,8 +99,14 @@ class _Discovery(SiteVisitor):
         elif func is torch.cat:
             filled = [tensor for tensor in args[0] if tensor.numel()]  # a key-value cache starts empty
             _mark_all(result, _mark_of(filled[0]) if len(filled) == 1 else None)
-        elif func in _SUMS:
-            self._classify_sum(result, args)
+        elif func in _SCALING:
+            _mark_all(result, _PRODUCT)
+        elif func in _SUMS and (site_id := self._take_sum()) is not None:
+            self._classify_sum(site_id, summands, any(id(value) in self._constants for value in operands))
+        elif func is F.scaled_dot_product_attention:
+            self._leave_mask_in_float(args, kwargs or {})
+        elif not walks(func) or func in _SUMS:
+            _mark_all(result, None)  # new numbers, perhaps in the place of old ones
         return result
 
     def visit(self, site_id: str, tensor: Tensor) -> Tensor:
@@ -106,6 +126,8 @@ class _Discovery(SiteVisitor):
 
     def _operand(self, site_id: str, name: str, tensor: Tensor) -> None:
         source = _mark_of(tensor)
+        if name == "linear" and source == _EMBEDDING:
+            self._projected_embeddings.add(f"{site_id.rpartition('.')[0]}.output")
         source = source if source in self.sites else None
         if source is not None:
             self._read(source, site_id)
@@ -119,37 +141,57 @@ class _Discovery(SiteVisitor):
     def _result(self, site_id: str, operation: str, name: str, tensor: Tensor) -> None:
         if name == "add":
             kind = SiteKind.RESIDUAL_SUM  # _classify_sum, which sees the operands, has the last word
+            self._sum = site_id
         elif name in _ACTIVATION_FUNCTIONS:
             kind = SiteKind.ACTIVATION
         else:
             kind = _RESULT_KINDS[name]
         if name == "matmul" and "/softmax" in (self.sites[f"{operation}.a"].source or ""):
             kind = SiteKind.ATTENTION_OUTPUT
+        elif name == "matmul":
+            self._scores.add(site_id)
         self._record(site_id, kind, tensor)
         _mark_all(tensor, site_id)
 
-    def _classify_sum(self, result: Any, args: tuple[Any, ...]) -> None:
-        site_id = _mark_of(result)
-        if site_id is None or site_id not in self.sites or "/add" not in site_id:
-            return
-        operands = args[:2]
-        marks = [_mark_of(operand) for operand in operands]
+    def _take_sum(self) -> str | None:
+        site_id, self._sum = self._sum, None
+        return site_id
+
+    def _classify_sum(self, site_id: str, marks: list[str | None], has_constant: bool) -> None:
+        self._summands[site_id] = marks
         kinds = [self.sites[mark].kind if mark in self.sites else None for mark in marks]
-        embedded = [
-            mark == _EMBEDDING or kind is SiteKind.EMBEDDING_SUM
-            for mark, kind in zip(marks, kinds, strict=True)
-        ]
-        if any(
-            kind is SiteKind.UNQUANTIZED and "/matmul" in str(mark)
-            for mark, kind in zip(marks, kinds, strict=True)
-        ):
+        if any(mark in self._scores for mark in marks):
+            self._scores.add(site_id)
             self._change(site_id, SiteKind.UNQUANTIZED)  # a bias on the attention scores
-        elif all(embedded) or any(isinstance(operand, nn.Parameter) for operand in operands):
+        elif all(mark == _PRODUCT for mark in marks):
+            self._change(site_id, SiteKind.UNQUANTIZED)  # a rotation by position, quantized as an operand
+        elif has_constant or all(self._is_embedded(mark) for mark in marks):
             self._change(site_id, SiteKind.EMBEDDING_SUM)
             for mark, kind in zip(marks, kinds, strict=True):
                 if mark is not None and kind is SiteKind.EMBEDDING_SUM:
                     # Of a chain of sums, integers hold only the total.
                     self._change(mark, SiteKind.UNQUANTIZED)
+
+    def _is_embedded(self, mark: str | None) -> bool:
+        if mark is None or mark == _EMBEDDING or mark in self._projected_embeddings:
+            return mark is not None
+        return mark in self.sites and self.sites[mark].kind is SiteKind.EMBEDDING_SUM
+
+    def _leave_mask_in_float(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The mask of a fused attention is added to the scores, so a sum that made it is no residual sum."""
+        mark = _mark_of(kwargs.get("attn_mask", args[3] if len(args) > 3 else None))
+        if mark in self._summands:
+            self._change(mark, SiteKind.UNQUANTIZED)
+
+    def leave_logits_in_float(self, logits: Tensor) -> None:
+        """Leave in float the site that made ``logits``, and the linear outputs of which it is a mean."""
+        mark = _mark_of(logits)
+        if mark not in self.sites:
+            return
+        self._change(mark, SiteKind.UNQUANTIZED)
+        for summand in self._summands.get(mark, []):
+            if summand in self.sites and self.sites[summand].kind is SiteKind.LINEAR_OUTPUT:
+                self._change(summand, SiteKind.UNQUANTIZED)
 
     def _record(
         self,
@@ -190,7 +232,9 @@ def _is_tensors(result: Any) -> bool:
 def _mark_all(result: Any, mark: str | None) -> None:
     tensors = result if isinstance(result, tuple | list) else (result,)
     for tensor in tensors:
-        if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter) and mark is not None:
+        if not isinstance(tensor, Tensor) or isinstance(tensor, nn.Parameter):
+            continue
+        if mark is not None or hasattr(tensor, _MARK):
             setattr(tensor, _MARK, mark)
 
 
@@ -214,16 +258,15 @@ def discover_sites(
     Raises:
         ValueError: If no operation of the model was recognised.
     """
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad(), _Discovery(model) as discovery:
             output = call_model(model, inputs)
     finally:
-        model.train(training)
-    made_by = _mark_of(logits(output))
-    if made_by in discovery.sites:
-        discovery._change(made_by, SiteKind.UNQUANTIZED)
+        for module in training:
+            module.training = True  # one by one: a frozen part of a training model stays frozen
+    discovery.leave_logits_in_float(logits(output))
     if not discovery.sites:
         raise ValueError(
             f"no linear layer, matrix product or normalisation was seen in {type(model).__name__}; "

@@ -1,0 +1,111 @@
+"""Tiny models of the real classes and calibration data for the tests of FQ-ViT and PTQ4ViT."""
+
+from __future__ import annotations
+
+import timm
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from baselines.method import Batch, Context
+from quanttune.quantization import Precision, discover_sites
+from quanttune.seeds import torch_generator
+
+
+def seeded(build) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return build().eval()
+
+
+def tiny_vit() -> nn.Module:
+    return seeded(
+        lambda: timm.create_model(
+            "vit_tiny_patch16_224",
+            img_size=32,
+            patch_size=8,
+            embed_dim=24,
+            depth=2,
+            num_heads=3,
+            num_classes=5,
+        )
+    )
+
+
+def tiny_deit() -> nn.Module:
+    return seeded(
+        lambda: timm.create_model(
+            "deit_tiny_distilled_patch16_224",
+            img_size=32,
+            patch_size=8,
+            embed_dim=24,
+            depth=1,
+            num_heads=2,
+            num_classes=5,
+        )
+    )
+
+
+def tiny_swin() -> nn.Module:
+    """Its patch embedding is 16 channels of 16 x 16 positions, so sizes alone do not tell the channels."""
+    return seeded(
+        lambda: timm.create_model(
+            "swin_tiny_patch4_window7_224",
+            img_size=64,
+            window_size=4,
+            embed_dim=16,
+            depths=(2, 1),
+            num_heads=(2, 2),
+            num_classes=5,
+        )
+    )
+
+
+def tiny_bert() -> nn.Module:
+    config = BertConfig(
+        vocab_size=40,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        num_labels=3,
+    )
+    return seeded(lambda: BertForSequenceClassification(config))
+
+
+IMAGE_MODELS = {"vit": (tiny_vit, 32), "deit": (tiny_deit, 32), "swin": (tiny_swin, 64)}
+ALL_MODELS = [*IMAGE_MODELS, "bert"]
+
+
+def images(n: int, size: int, seed: int = 0) -> Tensor:
+    return torch.randn(n, 3, size, size, generator=torch_generator(seed, "images"))
+
+
+def token_batch(n: int, seed: int = 0, length: int = 9) -> dict[str, Tensor]:
+    """Every item but the first ends in padding."""
+    generator = torch_generator(seed, "tokens")
+    ids = torch.randint(1, 40, (n, length), generator=generator)
+    lengths = torch.randint(2, length, (n, 1), generator=generator)
+    lengths[0] = length
+    mask = (torch.arange(length) < lengths).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def model_and_batches(name: str, n_batches: int = 2, size: int = 8) -> tuple[nn.Module, list[Batch]]:
+    if name == "bert":
+        model = tiny_bert()
+        inputs = [token_batch(size, seed, length=9 - seed) for seed in range(n_batches)]
+    else:
+        build, pixels = IMAGE_MODELS[name]
+        model = build()
+        inputs = [images(size, pixels, seed) for seed in range(n_batches)]
+    targets = [
+        torch.randint(0, 3, (size,), generator=torch_generator(seed, "targets")) for seed in range(n_batches)
+    ]
+    return model, [Batch(*pair) for pair in zip(inputs, targets, strict=True)]
+
+
+def context_for(name: str, profile: str = "full", precision: str = "W8A8", **changes) -> Context:
+    model, batches = model_and_batches(name)
+    sites = discover_sites(model, batches[0].inputs)
+    return Context(model, sites, profile, Precision.parse(precision), batches, **changes)
