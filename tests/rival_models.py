@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import timm
 import torch
 from torch import Tensor, nn
@@ -12,10 +14,23 @@ from quanttune.quantization import Precision, discover_sites
 from quanttune.seeds import torch_generator
 
 
-def seeded(build) -> nn.Module:
+def seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    """A model whose channels differ in range, as those of trained models do; fresh ones are all alike."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        return build().eval()
+        model = build().eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                spread = torch.exp(0.8 * torch.randn(len(parameter)))
+                if "norm" in name.lower():
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+                elif parameter.dim() in (2, 4):
+                    parameter.normal_(std=parameter[0].numel() ** -0.5).mul_(
+                        spread.view(-1, *[1] * (parameter.dim() - 1))
+                    )
+                else:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
 
 
 def tiny_vit() -> nn.Module:

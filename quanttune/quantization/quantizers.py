@@ -17,6 +17,13 @@ class Quantizer(Protocol):
         ...
 
 
+def straight_through(values: Tensor, quantized: Tensor) -> Tensor:
+    """``quantized``, with the gradient that ``values`` would have (straight-through estimator)."""
+    if torch.is_grad_enabled() and values.requires_grad:
+        return values + (quantized - values).detach()
+    return quantized
+
+
 class UniformQuantizer:
     """Equidistant levels ``scale * (code - zero_point)``, per tensor or per channel.
 

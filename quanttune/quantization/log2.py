@@ -1,0 +1,107 @@
+"""Attention probabilities as powers of two, and a softmax on integers alone (FQ-ViT, arXiv 2111.13824)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from quanttune.errors import ConfigError
+from quanttune.quantization.quantizers import straight_through
+
+_A, _B, _C = 0.3585, 1.353, 0.344
+"""``exp(p)`` on ``(-ln 2, 0]`` is about ``_A (p + _B)**2 + _C`` (I-BERT, arXiv 2101.01321, equation 13)."""
+SHIFTS = 30
+"""Largest right shift of the exponential: scores more than ``30 ln 2`` below the largest count as there."""
+
+
+class Log2Quantizer:
+    """Probabilities as powers of two: code ``q = round(-log2 p)``, value ``2**-q``.
+
+    Codes run from 0 to ``2**bits - 1``; a probability whose code would be larger, zero included, becomes 0.
+
+    Args:
+        bits: Bit width, usually 4.
+    """
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+        self._codes = 2**bits
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Quantize and dequantize probabilities of any shape."""
+        codes = torch.log2(values.detach()).neg_().round_().clamp_(min=0)
+        return straight_through(values, _power_of_two(codes, self._codes))
+
+    def __repr__(self) -> str:
+        return f"Log2Quantizer({self.bits} bits)"
+
+
+class IntegerSoftmaxQuantizer:
+    """Log-Int-Softmax: what :class:`Log2Quantizer` gives when the softmax itself is computed on integers.
+
+    Scores are integers ``i`` times ``scale``. With ``e_i`` the polynomial exponential of ``scale * (i - max
+    i)``, the code is the rounded binary logarithm of the integer ``round(sum e / e_i)``: the position of its
+    leading bit, one more if the next bit is set. Score differences are read back from the floating-point
+    probabilities, so masks and score biases need no handling of their own.
+
+    Args:
+        bits: Bit width of the codes, usually 4.
+        scale: Step of the scores, positive.
+
+    Raises:
+        ConfigError: If the step is not positive.
+    """
+
+    def __init__(self, bits: int, scale: float) -> None:
+        if not scale > 0:
+            raise ConfigError(f"the score step {scale} of an integer softmax must be positive")
+        self.bits, self.scale = bits, scale
+        self._codes = 2**bits
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Quantize probabilities: rows sum to 1, or are zero where every score is masked."""
+        with torch.no_grad():
+            probabilities = values.detach().double()
+            largest = probabilities.amax(dim=-1, keepdim=True)
+            scores = torch.log(probabilities / largest).div_(self.scale).round_()
+            # A masked row gives 0 / 0; any score will do, since its result is set to 0 below.
+            exponentials = integer_exponential(scores.nan_to_num_(nan=0.0, neginf=-math.inf), self.scale)
+            ratio = (exponentials.sum(dim=-1, keepdim=True) / exponentials).round_()
+            quantized = _power_of_two(integer_log2(ratio), self._codes)
+            # The shifted exponential of a masked score is small but not zero; its code is past the last one
+            # unless the width is large, so the mask is kept.
+            quantized = torch.where(values > 0, quantized.to(values.dtype), 0.0)
+        return straight_through(values, quantized)
+
+    def __repr__(self) -> str:
+        return f"IntegerSoftmaxQuantizer({self.bits} bits, scale {self.scale:.4g})"
+
+
+def integer_exponential(scores: Tensor, scale: float) -> Tensor:
+    """``exp(scale * scores)`` by integer arithmetic, up to a common factor (I-BERT, algorithm 2).
+
+    Args:
+        scores: Integer-valued, none positive, any shape, float64; minus infinity counts as far below.
+        scale: Step of the scores.
+
+    Returns:
+        Integers, as float64, proportional to the exponentials; none is below 1.
+    """
+    ln2 = max(math.floor(math.log(2) / scale), 1)
+    scores = scores.clamp(min=-SHIFTS * ln2)
+    shift = torch.floor(-scores / ln2)
+    rest = scores + shift * ln2
+    polynomial = (rest + math.floor(_B / scale)) ** 2 + math.floor(_C / (_A * scale**2))
+    return torch.floor(polynomial * 2.0 ** (SHIFTS - shift)).clamp_(min=1)
+
+
+def integer_log2(values: Tensor) -> Tensor:
+    """Binary logarithm of positive integers, rounded by the bit after the leading one."""
+    exponent = torch.frexp(values).exponent.to(values.dtype) - 1
+    return exponent + (values >= 1.5 * torch.exp2(exponent)).to(values.dtype)
+
+
+def _power_of_two(codes: Tensor, count: int) -> Tensor:
+    return torch.where(codes < count, torch.exp2(-codes), 0.0)
