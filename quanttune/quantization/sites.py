@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from quanttune.errors import UnknownNameError
 
@@ -55,6 +56,7 @@ class Site:
             parameter.
         source: For an operand that is another site's tensor seen through views only, that site. Quantizing
             both would round the same numbers twice, so a profile that has the source leaves the operand out.
+        consumers: What reads the tensor: ids of operands, and ``<module path>/<function>`` for the rest.
     """
 
     id: str
@@ -80,6 +82,10 @@ class SiteTable(Mapping[str, Site]):
         if site_id not in self._sites:
             raise UnknownNameError("site", site_id, self._sites)
         return self._sites[site_id]
+
+    def get(self, site_id: str, default: Any = None) -> Any:
+        """The site called ``site_id``, or ``default``."""
+        return self._sites.get(site_id, default)
 
     def __contains__(self, site_id: object) -> bool:
         return site_id in self._sites

@@ -169,11 +169,14 @@ def _walk_unary(name: str) -> Callable[..., Tensor]:
 
 
 def _walk_add(visitor: SiteVisitor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    left, right = (*args, *(kwargs[key] for key in ("input", "other") if key in kwargs))[:2]
     result = func(*args, **kwargs)
-    left, right = (args[0], args[1] if len(args) > 1 else kwargs.get("other"))
     if not _is_sum_of_tokens(left, right):
         return result
-    return visitor.visit(f"{visitor.operation_id('add')}.output", result)
+    visited = visitor.visit(f"{visitor.operation_id('add')}.output", result)
+    if result is left and visited is not result:
+        return result.copy_(visited)  # in place: whoever else holds this tensor must see the same numbers
+    return visited
 
 
 def _is_sum_of_tokens(left: Any, right: Any) -> bool:
@@ -182,13 +185,11 @@ def _is_sum_of_tokens(left: Any, right: Any) -> bool:
         return False
     if not (left.is_floating_point() and right.is_floating_point()):
         return False
-    if left.shape == right.shape:
-        return left.dim() >= 2
-    short, long = sorted((left, right), key=lambda tensor: (tensor.dim(), tensor.shape[:1]))
-    if long.dim() < 3:
+    short, long = sorted((left.shape, right.shape), key=len)
+    if len(long) < (2 if len(short) == len(long) else 3):
         return False
-    broadcast = short.shape if short.dim() < long.dim() else short.shape[1:]
-    return broadcast == long.shape[1:] and short.numel() < long.numel()
+    # The batch alone may be broadcast, which in a batch of one item looks like no broadcast.
+    return (short if len(short) < len(long) else short[1:]) == long[1:]
 
 
 def _walk_attention(visitor: SiteVisitor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -228,9 +229,12 @@ def _softmax(scores: Tensor) -> Tensor:
 
 
 def _safe_softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last dimension; zeros, not NaN, in a row masked throughout, as in the fused kernel."""
-    probabilities = torch.softmax(scores, dim=-1)
-    return torch.where((scores == float("-inf")).all(dim=-1, keepdim=True), 0.0, probabilities)
+    """Softmax over the last dimension; zeros, not NaN, in a row masked throughout, as in the fused kernel.
+
+    Such a row is taken out before the softmax: the gradient of NaN is NaN even where it is not chosen.
+    """
+    masked = (scores == float("-inf")).all(dim=-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(masked, 0.0), dim=-1).masked_fill(masked, 0.0)
 
 
 _WALKERS: dict[Any, Callable[..., Any]] = {
