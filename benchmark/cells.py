@@ -155,12 +155,14 @@ def expand(suite: Suite, selection: Selection | None = None, limit: int | None =
         base = _model_fields(model)
         common = {
             "calibration_items": suite.calibration_items,
-            "limit": limit if limit is not None else suite.limit,
+            "limit": _effective_limit(base["task"], suite.limit if limit is None else limit),
         }
         for cell in _model_cells(base | common, methods, suite, precisions, profiles, seeds):
             cells.setdefault(cell.cell_id, cell)
     if not cells:
-        raise ConfigError(f"nothing of suite {suite.name} is selected; see `list cells --suite {suite.name}`")
+        raise ConfigError(
+            f"nothing of suite {suite.name} is selected; see `list cells --suite {suite.origin}`"
+        )
     return list(cells.values())
 
 
@@ -210,6 +212,11 @@ def _cell(
         symmetric=symmetric,
         seed=seed,
     )
+
+
+def _effective_limit(task: str, limit: int | None) -> int | None:
+    """A limit that the split does not reach is none: the same number must have one id."""
+    return None if limit is None or limit >= len(get_task(task).split_ids("test")) else limit
 
 
 def _model_fields(name: str) -> dict[str, Any]:

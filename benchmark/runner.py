@@ -111,7 +111,7 @@ class CellRunner:
             KeyboardInterrupt: If the user stops it; the store then holds nothing half-written.
         """
         started = time.monotonic()
-        with self.store.lock(f"cell-{cell.cell_id}"):
+        with self.store.cell_lock(cell.cell_id):
             stored = stored_outcome(self.store, cell, self.settings.overwrite)
             if stored is not None:  # another process finished it in the meantime
                 return stored

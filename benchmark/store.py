@@ -7,11 +7,14 @@ Layout of a results folder::
     cells/<cell id>.safetensors     its per-item scores and predictions
     failures/<cell id>.json         why a cell failed last; never read as a result
     references/<identity>.json      digest of the reference weights a model has at present
+    locks/<cell id>.lock            a cell under way, or interrupted
     stages/<name>/<key>.safetensors expensive intermediate results, see :mod:`benchmark.stages`
+    tables/, mlflow.db, mlartifacts/  views, made again by `table` and `sync`
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -156,9 +159,29 @@ class Store:
             text = json.dumps({"schema": SCHEMA, "model": model, "digest": digest}) + "\n"
             write_text_atomically(self._file("references", model_identity, ".json"), text)
 
-    def lock(self, name: str) -> AbstractContextManager[object]:
-        """A lock between processes, freed by the system when its holder dies."""
-        return file_lock(self.root / "locks" / f"{name}.lock")
+    @contextlib.contextmanager
+    def cell_lock(self, cell_id: str) -> Iterator[None]:
+        """Hold a cell, so that no two processes measure it at once; freed by the system if the holder dies.
+
+        The lock's file goes when the cell is finished; one that stays behind tells of an interrupted cell.
+        """
+        path = self._file("locks", cell_id, ".lock")
+        with file_lock(path):
+            yield
+            path.unlink(missing_ok=True)
+
+    def was_interrupted(self, cell_id: str) -> bool:
+        """Whether a process began the cell and ended before the cell did."""
+        from filelock import FileLock, Timeout
+
+        path = self._file("locks", cell_id, ".lock")
+        if not path.exists():
+            return False
+        try:
+            with FileLock(path, timeout=0):
+                return True
+        except Timeout:  # it is being measured right now
+            return False
 
     def _file(self, folder: str, digest: str, ending: str) -> Path:
         if not _DIGEST.fullmatch(digest):  # what comes from outside must not become a path

@@ -37,6 +37,7 @@ class Suite:
         precisions: Bit widths such as ``W8A8``.
         calibration_items: Training items each method may calibrate on.
         limit: Number of test items, ``None`` for the whole split.
+        origin: What to give to ``--suite``.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Suite:
     symmetric: tuple[bool, ...] = (True,)
     calibration_items: int = 128
     limit: int | None = None
+    origin: str = ""
 
 
 def suite_names() -> list[str]:
@@ -75,33 +77,34 @@ def load_suite(name: str) -> Suite:
     if name not in suite_names():
         raise UnknownNameError("suite", name, suite_names())
     text = (resources.files("benchmark.suites") / f"{name}.toml").read_text(encoding="utf-8")
-    return parse_suite(name, text, origin=f"suite {name}")
+    return parse_suite(name, text, origin=name)
 
 
 def parse_suite(name: str, text: str, origin: str) -> Suite:
-    """Turn the text of a suite file into a :class:`Suite`; ``origin`` names it in messages.
+    """Turn the text of a suite file into a :class:`Suite`; ``origin`` is what to give to ``--suite``.
 
     Raises:
         ConfigError: If a key is unknown, missing or of the wrong type.
     """
+    what = origin if origin.endswith(".toml") else f"suite {origin}"
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{origin} is not valid TOML: {error}") from error
+        raise ConfigError(f"{what} is not valid TOML: {error}") from error
     for key in raw:
         if key not in _FIELDS:
-            raise UnknownNameError(f"key in {origin}:", key, _FIELDS)
+            raise UnknownNameError(f"key in {what}:", key, _FIELDS)
     for key in ("models", "methods", "precisions"):
         if not raw.get(key):
-            raise ConfigError(f"{origin} has no {key}; give at least one")
-    values = {key: _check(origin, key, value) for key, value in raw.items() if key != "methods"}
-    methods = tuple(itertools.chain.from_iterable(_methods(origin, item) for item in raw["methods"]))
+            raise ConfigError(f"{what} has no {key}; give at least one")
+    values = {key: _check(what, key, value) for key, value in raw.items() if key != "methods"}
+    methods = tuple(itertools.chain.from_iterable(_methods(what, item) for item in raw["methods"]))
     for key, allowed in (("weight_granularity", GRANULARITIES), ("profiles", PROFILES)):
         for value in values.get(key, ()):
             if value not in allowed:
-                raise ConfigError(f"{origin}: {key} holds {value!r}; known: {', '.join(allowed)}")
+                raise ConfigError(f"{what}: {key} holds {value!r}; known: {', '.join(allowed)}")
     values["precisions"] = tuple(str(Precision.parse(text)) for text in values["precisions"])
-    return Suite(name=name, methods=methods, **{"description": "", **values})
+    return Suite(name=name, methods=methods, origin=origin, **{"description": "", **values})
 
 
 _FIELDS: dict[str, type] = {

@@ -73,7 +73,7 @@ def cell_status(store: Store, cell: Cell) -> tuple[str, str]:
     failure = store.load_failure(cell.cell_id)
     if failure is not None:
         return "failed", str(failure["error"]).partition("\n")[0]
-    return "missing", ""
+    return ("interrupted" if store.was_interrupted(cell.cell_id) else "missing"), ""
 
 
 def _suites() -> list[dict[str, Any]]:

@@ -106,20 +106,24 @@ def run(
 
         echo_cells(store, cells)
         return
-    missing = [cell for cell in cells if cell.cell_id not in outcomes]
-    click.echo(
-        f"{len(cells)} cells of suite {suite}: {len(outcomes)} in the store, {len(missing)} to run", err=True
-    )
-    if missing:
-        name, count = _choose_executor(executor, jobs, settings.threads)
-        interrupted = _run_missing(
-            store, settings, missing, outcomes, name, count, None if no_tracking else suite
-        )
-        if interrupted:
+    name, count = _choose_executor(executor, jobs, settings.threads)
+    tracked = None if no_tracking else suite
+    for _ in range(
+        2
+    ):  # twice: a reference made anew may be another one, and then kept cells count as missing
+        missing = [cell for cell in cells if cell.cell_id not in outcomes]
+        if not missing:
+            break
+        if _run_missing(store, settings, missing, outcomes, name, count, tracked):
             _tell_interrupted(cells, outcomes)
             sys.exit(EXIT_INTERRUPTED)
+        for cell in cells:
+            if outcomes[cell.cell_id].status == "cached" and store.load(cell) is None:
+                del outcomes[cell.cell_id]
+        if len(outcomes) == len(cells):
+            break
     _summary(cells, outcomes)
-    if any(outcomes[cell.cell_id].status not in ("done", "cached", "skipped") for cell in cells):
+    if any(outcomes[cell.cell_id].status == "failed" for cell in cells):
         sys.exit(EXIT_FAILED)
 
 
@@ -156,6 +160,7 @@ def _run_missing(
     from benchmark.tracking import open_tracker
 
     prepare_torch(settings.threads, settings.device)  # refuse a device that is not there before any work
+    click.echo(f"{len(outcomes)} cells are finished, {len(missing)} are to run", err=True)
     store.prepare()
     fetch_models(dict.fromkeys(cell.model for cell in missing))
     about = {
@@ -183,7 +188,10 @@ def _run_missing(
 
 
 def _tell_interrupted(cells: list[Cell], outcomes: dict[str, Outcome]) -> None:
-    arguments = [argument for argument in sys.argv[1:] if argument != "--overwrite=always"]
+    arguments = sys.argv[1:]
+    if "--overwrite" in arguments:  # what is kept by now need not be measured again
+        at = arguments.index("--overwrite")
+        del arguments[at : at + 2]
     click.echo(
         f"interrupted: {len(outcomes)} of {len(cells)} cells are kept; go on with: "
         f"python -m benchmark {shlex.join(arguments)}",
@@ -195,8 +203,13 @@ def _summary(cells: list[Cell], outcomes: dict[str, Outcome]) -> None:
     from benchmark.progress import outcome_line
 
     counts = Counter(outcomes[cell.cell_id].status for cell in cells)
+    failed: dict[str, list[Outcome]] = {}
     for cell in cells:
-        if outcomes[cell.cell_id].status == "failed":
-            click.echo(outcome_line(outcomes[cell.cell_id]), err=True)
+        outcome = outcomes[cell.cell_id]
+        if outcome.status == "failed":
+            failed.setdefault(outcome.message, []).append(outcome)
+    for alike in failed.values():  # a model whose reference is refused fails all its cells: say it once
+        others = f"  (and {len(alike) - 1} cells more)" if len(alike) > 1 else ""
+        click.echo(outcome_line(alike[0]) + others, err=True)
     words = ", ".join(f"{counts[word]} {word}" for word in _ORDER if counts[word])
     click.echo(f"{len(cells)} cells: {words}")

@@ -40,7 +40,8 @@ def table(suite: str, form: str, allow_partial: bool, results: Path) -> None:
 
         text = to_frame(rows).to_csv(index=False, lineterminator="\n")
     else:
-        from benchmark.report.tables import make_table, to_grid, to_latex
+        from benchmark.report.latex import to_latex
+        from benchmark.report.tables import make_table, to_grid
 
         made = make_table(rows)
         styles = {"markdown": "github", "terminal": "simple_grid"}

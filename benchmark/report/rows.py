@@ -40,13 +40,14 @@ class SuiteRows:
 
     Attributes:
         cells: The grid, in its order.
-        records: The finished record of each cell by cell id; unfinished ones are absent.
+        records: The finished record of each cell, by cell id.
+        unfinished: The status word of each other cell, by cell id.
     """
 
     suite: Suite
     cells: list[Cell]
     records: dict[str, Record]
-    failures: dict[str, str]
+    unfinished: dict[str, str]
 
     @property
     def finished(self) -> int:
@@ -65,7 +66,7 @@ class SuiteRows:
     def _row(self, cell: Cell) -> dict[str, Any]:
         record = self.records.get(cell.cell_id)
         result = None if record is None else record.result
-        status = record.status if record else "failed" if cell.cell_id in self.failures else "missing"
+        status = self.unfinished.get(cell.cell_id, "missing") if record is None else record.status
         row: dict[str, Any] = {
             "suite": self.suite.name,
             "model": cell.model,
@@ -93,14 +94,16 @@ def collect_rows(store: Store, suite: Suite, allow_partial: bool = False) -> Sui
     """
     cells = expand(suite)
     records: dict[str, Record] = {}
-    failures: dict[str, str] = {}
+    unfinished: dict[str, str] = {}
     for cell in cells:
         record = store.load(cell)
         if record is not None:
             records[cell.cell_id] = record
-        elif (failure := store.load_failure(cell.cell_id)) is not None:
-            failures[cell.cell_id] = str(failure["error"])
-    rows = SuiteRows(suite, cells, records, failures)
+        elif store.load_failure(cell.cell_id) is not None:
+            unfinished[cell.cell_id] = "failed"
+        else:
+            unfinished[cell.cell_id] = "interrupted" if store.was_interrupted(cell.cell_id) else "missing"
+    rows = SuiteRows(suite, cells, records, unfinished)
     if not rows.complete and not allow_partial:
         raise ConfigError(_refusal(store, rows))
     return rows
@@ -109,8 +112,9 @@ def collect_rows(store: Store, suite: Suite, allow_partial: bool = False) -> Sui
 def _refusal(store: Store, rows: SuiteRows) -> str:
     name, missing = rows.suite.name, [cell for cell in rows.cells if cell.cell_id not in rows.records]
     text = f"{rows.finished} of {len(rows.cells)} cells of suite {name} are finished"
-    if rows.failures:
-        text += f", {len(rows.failures)} failed"
+    failed = list(rows.unfinished.values()).count("failed")
+    if failed:
+        text += f", {failed} failed"
     wanted = {replace(cell, limit=None) for cell in missing}
     limited = sum(
         replace(record.cell, limit=None) in wanted
@@ -119,4 +123,4 @@ def _refusal(store: Store, rows: SuiteRows) -> str:
     )
     if limited:
         text += f"; {limited} measured with --limit are not used"
-    return f"{text}; run `python -m benchmark run --all --suite {name}`, or give --allow-partial"
+    return f"{text}; run `python -m benchmark run --all --suite {rows.suite.origin}`, or give --allow-partial"

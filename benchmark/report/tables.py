@@ -92,7 +92,7 @@ def make_table(rows: SuiteRows) -> Table:
         keys[key] = None
         methods[cell.label] = None
         if record is None:
-            notes[key, cell.label] = "failed" if cell.cell_id in rows.failures else "missing"
+            notes[key, cell.label] = rows.unfinished[cell.cell_id]
         elif record.result is None:
             notes[key, cell.label] = "n/a"
         else:
@@ -186,6 +186,8 @@ def _caption(rows: SuiteRows) -> str:
         else "with its paired 95% bootstrap interval"
     )
     partial = "" if rows.complete else f" Partial: {rows.finished} of {len(rows.cells)} cells."
+    trained = any(result.fp32_own is not None for result in results)
+    own = "Rows FP32: each method's own weights before quantization. " if trained else ""
     random = " Random weights: the numbers mean nothing." if suite.name == "smoke" else ""
     return (
         f"Suite {suite.name}: {' and '.join(metrics) or 'metric'} on the test split and, below, the drop "
@@ -193,7 +195,7 @@ def _caption(rows: SuiteRows) -> str:
         f"weights {', '.join(suite.weight_granularity).replace('_', ' ')}, activations "
         f"{' and '.join('symmetric' if value else 'asymmetric' for value in suite.symmetric)} per tensor; "
         f"{suite.calibration_items} calibration items, seed {', '.join(map(str, suite.seeds))}. "
-        f"Row FP32: each method's own weights before quantization. Best of a row in bold.{random}{partial}"
+        f"{own}Best of a row in bold.{random}{partial}"
     )
 
 
@@ -203,57 +205,6 @@ def text_of(table: Table, row: RowKey, method: str) -> tuple[str, str]:
     if entry is not None:
         return entry.lines()
     return table.notes.get((row, method), _ABSENT), ""
-
-
-def to_latex(table: Table, label: str) -> str:
-    """A floating LaTeX table for the package booktabs; nothing else is needed to compile it."""
-    import pandas as pd
-
-    columns = [_latex(method) for method in table.methods]
-    index = pd.MultiIndex.from_tuples([(_latex(model), _latex(name)) for model, name in table.rows])
-    cells = [[_latex_cell(table, row, method) for method in table.methods] for row in table.rows]
-    frame = pd.DataFrame(cells, index=index, columns=columns)
-    # the index has no names: a header row of its own would only repeat "model, precision"
-    body = frame.style.to_latex(
-        hrules=True,
-        clines="skip-last;data",
-        column_format="ll" + "r" * len(columns),
-        caption=_latex(table.caption),
-        label=label,
-        position="htbp",
-        position_float="centering",
-        multirow_align="naive",
-    )
-    # between models booktabs' lighter rule, and none above its bottom rule
-    rule = f"\\cline{{1-{len(columns) + 2}}}\n"
-    body = body.replace(rule + "\\bottomrule", "\\bottomrule").replace(rule, "\\midrule\n")
-    return "% made by `python -m benchmark table --format latex`; needs \\usepackage{booktabs}\n" + body
-
-
-def _latex_cell(table: Table, row: RowKey, method: str) -> str:
-    first, second = (_latex(line) for line in text_of(table, row, method))
-    if method in table.best(row):
-        first = f"\\textbf{{{first}}}"
-    return f"\\shortstack[r]{{{first} \\\\ {{\\scriptsize {second}}}}}" if second else first
-
-
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-}
-
-
-def _latex(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in text)
 
 
 def to_grid(table: Table, style: str) -> str:

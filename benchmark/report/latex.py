@@ -1,0 +1,69 @@
+"""The table as LaTeX, for a paper."""
+
+from __future__ import annotations
+
+from benchmark.report.tables import RowKey, Table, text_of
+
+
+def to_latex(table: Table, label: str) -> str:
+    """A floating LaTeX table for the package booktabs; nothing else is needed to compile it.
+
+    A model's name has a row of its own and an interval its own line, so that seven methods fit 345 pt.
+    """
+    import pandas as pd
+
+    cells = [[_latex_cell(table, row, method) for method in table.methods] for row in table.rows]
+    names = [_latex(name) for _, name in table.rows]
+    frame = pd.DataFrame(cells, index=pd.Index(names), columns=[_latex(method) for method in table.methods])
+    body = frame.style.to_latex(
+        hrules=True,
+        column_format="l" + "r" * len(table.methods),
+        caption=_latex(table.caption),
+        label=label,
+        position="htbp",
+        position_float="centering",
+    )
+    head, rule, rest = body.partition("\\midrule\n")
+    rows, bottom, tail = rest.partition("\\bottomrule")
+    lines: list[str] = []
+    for (model, _), line, before in zip(
+        table.rows, rows.splitlines(keepends=True), [("", ""), *table.rows], strict=False
+    ):
+        if model != before[0]:
+            lines += [rule] * bool(lines)
+            lines.append(
+                f"\\multicolumn{{{len(table.methods) + 1}}}{{l}}{{\\textit{{{_latex(model)}}}}} \\\\\n"
+            )
+        lines.append(line)
+    size = "\\footnotesize\n\\setlength{\\tabcolsep}{3pt}\n"
+    head = head.replace("\\begin{tabular}", size + "\\begin{tabular}")
+    comment = "% made by `python -m benchmark table --format latex`; needs \\usepackage{booktabs}\n"
+    return comment + head + rule + "".join(lines) + bottom + tail
+
+
+def _latex_cell(table: Table, row: RowKey, method: str) -> str:
+    first, second = (_latex(line) for line in text_of(table, row, method))
+    if method in table.best(row):
+        first = f"\\textbf{{{first}}}"
+    drop, _, interval = second.partition(" ")
+    lines = [first, *(f"{{\\scriptsize {line}}}" for line in (drop, interval) if line)]
+    return first if len(lines) == 1 else "\\shortstack[r]{" + " \\\\ ".join(lines) + "}"
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+}
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)

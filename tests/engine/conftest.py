@@ -1,0 +1,144 @@
+"""A model and a task of milliseconds, registered for these tests only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from baselines.method import METHODS, Batch, Context, Method, Quantized
+from benchmark.cells import Cell, expand
+from benchmark.models.entry import MODELS, ModelEntry, Progress
+from benchmark.store import Store
+from benchmark.suite import Suite, parse_suite
+from benchmark.tasks.task import TASKS, ClassificationTask
+from quanttune.registry import Registry
+
+SUITE = """
+models = ["toy"]
+precisions = ["W8A8", "W4A4"]
+calibration_items = 8
+[[methods]]
+name = "fp32"
+[[methods]]
+name = "minmax"
+[[methods]]
+name = "mse"
+"""
+
+
+class ToyTask(ClassificationTask):
+    name = "toy_task"
+    title = "three classes of random vectors"
+    dataset = "none"
+    n_classes = 3
+
+    def fingerprint(self) -> str:
+        return "f" * 64
+
+    def split_ids(self, split: str, limit: int | None = None) -> list[int]:
+        ids = {"train": range(0, 40), "validation": range(40, 50), "test": range(50, 90)}[split]
+        return list(ids)[:limit]
+
+    def collate(self, entry: ModelEntry, ids: Sequence[int]) -> Batch:
+        rows = [torch.randn(8, generator=torch.Generator().manual_seed(item)) for item in ids]
+        return Batch(torch.stack(rows), torch.tensor([item % 3 for item in ids]))
+
+
+class ToyModel(ModelEntry):
+    name = "toy"
+    title = "two layers"
+    family = "toy"
+    task = "toy_task"
+    source = "random"
+    recipe: Mapping[str, Any] = {"steps": 2, "learning_rate": 1e-3, "batch_size": 4}
+    weight = 1.0
+    made = 0
+
+    def identity(self) -> dict[str, Any]:
+        return {"model": "toy"}
+
+    def build(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 3)).eval()
+
+    def _reference(self, progress: Progress) -> dict[str, Tensor]:
+        type(self).made += 1
+        generator = torch.Generator().manual_seed(0)
+        shapes = {name: tensor.shape for name, tensor in self.build().state_dict().items()}
+        return {name: self.weight * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+class Trained(Method):
+    """Changes the weights and leaves the activations alone."""
+
+    name = "toy_trained"
+    trains = True
+    calls = 0
+
+    def quantize(self, context: Context) -> Quantized:
+        def make() -> dict[str, Tensor]:
+            type(self).calls += 1
+            return {name: tensor * 0.5 for name, tensor in context.model.state_dict().items()}
+
+        return Quantized({}, context.stages.tensors("tuned", {"seed": context.seed}, make), {"steps": 2})
+
+
+class Declines(Method):
+    name = "toy_declines"
+
+    def skip(self, sites: Any, profile: str) -> str | None:
+        return "the toy has no softmax"
+
+    def quantize(self, context: Context) -> Quantized:
+        raise AssertionError("a skipped method must not run")
+
+
+class Breaks(Method):
+    name = "toy_breaks"
+
+    def quantize(self, context: Context) -> Quantized:
+        raise ValueError("no range for site 3")
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[ToyModel]:
+    """Register the toys; the registries are as before afterwards."""
+    entry = ToyModel()
+    additions: list[tuple[Registry[Any], str, Any]] = [
+        (MODELS, "toy", entry),
+        (TASKS, "toy_task", ToyTask()),
+        *((METHODS, kind.name, kind) for kind in (Trained, Declines, Breaks)),
+    ]
+    for registry, name, item in additions:
+        registry.names()  # load the real ones first
+        monkeypatch.setitem(registry._items, name, item)
+    ToyModel.made = Trained.calls = 0
+    threads = torch.get_num_threads()
+    yield entry
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def suite() -> Suite:
+    return parse_suite("toys", SUITE, "the test")
+
+
+@pytest.fixture
+def cells(suite: Suite) -> list[Cell]:
+    return expand(suite)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "results")
+
+
+@pytest.fixture
+def suite_file(tmp_path: Path) -> str:
+    path = tmp_path / "toys.toml"
+    path.write_text(SUITE)
+    return str(path)

@@ -1,0 +1,111 @@
+"""Stages are computed once, checked before use, and kept apart by everything that decides them."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmark.stages import Stages
+from quanttune.errors import ConfigError
+
+
+def count_calls(folder: Path, counter: Path) -> None:
+    """Ask for a stage and leave a mark each time it is really computed."""
+    import time
+
+    def make() -> dict[str, torch.Tensor]:
+        with counter.open("a") as stream:
+            stream.write("x")
+        time.sleep(0.3)
+        return {"w": torch.arange(4.0)}
+
+    tensors = Stages(folder).tensors("slow", {"a": 1}, make)
+    if not torch.equal(tensors["w"], torch.arange(4.0)):
+        raise AssertionError("wrong tensors")
+
+
+@pytest.fixture
+def stages(tmp_path: Path) -> Stages:
+    return Stages(tmp_path / "stages")
+
+
+def test_a_stage_is_computed_once(stages: Stages) -> None:
+    calls = []
+
+    def make() -> dict[str, torch.Tensor]:
+        calls.append(1)
+        shared = torch.randn(3, 4)
+        return {"a": shared, "tied": shared, "view": shared.T, "scalar": torch.tensor(2.0)}
+
+    first = stages.tensors("tuned", {"seed": 0}, make)
+    again = Stages(stages.folder).tensors("tuned", {"seed": 0}, make)
+    assert len(calls) == 1
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_keys_names_and_scopes_are_kept_apart(stages: Stages) -> None:
+    made = [
+        holder.tensors(name, key, lambda value=value: {"v": torch.tensor(value)})["v"].item()
+        for value, (holder, name, key) in enumerate(
+            [
+                (stages, "a", {"k": 1}),
+                (stages, "b", {"k": 1}),
+                (stages, "a", {"k": 2}),
+                (stages.scoped(reference="r"), "a", {"k": 1}),
+                (stages.scoped(reference="s"), "a", {"k": 1}),
+            ]
+        )
+    ]
+    assert made == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("harm", ["truncate", "edit", "no sidecar", "edited sidecar", "newer"])
+def test_a_damaged_stage_is_computed_again(stages: Stages, harm: str) -> None:
+    stages.tensors("tuned", {}, lambda: {"w": torch.zeros(64)})
+    (path,) = (stages.folder / "tuned").glob("*.safetensors")
+    sidecar = path.with_suffix(".json")
+    if harm == "truncate":
+        path.write_bytes(path.read_bytes()[:-8])
+    elif harm == "edit":
+        path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    elif harm == "no sidecar":
+        sidecar.unlink()
+    elif harm == "edited sidecar":
+        sidecar.write_text("[]")
+    else:
+        sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"schema": 99}))
+    again = stages.tensors("tuned", {}, lambda: {"w": torch.ones(64)})
+    assert torch.equal(again["w"], torch.ones(64))
+    assert torch.equal(stages.tensors("tuned", {}, dict)["w"], torch.ones(64))
+
+
+def test_a_stage_that_fails_leaves_nothing(stages: Stages) -> None:
+    def fail() -> dict[str, torch.Tensor]:
+        raise ValueError("diverged")
+
+    with pytest.raises(ValueError, match="diverged"):
+        stages.tensors("tuned", {}, fail)
+    assert not list(stages.folder.rglob("*.safetensors"))
+    assert stages.tensors("tuned", {}, lambda: {"w": torch.ones(1)})["w"].item() == 1.0
+
+
+def test_names_cannot_be_paths(stages: Stages) -> None:
+    with pytest.raises(ConfigError, match="lower-case"):
+        stages.tensors("../out", {}, dict)
+
+
+def test_two_processes_compute_a_stage_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    arguments = (tmp_path / "stages", tmp_path / "count")
+    processes = [context.Process(target=count_calls, args=arguments) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert (tmp_path / "count").read_text() == "x"

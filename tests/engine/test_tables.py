@@ -1,0 +1,205 @@
+"""Tables say what the records say, in every form."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmark.cells import Cell, expand
+from benchmark.record import Record, Result
+from benchmark.report.latex import to_latex
+from benchmark.report.reference import load_published, published_names
+from benchmark.report.rows import SuiteRows, collect_rows
+from benchmark.report.tables import OWN_ROW, Table, make_table, to_frame, to_grid
+from benchmark.store import Store
+from benchmark.suite import MethodSpec, Suite
+from quanttune.errors import ConfigError, UnknownNameError
+
+VALUES = {("fp32", "FP32"): 80.0, ("minmax", "W8A8"): 71.26, ("mse", "W8A8"): 71.34, ("minmax", "W4A4"): 20.0}
+VALUES |= {("mse", "W4A4"): 33.3, ("toy_trained", "W8A8"): 71.3, ("toy_trained", "W4A4"): 60.0}
+
+
+def record(cell: Cell, value: float, own: float | None = None) -> Record:
+    drop = 80.0 - value
+    result = Result("accuracy", True, value, 80.0, own, drop, drop - 1.5, drop + 1.5, 1000)
+    return Record(cell, "done", "2026-01-01T00:00:00+00:00", 1.0, result, weights_digest=cell.method)
+
+
+@pytest.fixture
+def full(suite: Suite, store: Store) -> SuiteRows:
+    methods = tuple(MethodSpec(name) for name in ("fp32", "minmax", "mse", "toy_trained"))
+    wide = dataclasses.replace(suite, methods=methods, name="toys_a&b")
+    for cell in expand(wide):
+        own = 79.5 if cell.method == "toy_trained" else None
+        store.save(record(cell, VALUES[cell.method, cell.precision], own))
+    return collect_rows(store, wide)
+
+
+def test_layout(full: SuiteRows) -> None:
+    table = make_table(full)
+    assert table.methods == ["fp32", "minmax", "mse", "toy_trained"]
+    assert table.rows == [("toy", OWN_ROW), ("toy", "W8A8"), ("toy", "W4A4")]
+    assert table.entries[("toy", "W8A8"), "fp32"].value == 80.0
+    assert table.entries[("toy", OWN_ROW), "toy_trained"].value == 79.5
+    assert (("toy", OWN_ROW), "mse") not in table.entries
+
+
+def test_the_best_as_printed_is_bold(full: SuiteRows) -> None:
+    table = make_table(full)
+    # 71.26, 71.34 and 71.3 all print as 71.3: no false winner
+    assert table.best(("toy", "W8A8")) == {"minmax", "mse", "toy_trained"}
+    assert table.best(("toy", "W4A4")) == {"toy_trained"}
+    assert table.best(("toy", OWN_ROW)) == set()
+
+
+def test_a_lower_metric_can_be_the_better(full: SuiteRows) -> None:
+    table = make_table(full)
+    entries = {
+        key: dataclasses.replace(entry, higher_is_better=False) for key, entry in table.entries.items()
+    }
+    assert dataclasses.replace(table, entries=entries).best(("toy", "W4A4")) == {"minmax"}
+
+
+def check_latex(text: str) -> None:
+    """The checks a compiler would make first, so that they are made on every machine."""
+    assert "\\begin{table}" in text
+    for rule in ("\\toprule", "\\midrule", "\\bottomrule"):
+        assert rule in text
+    assert text.count("{") - text.count("\\{") == text.count("}") - text.count("\\}")
+    for name in ("table", "tabular"):
+        assert text.count(f"\\begin{{{name}}}") == text.count(f"\\end{{{name}}}") == 1
+    body = text[text.index("\\toprule") : text.index("\\bottomrule")]
+    (columns,) = re.findall(r"\\begin\{tabular\}\{(\w+)\}", text)
+    # what is inside \shortstack has its own line breaks
+    flat = re.sub(r"\\shortstack\[r\]\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}", "x", body)
+    lines = [line for line in flat.splitlines() if line.endswith("\\\\")]
+    assert lines
+    data = [line for line in lines if not line.startswith("\\multicolumn")]
+    assert {len(re.findall(r"(?<!\\)&", line)) for line in data} == {len(columns) - 1}
+    assert not re.search(r"(?<!\\)[_%#$&]", text.partition("\\caption")[2].partition("\\label")[0])
+    assert "cline" not in text
+    assert all(ord(character) < 128 for character in text)
+
+
+def test_latex(full: SuiteRows) -> None:
+    text = to_latex(make_table(full), "tab:toys")
+    check_latex(text)
+    assert "\\textbf{60.0} \\\\ {\\scriptsize 20.0} \\\\ {\\scriptsize [18.5, 21.5]}" in text
+    assert "toy\\_trained" in text
+    assert "toys\\_a\\&b" in text
+    assert "n = 1000" in text
+    assert "profile full" in text
+    assert "95\\%" in text
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+def test_latex_compiles_and_seven_methods_fit_a_page(full: SuiteRows, tmp_path: Path) -> None:
+    table = make_table(full)
+    names = ("fp32", "minmax", "mse", "toy_trained", "percentile", "finetune", "quanttune")
+    rows = [(model, name) for model in ("dinov2_vits14", "minilm_l6") for _, name in table.rows]
+    entries = {
+        ((model, name), method): table.entries[("toy", name), "minmax" if method != "fp32" else "fp32"]
+        for model, name in rows
+        for method in names
+        if name != OWN_ROW
+    }
+    wide = to_latex(dataclasses.replace(table, methods=list(names), rows=rows, entries=entries), "tab:toys")
+    document = f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}{wide}\\end{{document}}"
+    (tmp_path / "t.tex").write_text(document)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull" not in done.stdout
+    assert (tmp_path / "t.pdf").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("style", ["github", "simple_grid"])
+def test_grids(full: SuiteRows, style: str) -> None:
+    text = to_grid(make_table(full), style)
+    assert "60.0" in text
+    assert "20.0 [18.5, 21.5]" in text
+    assert ("**60.0**" in text) == (style == "github")
+    if style == "github":
+        lines = [line for line in text.splitlines() if line.startswith("|")]
+        assert len({line.count("|") for line in lines}) == 1
+
+
+def test_several_seeds_become_mean_and_deviation(suite: Suite, store: Store) -> None:
+    seeded = dataclasses.replace(suite, seeds=(0, 1, 2))
+    for cell in expand(seeded):
+        store.save(record(cell, 80.0 if cell.is_reference else 70.0 + 2 * cell.seed))
+    table = make_table(collect_rows(store, seeded))
+    entry = table.entries[("toy", "W8A8"), "minmax"]
+    assert (entry.value, entry.drop, entry.deviation, entry.low) == (72.0, 8.0, 2.0, None)
+    assert "3 seeds" in table.caption
+    assert "72.0 $\\pm$ 2.0" in to_latex(table, "x")
+    check_latex(to_latex(table, "x"))
+
+
+def test_axes_that_vary_are_named(suite: Suite, store: Store) -> None:
+    wide = dataclasses.replace(
+        suite, profiles=("full", "matmul"), weight_granularity=("per_channel", "per_tensor")
+    )
+    for cell in expand(wide):
+        store.save(record(cell, 70.0))
+    rows = make_table(collect_rows(store, wide)).rows
+    assert ("toy", "W8A8 matmul per tensor") in rows
+    assert len(rows) == len(set(rows)) == 8
+
+
+def test_partial_tables(suite: Suite, store: Store) -> None:
+    cells = expand(suite)
+    store.save(record(cells[1], 70.0))
+    store.save_failure(cells[2], {"error": "diverged"})
+    with pytest.raises(ConfigError, match=r"1 of 5 cells of suite toys are finished, 1 failed"):
+        collect_rows(store, suite)
+    table = make_table(collect_rows(store, suite, allow_partial=True))
+    assert "1 of 5 cells" in table.caption
+    assert set(table.notes.values()) == {"failed", "missing"}
+    check_latex(to_latex(table, "x"))
+    statuses = [row["status"] for row in collect_rows(store, suite, allow_partial=True).to_json()]
+    assert sorted(statuses) == ["done", "failed", "missing", "missing", "missing"]
+
+
+def test_an_empty_partial_table_prints(suite: Suite, store: Store) -> None:
+    table = make_table(collect_rows(store, suite, allow_partial=True))
+    check_latex(to_latex(table, "x"))
+    assert "0 of 5" in to_grid(table, "github")
+
+
+def test_csv_has_a_line_a_cell(full: SuiteRows) -> None:
+    frame = to_frame(full)
+    assert len(frame) == 7
+    assert frame["drop"].notna().all()
+
+
+def test_negative_zero_is_zero() -> None:
+    table = Table("", [], [], {}, {})
+    from benchmark.report.tables import Entry
+
+    assert Entry(80.0, -0.01, -0.04, 0.02, None, True).lines() == ("80.0", "0.0 [0.0, 0.0]")
+    assert table.best(("toy", "W8A8")) == set()
+
+
+@pytest.mark.parametrize("name", published_names())
+def test_published_values_name_their_source(name: str) -> None:
+    frame = load_published(name)
+    assert len(frame) > 0
+    assert frame.columns[0] == "source"
+    assert frame["source"].notna().all()
+
+
+def test_published_values_are_the_known_ones() -> None:
+    assert len(published_names()) == 5
+    fq_vit = load_published("imagenet_fqvit")
+    base = fq_vit[fq_vit["timm_model"].str.startswith("vit_base") & (fq_vit["method"] == "fp32")]
+    assert base["top1"].tolist() == [84.53]
+    headline = load_published("quanttune_headline")
+    assert set(headline["value"]) >= {65.0, 12.09, 33.8, 18.84}
+    with pytest.raises(UnknownNameError, match="did you mean imagenet_fqvit"):
+        load_published("imagenet_fqvi")
