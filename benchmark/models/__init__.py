@@ -1,0 +1,1 @@
+"""What is quantized: architecture, preprocessing, how its reference weights are made; one file a family."""

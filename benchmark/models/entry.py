@@ -1,0 +1,195 @@
+"""The contract of a model entry: architecture, preprocessing, and how its FP32 reference weights are made.
+
+A new model is one file in this package, or one more instance in its family's file, registered with
+:data:`MODELS`. Nothing heavy is imported when it is registered, so listing models stays quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from quanttune.errors import ConfigError
+from quanttune.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from baselines.method import StageCache
+    from benchmark.tasks.task import Task
+
+Progress = Callable[[str, int, int], None]
+
+FOLDER_PREFIX = "folder:"
+
+
+class ModelEntry(ABC):
+    """A model of the suite.
+
+    Attributes:
+        name: The registered name.
+        title: What it is, for a person.
+        family: Architecture family: ``vit``, ``swin``, ``bert`` or ``opt``.
+        task: Name of its task.
+        source: Name of the pretrained asset, or where else the weights come from.
+        recipe: Fields of ``quanttune.tuner.Schedule`` for the methods that fine-tune the reference.
+        expected: The reference's metric on the whole test split, or None if any value will do.
+        tolerance: How far from ``expected`` the measured metric may be, in the metric's unit.
+        version: Raised when the entry's code changes the reference; part of every cell's identity.
+    """
+
+    name: str
+    title: str
+    family: str
+    task: str
+    source: str
+    recipe: Mapping[str, Any]
+    expected: float | None = None
+    tolerance: float = 1.0
+    version: int = 1
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Plain JSON values that decide the reference weights: digests, seeds, recipe. No heavy work."""
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The architecture with its task head, in evaluation mode; weights are yet to be loaded."""
+
+    @abstractmethod
+    def _reference(self, progress: Progress) -> dict[str, Tensor]:
+        """Make the reference's state dict; deterministic."""
+
+    def make_reference(self, stages: StageCache, progress: Progress) -> dict[str, Tensor]:
+        """The reference's state dict, made once and kept as a stage.
+
+        Args:
+            stages: Where it is kept, under :meth:`identity`.
+            progress: Told of the work.
+
+        Raises:
+            AssetError: If the pretrained weights cannot be had.
+        """
+        return stages.tensors("reference", self.identity(), lambda: self._reference(progress))
+
+    def needs(self) -> tuple[str, ...]:
+        """Names of the assets that must be fetched before the reference can be made."""
+        return ()
+
+    def image_inputs(self, images: Tensor) -> Tensor:
+        """What the model is called with, from uint8 images ``(N, 1 or 3, height, width)``.
+
+        Raises:
+            ConfigError: If this is not an image model.
+        """
+        raise ConfigError(f"model {self.name} takes no images; task {self.task} needs an image model")
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of every text, with the special tokens, cut to the model's length.
+
+        Raises:
+            ConfigError: If this is not a text model.
+        """
+        raise ConfigError(f"model {self.name} takes no text; task {self.task} needs a text model")
+
+    def text_inputs(self, tokens: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """What the model is called with, from the token ids of a batch.
+
+        Raises:
+            ConfigError: If this is not a text model.
+        """
+        raise ConfigError(f"model {self.name} takes no text; task {self.task} needs a text model")
+
+    def _task(self) -> Task:
+        from benchmark.tasks.task import get_task
+
+        return get_task(self.task)
+
+    def _classes(self) -> int:
+        classes = self._task().n_classes
+        if classes is None:
+            raise ConfigError(f"model {self.name} needs a task with classes; task {self.task} has none")
+        return classes
+
+
+class ImageEntry(ModelEntry):
+    """Preprocessing of image models: square, bicubic, normalised; a grey image fills all three channels.
+
+    Attributes:
+        image_size: Height and width in pixels.
+        mean: Of the red, green and blue values in [0, 1] that the model was trained with.
+        std: Their standard deviations.
+    """
+
+    image_size: int
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def image_inputs(self, images: Tensor) -> Tensor:
+        """Float32 ``(N, 3, size, size)`` from uint8 ``(N, 1 or 3, height, width)``.
+
+        The resizing kernel is Pillow's (bicubic, antialiased, a = -0.5), its overshoot clipped likewise.
+        """
+        import torch
+        from torch.nn.functional import interpolate
+
+        size = (self.image_size, self.image_size)
+        pixels = images.float() / 255
+        if tuple(images.shape[-2:]) != size:
+            pixels = interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        return ((pixels - mean) / std).contiguous()  # one grey channel broadcasts to three
+
+
+class TextEntry(ModelEntry):
+    """Preprocessing of text models: batches padded on the right to their longest item.
+
+    Attributes:
+        max_length: Longest input in tokens, special tokens included.
+        pad_id: Token id of padding.
+    """
+
+    max_length: int
+    pad_id: int
+
+    def text_inputs(self, tokens: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask``, both int64 of shape ``(N, longest)``."""
+        import torch
+
+        longest = max(map(len, tokens))
+        ids = torch.full((len(tokens), longest), self.pad_id, dtype=torch.int64)
+        mask = torch.zeros((len(tokens), longest), dtype=torch.int64)
+        for row, item in enumerate(tokens):
+            ids[row, : len(item)] = torch.tensor(item, dtype=torch.int64)
+            mask[row, : len(item)] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+
+@contextlib.contextmanager
+def own_random_state(seed: int) -> Iterator[None]:
+    """Let what draws from torch's global generator draw from ``seed``; restore its state afterwards."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+MODELS: Registry[ModelEntry] = Registry("model", packages=("benchmark.models",))
+"""Every model, by name."""
+
+
+def get_model(name: str) -> ModelEntry:
+    """The model called ``name``; ``folder:PATH@TASK`` makes one from a local folder of weights.
+
+    Raises:
+        UnknownNameError: If there is none; the message suggests close names.
+        ConfigError: If a folder does not hold a model this suite can read.
+    """
+    if name.startswith(FOLDER_PREFIX):
+        from benchmark.models.folder import entry_from_folder
+
+        return entry_from_folder(name)
+    return MODELS.get(name)

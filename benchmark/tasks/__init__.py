@@ -1,0 +1,1 @@
+"""What a model is measured on: items, splits, loss and metric; one file a kind of task."""
