@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quanttune.errors import QuantTuneError
 from quanttune.inputs import ModelInputs, call_model, logits_of
 from quanttune.quantization.sites import Site, SiteKind, SiteTable
 from quanttune.quantization.tracing import SiteVisitor, walks
@@ -66,6 +67,19 @@ _SCALING: frozenset[Any] = frozenset(
 )
 
 
+# Matrix products that no walker opens: a model that uses them would be quantized in part without a word.
+_HIDDEN_PRODUCTS: frozenset[Any] = frozenset(
+    {
+        *(getattr(torch, name) for name in ("addbmm", "addmm", "baddbmm", "einsum", "tensordot")),
+        *(getattr(Tensor, name) for name in ("addbmm", "addmm", "baddbmm")),
+        *(getattr(F, f"conv_transpose{n}d") for n in (1, 2, 3)),
+        F.bilinear,
+        F.conv3d,
+        F.multi_head_attention_forward,
+    }
+)
+
+
 class _Discovery(SiteVisitor):
     """Records every site of one forward pass with its kind."""
 
@@ -82,6 +96,11 @@ class _Discovery(SiteVisitor):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in _HIDDEN_PRODUCTS and self.running:
+            raise QuantTuneError(
+                f"module {self.path!r} calls {func.__name__}, whose matrix products cannot be reached and "
+                "would stay in float; write them with nn.Linear, nn.Conv2d or torch.matmul"
+            )
         # Read before the call: an operation in place marks its own operand.
         operands = (*args, *(kwargs or {}).values())
         marks = [mark for value in operands for mark in _marks_in(value)]
@@ -256,7 +275,7 @@ def discover_sites(
         All sites, whether or not a profile quantizes them.
 
     Raises:
-        ValueError: If no operation of the model was recognised.
+        QuantTuneError: If no operation of the model was recognised, or one hides a matrix product.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -268,7 +287,7 @@ def discover_sites(
             module.training = True  # one by one: a frozen part of a training model stays frozen
     discovery.leave_logits_in_float(logits(output))
     if not discovery.sites:
-        raise ValueError(
+        raise QuantTuneError(
             f"no linear layer, matrix product or normalisation was seen in {type(model).__name__}; "
             "quantization works on eager PyTorch modules, not on compiled or exported graphs"
         )

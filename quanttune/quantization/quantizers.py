@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_SHORT = (torch.float16, torch.bfloat16)
+
 
 class Quantizer(Protocol):
     """Maps a tensor to the tensor its integer codes would be read back as; same shape and dtype."""
@@ -45,13 +47,17 @@ class UniformQuantizer:
     def __init__(
         self, scale: Tensor, zero_point: Tensor, code_min: int, code_max: int, axis: int | None = None
     ) -> None:
-        if not bool((scale > 0).all() and torch.isfinite(scale).all()):
+        if scale.dim() != (0 if axis is None else 1):
+            raise ValueError(f"a scale of shape {tuple(scale.shape)} does not fit axis {axis}")
+        if zero_point.shape != scale.shape:
+            shapes = f"{tuple(zero_point.shape)} and {tuple(scale.shape)}"
+            raise ValueError(f"zero point and scale differ in shape: {shapes}")
+        if not bool((scale > 0).all() and torch.isfinite(scale.to(torch.float32)).all()):
             raise ValueError(
                 "quantizer scales must be positive and finite; check the range they were made from"
             )
-        if (axis is None) != (scale.dim() == 0):
-            raise ValueError(f"a scale of shape {tuple(scale.shape)} does not fit axis {axis}")
-        self.scale = scale.to(torch.float32)
+        # Below float32's smallest normal number a scale has no finite inverse, and zero would become NaN.
+        self.scale = scale.to(torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
         self.zero_point = zero_point.to(torch.int32)
         self.code_min, self.code_max, self.axis = code_min, code_max, axis
         # Python floats keep the per-tensor path free of tiny tensor operations.
@@ -64,7 +70,7 @@ class UniformQuantizer:
         """Signed codes over ``[-limit, limit]``; an all-zero tensor (limit 0) gets the limit 1."""
         limit = torch.as_tensor(limit, dtype=torch.float64)
         code_max = 2 ** (bits - 1) - 1
-        scale = torch.where(limit > 0, limit, 1.0) / code_max
+        scale = torch.where(limit == 0, 1.0, limit) / code_max
         return cls(scale, torch.zeros_like(scale), -code_max, code_max, axis)
 
     @classmethod
@@ -76,7 +82,7 @@ class UniformQuantizer:
         high = torch.as_tensor(high, dtype=torch.float64).clamp(min=0)
         code_max = 2**bits - 1
         width = high - low
-        scale = torch.where(width > 0, width, 1.0) / code_max
+        scale = torch.where(width == 0, 1.0, width) / code_max
         return cls(scale, torch.round(-low / scale), 0, code_max, axis)
 
     @property
@@ -91,6 +97,8 @@ class UniformQuantizer:
 
     def __call__(self, values: Tensor) -> Tensor:
         """Quantize and dequantize ``values``; a per-channel quantizer needs its channel count on ``axis``."""
+        if values.dtype in _SHORT:
+            return self(values.float()).to(values.dtype)  # codes of 8 bits and more need the longer mantissa
         if torch.is_grad_enabled() and values.requires_grad:
             return self._with_gradient(values)
         if self.axis is None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 
-from quanttune.errors import ConfigError
+from quanttune.errors import ConfigError, QuantTuneError
 from quanttune.quantization.precision import Precision
 from quanttune.quantization.quantizers import Quantizer, UniformQuantizer
 from quanttune.quantization.ranges import RangeRule
@@ -79,35 +80,66 @@ def build_quantizers(
     return {site.id: quantizer_of(site) for site in sites.values()}
 
 
-def simulate(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> SiteHandlers:
+class Simulation(SiteHandlers):
+    """The context that :func:`simulate` returns.
+
+    Raises:
+        QuantTuneError: On leaving, if the model ran and a quantizer was never reached: its site belongs to
+            another model or attention implementation, and the result would pass for a quantized one.
+    """
+
+    def __init__(self, model: nn.Module, quantizers: Mapping[str, Quantizer]) -> None:
+        super().__init__(
+            model, {site_id: _handler(site_id, quantizer) for site_id, quantizer in quantizers.items()}
+        )
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        super().__exit__(exc_type, exc, traceback)
+        if exc_type is None and self.ran and self.unreached:
+            missed = self.unreached
+            raise QuantTuneError(
+                f"{len(missed)} of {len(self.handlers)} quantizers were never reached, e.g. at {missed[0]}; "
+                "discover the sites on this same model, with the attention implementation it runs with"
+            )
+
+
+def simulate(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> Simulation:
     """A context in which ``model`` computes with quantized tensors at the given sites.
 
-    A weight is quantized once and reused until it changes. With no quantizers the model's own kernels run and
-    its logits are bit-identical.
+    A weight is quantized once and reused until it changes; writing to ``weight.data`` inside the context goes
+    unnoticed, as it does for autograd. With no quantizers the model's own kernels run and its logits are
+    bit-identical.
 
     Example:
         >>> with torch.no_grad(), simulate(model, quantizers):  # doctest: +SKIP
         ...     logits = model(images)
     """
-    return SiteHandlers(
-        model, {site_id: _handler(site_id, quantizer) for site_id, quantizer in quantizers.items()}
-    )
+    return Simulation(model, quantizers)
 
 
 def _handler(site_id: str, quantizer: Quantizer) -> Handler:
-    return _quantized_once(quantizer) if site_id.endswith(".weight") else quantizer
+    return _QuantizedOnce(quantizer) if site_id.endswith(".weight") else quantizer
 
 
-def _quantized_once(quantizer: Quantizer) -> Callable[[Tensor], Tensor]:
-    cached: dict[tuple[int, int], Tensor] = {}
+class _QuantizedOnce:
+    """Quantizes a weight when it is another tensor, or holds other numbers, than the last time.
 
-    def handle(weight: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and weight.requires_grad:
-            return quantizer(weight)
-        key = (weight.data_ptr(), weight._version)
-        if key not in cached:
-            cached.clear()
-            cached[key] = quantizer(weight)
-        return cached[key]
+    The weight itself is kept beside its quantized form: the address of a freed tensor is soon used again.
+    """
 
-    return handle
+    def __init__(self, quantizer: Quantizer) -> None:
+        self._quantizer = quantizer
+        self._weight: Tensor | None = None
+        self._state: tuple[int, int, bool] | None = None
+        self._quantized: Tensor | None = None
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        if (torch.is_grad_enabled() and weight.requires_grad) or weight.is_inference():
+            return self._quantizer(weight)  # inference tensors do not say when they change
+        # What inference mode made cannot take part in a gradient later, so the modes do not share.
+        state = (weight.data_ptr(), weight._version, torch.is_inference_mode_enabled())
+        if self._quantized is None or weight is not self._weight or state != self._state:
+            self._weight, self._state, self._quantized = weight, state, self._quantizer(weight)
+        return self._quantized

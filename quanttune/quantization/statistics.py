@@ -214,7 +214,8 @@ def collect_statistics(
         return observe
 
     done = 0
-    with torch.no_grad(), SiteHandlers(model, {site_id: observer(site_id) for site_id in statistics}):
+    walk = SiteHandlers(model, {site_id: observer(site_id) for site_id in statistics})
+    with torch.no_grad(), walk:
         for inputs in batches:
             call_model(model, inputs)
             done += 1
@@ -222,4 +223,9 @@ def collect_statistics(
                 progress(done)
     if not done:
         raise QuantTuneError("the calibration set is empty; give at least one batch")
+    if walk.unreached:
+        raise QuantTuneError(
+            f"site {walk.unreached[0]} was never reached in calibration; discover the sites on this same "
+            "model, with the attention implementation it runs with"
+        )
     return statistics

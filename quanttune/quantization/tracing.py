@@ -42,6 +42,7 @@ class SiteVisitor(TorchFunctionMode):
         self._path: list[str] = []
         self._calls: Counter[str] = Counter()
         self._hooks: list[RemovableHandle] = []
+        self.ran = False  # whether the whole model was called
 
     def visit(self, site_id: str, tensor: Tensor) -> Tensor:
         """Return what the network uses in place of ``tensor``; the default changes nothing."""
@@ -54,6 +55,11 @@ class SiteVisitor(TorchFunctionMode):
     def rearranged(self, result: Tensor, source: Tensor) -> Tensor:
         """Note that a walker made ``result`` from ``source`` by moving numbers only; ignored by default."""
         return result
+
+    @property
+    def running(self) -> bool:
+        """Whether the model, or a module of it, is running."""
+        return bool(self._path)
 
     @property
     def path(self) -> str:
@@ -79,6 +85,7 @@ class SiteVisitor(TorchFunctionMode):
         def hook(module: nn.Module, args: Any) -> None:
             if not self._path:
                 self._calls.clear()
+            self.ran = self.ran or name == ""
             self._path.append(name)
 
         return hook
@@ -114,15 +121,24 @@ class SiteHandlers(SiteVisitor):
 
     def __init__(self, model: nn.Module, handlers: Mapping[str, Handler]) -> None:
         super().__init__(model)
-        self._handlers = dict(handlers)
+        self.handlers = dict(handlers)
+        self._reached: set[str] = set()
         self._attention_paths = {
             site_id.partition("/")[0] for site_id in handlers if _inside_attention(site_id)
         }
 
     def visit(self, site_id: str, tensor: Tensor) -> Tensor:
         """Apply the site's handler, if it has one."""
-        handler = self._handlers.get(site_id)
-        return tensor if handler is None else handler(tensor)
+        handler = self.handlers.get(site_id)
+        if handler is None:
+            return tensor
+        self._reached.add(site_id)
+        return handler(tensor)
+
+    @property
+    def unreached(self) -> list[str]:
+        """Sites whose handler never ran, in the order of the handlers."""
+        return [site_id for site_id in self.handlers if site_id not in self._reached]
 
     def opens_attention(self, path: str) -> bool:
         """Decompose only where a handler stands inside the fused operation."""
@@ -242,7 +258,8 @@ _WALKERS: dict[Any, Callable[..., Any]] = {
     F.conv1d: _walk_weighted("conv"),
     F.conv2d: _walk_weighted("conv"),
     F.scaled_dot_product_attention: _walk_attention,
-    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm), _walk_matmul),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _walk_matmul),
+    **dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), _walk_matmul),
     **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), _walk_unary("softmax")),
     **dict.fromkeys((F.layer_norm, torch.layer_norm), _walk_unary("layer_norm")),
     F.rms_norm: _walk_unary("rms_norm"),

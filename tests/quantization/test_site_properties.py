@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quanttune.inputs import call_model, logits_of
-from quanttune.quantization import SiteHandlers, SiteVisitor, discover_sites, simulate
+from quanttune.quantization import SiteHandlers, discover_sites, simulate
 from tests.quantization.models import (
     EAGER,
     FUSED,
@@ -21,6 +21,7 @@ from tests.quantization.models import (
     quantizers,
     sites,
 )
+from tests.quantization.walking import Recorder
 
 every_model = pytest.mark.parametrize("name", MODELS)
 each_attention = pytest.mark.parametrize("attention", [EAGER, FUSED])
@@ -28,18 +29,6 @@ each_attention = pytest.mark.parametrize("attention", [EAGER, FUSED])
 
 def described(table: Any) -> list[tuple[Any, ...]]:
     return [(site.id, site.kind, site.parameter, site.source) for site in table.values()]
-
-
-class Recorder(SiteVisitor):
-    """Lists the ids of every site as they are reached."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__(model)
-        self.seen: list[str] = []
-
-    def visit(self, site_id: str, tensor: torch.Tensor) -> torch.Tensor:
-        self.seen.append(site_id)
-        return tensor
 
 
 @every_model
