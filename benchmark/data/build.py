@@ -8,8 +8,8 @@ Run it as ``python -m benchmark.data.build --fashion-mnist FOLDER --vader FILE [
   ``pip download --no-deps --no-binary :all: vaderSentiment==3.3.2``.
 
 Every source is checked against its sha256. Nothing here depends on random-number streams: a draw sorts items
-by a hash of seed, purpose and id, so any library version makes the same choice. With the pyarrow version named
-in the manifest the files come out byte for byte; with another one only the container differs, and ``--check``
+by a hash of seed, purpose and id, so any library version makes the same choice. With the pyarrow version of
+the manifest the files come out byte for byte; with another one only the container differs, and ``--check``
 compares the contents.
 """
 

@@ -56,6 +56,7 @@ def read_parquet(paths: Sequence[Path]) -> Dataset:
     for path in paths:
         require_parquet(path)
     import datasets
+    import pyarrow
 
     cache = cache_folder() / "datasets"
     # The library draws bars for its one-second conversion; they would tear the suite's own progress line.
@@ -63,11 +64,11 @@ def read_parquet(paths: Sequence[Path]) -> Dataset:
     datasets.utils.disable_progress_bars()
     try:
         return datasets.Dataset.from_parquet([str(path) for path in paths], cache_dir=str(cache))
-    except OSError as error:
-        out_of_space(error, cache)
-        raise AssetError(f"cannot read {_names(paths)} through the cache {cache}: {error}") from error
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise AssetError(f"cannot read {_names(paths)} as Parquet: {error.__cause__ or error}") from error
+    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(cause, OSError):
+            out_of_space(cause, cache)
+        raise AssetError(f"cannot read {_names(paths)} as Parquet: {cause or error}") from error
     finally:
         if not bars:
             datasets.utils.enable_progress_bars()
@@ -86,6 +87,7 @@ def require_parquet(path: Path, remedy: str = "give the Parquet file itself") ->
         stream.seek(-min(4, path.stat().st_size), 2)
         tail = stream.read(4)
     if head[:4] == _MAGIC and tail == _MAGIC:
+        _require_footer(path, remedy)
         return
     if head[:4] == _MAGIC:
         what = "a Parquet file cut short"
@@ -98,6 +100,18 @@ def require_parquet(path: Path, remedy: str = "give the Parquet file itself") ->
     else:
         what = "not a Parquet file"
     raise AssetError(f"{path} should be a Parquet file but is {what}; {remedy}")
+
+
+def _require_footer(path: Path, remedy: str) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        pyarrow.parquet.read_metadata(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise AssetError(
+            f"{path} is a damaged Parquet file ({str(error).splitlines()[0]}); {remedy}"
+        ) from error
 
 
 def forget_converted() -> None:

@@ -151,7 +151,7 @@ for _entry in (
         title="tiny random Swin (timm)",
         family="swin",
         architecture="swin_tiny_patch4_window7_224",
-        # 8 x 8 patches in windows of 4 x 4, so that every second block shifts its windows, as in the real model
+        # 8 x 8 patches in windows of 4 x 4: every second block shifts its windows, as in the real model
         settings={"window_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]},
     ),
     TinyTextModel(
