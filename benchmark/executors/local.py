@@ -85,7 +85,15 @@ def _spawn(settings: Settings) -> tuple[BaseProcess, Connection]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, settings), daemon=True)
-    process.start()
+    # OpenMP reads this when it is loaded. Its threads must sleep while they wait, not spin: with more threads
+    # than cores a spinning one keeps the one it waits for from running.
+    before = os.environ.get("OMP_WAIT_POLICY")
+    os.environ["OMP_WAIT_POLICY"] = before or "PASSIVE"
+    try:
+        process.start()
+    finally:
+        if before is None:
+            del os.environ["OMP_WAIT_POLICY"]
     theirs.close()
     return process, ours
 

@@ -1,0 +1,59 @@
+"""Where numbers come from is recorded, and devices that are not there are refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmark.environment import DEFAULT_THREADS, prepare_torch, provenance
+from quanttune.errors import ConfigError
+
+
+def test_provenance_names_versions_machine_and_threads() -> None:
+    found = provenance(3, "cpu")
+    assert found["threads"] == 3
+    assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert found["cpu"]
+    assert found["device_name"] == found["cpu"]
+    json.dumps(found)
+
+
+def test_threads_are_pinned() -> None:
+    before = torch.get_num_threads()
+    try:
+        assert prepare_torch(1, "cpu").type == "cpu"
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert DEFAULT_THREADS == 2
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", ""])
+def test_bad_devices_are_refused(device: str) -> None:
+    with pytest.raises(ConfigError, match="use cpu or cuda"):
+        prepare_torch(1, device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_an_absent_gpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        prepare_torch(1, "cuda")
+
+
+def test_asking_what_there_is_stays_light() -> None:
+    code = "import sys; from benchmark.cli import cli; cli.main(['list', 'suites'], standalone_mode=False)\n"
+    check = "heavy = {'mlflow', 'timm', 'transformers', 'datasets', 'pandas', 'matplotlib', 'sklearn'}\n"
+    script = (
+        "import atexit, sys\n"
+        + check
+        + "atexit.register(lambda: print(sorted(heavy & set(sys.modules))))\n"
+        + code
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip().splitlines()[-1] == "[]"
