@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 RECIPE = {"steps": 300, "learning_rate": 3e-5, "batch_size": 32}
 _MAX_LENGTH = 128
+_TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 _PICKLED = ("*.bin", "*.pt", "*.pth")
 
 
@@ -55,12 +56,15 @@ def entry_from_folder(name: str) -> ModelEntry:
     }
     if "architecture" in config and "pretrained_cfg" in config:
         data = config["pretrained_cfg"]
-        return TimmFolder(
-            **common,
-            image_size=int(config.get("model_args", {}).get("img_size", data["input_size"][-1])),
-            mean=tuple(data["mean"]),
-            std=tuple(data["std"]),
-        )
+        built = config.get("model_args", {}).get(
+            "img_size"
+        )  # what the weights fit, where it is not the default
+        height, width = (built, built) if isinstance(built, int) else (built or data["input_size"])[-2:]
+        if height != width:
+            raise ConfigError(
+                f"{folder} wants images of {height} x {width} pixels; only square ones are supported"
+            )
+        return TimmFolder(**common, image_size=height, mean=tuple(data["mean"]), std=tuple(data["std"]))
     if "model_type" in config:
         length = min(_MAX_LENGTH, int(config.get("max_position_embeddings", _MAX_LENGTH)))
         return TransformersFolder(**common, family=config["model_type"], max_length=length)
@@ -127,11 +131,15 @@ class TransformersFolder(TextEntry, FolderEntry):
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
+        if not any((self.folder / name).is_file() for name in _TOKENIZERS):  # else an empty one would be made
+            raise AssetError(
+                f"{self.folder} has no tokenizer ({', '.join(_TOKENIZERS)}); save it there as well"
+            )
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise AssetError(
-                f"{self.folder} has no tokenizer ({str(error).splitlines()[0]}); save it there as well"
+                f"the tokenizer in {self.folder} cannot be read: {str(error).splitlines()[0]}"
             ) from error
         if tokenizer.pad_token_id is None:
             raise AssetError(
@@ -203,12 +211,10 @@ class TimmFolder(ImageEntry, FolderEntry):
 
         config = _config(self.folder)
         self._check_classes(int(config["num_classes"]))
-        settings = config.get("model_args", {})
+        settings = {"num_classes": config["num_classes"], **config.get("model_args", {})}
         with own_random_state(0):
             try:
-                model: nn.Module = timm.create_model(
-                    config["architecture"], pretrained=False, num_classes=config["num_classes"], **settings
-                )
+                model: nn.Module = timm.create_model(config["architecture"], pretrained=False, **settings)
             except RuntimeError as error:
                 raise ConfigError(f"timm cannot build {config['architecture']!r}: {error}") from error
         return model.eval()

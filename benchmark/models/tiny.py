@@ -78,6 +78,8 @@ class TinyImageModel(ImageEntry, RandomEntry):
     task: str = "fashion_mnist"
     image_size: int = 32
     recipe: Mapping[str, Any] = field(default_factory=lambda: dict(RECIPE))
+    seed: int = 0
+    version: int = 1
 
     def _construct(self, classes: int) -> nn.Module:
         import timm
@@ -108,6 +110,8 @@ class TinyTextModel(TextEntry, RandomEntry):
     max_length: int = 32
     pad_id: int = 0
     recipe: Mapping[str, Any] = field(default_factory=lambda: dict(RECIPE))
+    seed: int = 0
+    version: int = 1
 
     def _construct(self, classes: int) -> nn.Module:
         import transformers
