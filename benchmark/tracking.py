@@ -22,6 +22,7 @@ import click
 
 from benchmark.record import Record
 from benchmark.store import Store
+from quanttune.errors import QuantTuneError, StoreError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -147,7 +148,20 @@ def sync_store(store: Store) -> tuple[int, int]:
 
     Returns:
         How many were logged and how many were there already.
+
+    Raises:
+        StoreError: If MLflow or its backend is not to be had.
     """
+    try:
+        return _sync(store)
+    except QuantTuneError:
+        raise
+    except Exception as error:  # MLflow lets the errors of its backends through, of many kinds
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        raise StoreError(f"MLflow at {tracking_uri(store)} cannot be used: {line}") from error
+
+
+def _sync(store: Store) -> tuple[int, int]:
     tracker = Tracker(store)
     stale, present = [], 0
     for record in store.records():

@@ -1,4 +1,4 @@
-"""Whole runs on tiny models of the real classes: executors agree, interruption costs nothing, smoke is quick."""
+"""Whole runs on tiny models of the real classes: executors agree, an interruption costs nothing."""
 
 from __future__ import annotations
 

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +131,15 @@ def test_a_broken_backend_costs_a_warning_only(
     assert result.stderr.count("warning: MLflow") == 1
 
 
+def test_sync_with_a_broken_backend_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "blocked").write_text("not a folder")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/blocked/mlflow.db")
+    result = call("sync", "--results", str(tmp_path / "results"))
+    assert result.exit_code == 2
+    assert "cannot be used" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_a_backend_that_breaks_on_the_way_costs_a_warning_only(
     results: Path, suite_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +175,31 @@ def test_the_range_plot_is_an_image(store: Store, suite_file: str, cells: list[C
     record = next(store.records())
     save_range_plot(record, tmp_path / "ranges.png")
     assert (tmp_path / "ranges.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_ui_serves_on_this_machine_only(results: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "benchmark", "ui", "--port", str(port), "--results", str(results)]
+    server = subprocess.Popen(
+        command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:  # noqa: S310
+                    assert answer.status == 200
+                    assert b"mlflow" in answer.read().lower()
+                    return
+            except OSError:
+                time.sleep(0.5)
+        raise AssertionError("the UI did not answer within 90 s")
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
 
 
 def test_runs_are_found_by_their_cell(results: Path, client: Any, suite_file: str) -> None:
