@@ -33,6 +33,7 @@ OMSE_FACTORS = np.arange(100, 10, -1) / 100
 
 _COARSE = np.geomspace(2.0**-10, 1.0, 97)
 _REFINEMENTS = 3
+_LEVELS_AT_ONCE = 1 << 20  # bounds the memory of a search at wide widths
 
 
 @RANGE_RULES.register("minmax")
@@ -54,7 +55,7 @@ def percentile(
     """Cut off the largest values.
 
     Symmetric: the limit is the ``p``-th percentile of ``|x|`` over the whole calibration set. Asymmetric:
-    both tails are cut, at ``100 - p`` and at ``p``.
+    both tails are cut, at ``100 - p`` and at ``p``. Nothing is cut where nothing but zero would be left.
 
     Raises:
         ConfigError: If ``p`` is not between 50 and 100.
@@ -63,13 +64,14 @@ def percentile(
         raise ConfigError(
             f"percentile {p} is not between 50 and 100; the usual values are 99.9, 99.99 and 99.999"
         )
+    low, high = _ends(statistics.low, statistics.high, symmetric)
     if symmetric:
-        limit = min(
-            statistics.histogram.magnitudes().quantile(p / 100), max(-statistics.low, statistics.high)
-        )
-        return -limit, limit
-    histogram = statistics.histogram
-    return _ends(histogram.quantile(1 - p / 100), histogram.quantile(p / 100), symmetric=False)
+        limit = min(statistics.histogram.magnitudes().quantile(p / 100), high)
+        found = (-limit, limit)
+    else:
+        histogram = statistics.histogram
+        found = _ends(histogram.quantile(1 - p / 100), histogram.quantile(p / 100), symmetric)
+    return found if found[0] < found[1] else (low, high)
 
 
 @RANGE_RULES.register("mse")
@@ -121,7 +123,7 @@ def symmetric_error(magnitudes: Histogram, limits: np.ndarray, bits: int) -> np.
     """
     code_max = 2 ** (bits - 1) - 1
     steps = np.maximum(limits, np.finfo(np.float64).tiny) / code_max
-    return _level_error(magnitudes, steps[:, None] * np.arange(code_max + 1))
+    return _level_error(magnitudes, steps, np.zeros_like(steps), code_max + 1)
 
 
 def asymmetric_error(histogram: Histogram, lows: np.ndarray, highs: np.ndarray, bits: int) -> np.ndarray:
@@ -136,22 +138,27 @@ def asymmetric_error(histogram: Histogram, lows: np.ndarray, highs: np.ndarray, 
     code_max = 2**bits - 1
     steps = np.maximum(highs - lows, np.finfo(np.float64).tiny) / code_max
     zero_points = np.round(-lows / steps)
-    return _level_error(histogram, steps[:, None] * (np.arange(code_max + 1) - zero_points[:, None]))
+    return _level_error(histogram, steps, zero_points, code_max + 1)
 
 
-def _level_error(histogram: Histogram, levels: np.ndarray) -> np.ndarray:
-    """Squared error with every value at the nearest of ``levels``, ascending, shape ``(candidates, levels)``.
+def _level_error(histogram: Histogram, steps: np.ndarray, zero_points: np.ndarray, count: int) -> np.ndarray:
+    """Squared error with every value at the nearest of ``count`` levels, per candidate step and zero point.
 
     Within one level's cell the error is ``sum x^2 - 2 q sum x + q^2 n``, so three running sums over the
     histogram price any grid exactly, without visiting the values again.
     """
-    counts, sums, squares = histogram.prefix_sums
-    borders = np.searchsorted(histogram.values, (levels[:, 1:] + levels[:, :-1]) / 2)
-    first = np.zeros((len(levels), 1), dtype=borders.dtype)
-    last = np.full((len(levels), 1), len(histogram.values), dtype=borders.dtype)
-    borders = np.concatenate([first, borders, last], axis=1)
-    cells = [np.diff(moment[borders], axis=1) for moment in (counts, sums, squares)]
-    return np.maximum((cells[2] - 2 * levels * cells[1] + levels**2 * cells[0]).sum(axis=1), 0.0)
+    codes = np.arange(count)
+    at_once = max(1, _LEVELS_AT_ONCE // count)
+    errors = []
+    for start in range(0, len(steps), at_once):
+        part = slice(start, start + at_once)
+        levels = steps[part, None] * (codes - zero_points[part, None])
+        borders = np.searchsorted(histogram.values, (levels[:, 1:] + levels[:, :-1]) / 2)
+        borders = np.pad(borders, ((0, 0), (1, 1)))
+        borders[:, -1] = len(histogram.values)
+        counts, sums, squares = (np.diff(moment[borders], axis=1) for moment in histogram.prefix_sums)
+        errors.append((squares - 2 * levels * sums + levels**2 * counts).sum(axis=1))
+    return np.maximum(np.concatenate(errors), 0.0)
 
 
 def _ends(low: float, high: float, symmetric: bool) -> tuple[float, float]:
@@ -178,7 +185,7 @@ class _ErrorOf(Protocol):
 
 def _search_both_ends(histogram: Histogram, low: float, high: float, bits: int) -> tuple[float, float]:
     """Two-parameter search: a coarse grid over both shrink factors, refined around its best pair."""
-    lows = highs = np.geomspace(2.0**-6, 1.0, 25)
+    lows = highs = np.geomspace(2.0**-10, 1.0, 33)
     for _ in range(_REFINEMENTS + 1):
         pairs = np.stack(np.meshgrid(lows, highs, indexing="ij"), axis=-1).reshape(-1, 2)[::-1]
         errors = asymmetric_error(histogram, pairs[:, 0] * low, pairs[:, 1] * high, bits)

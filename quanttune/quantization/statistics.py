@@ -22,6 +22,7 @@ from quanttune.quantization.sites import SiteTable
 from quanttune.quantization.tracing import Handler, SiteHandlers
 
 _CODES = 1 << 16
+_SCALARS = ("low", "high", "ema_low", "ema_high", "first_low", "first_high", "batches")
 EMA_MOMENTUM = 0.01
 """Weight of a new batch in the running minimum and maximum (the value of the FQ-ViT reference code)."""
 
@@ -55,7 +56,9 @@ class Histogram:
         return Histogram(values, np.bincount(where, weights=self.counts, minlength=len(values)))
 
     def moment(self, order: int) -> float:
-        """The central moment of ``order``."""
+        """The central moment of ``order``; exactly 0 for a constant."""
+        if self.values[0] == self.values[-1]:
+            return 0.0
         mean = float(self.counts @ self.values) / self.count
         return float(self.counts @ (self.values - mean) ** order) / self.count
 
@@ -75,6 +78,8 @@ class TensorStatistics:
         high: Largest value.
         ema_low: Running minimum over batches with momentum :data:`EMA_MOMENTUM`; the first batch dominates.
         ema_high: Running maximum likewise.
+        first_low: Minimum of the first batch; what a merge needs to take the other's running bounds apart.
+        first_high: Maximum of the first batch.
         batches: Number of batches seen.
         codes: Count of each float16 code, shape ``(65536,)``, int64.
     """
@@ -83,6 +88,8 @@ class TensorStatistics:
     high: float = -math.inf
     ema_low: float = 0.0
     ema_high: float = 0.0
+    first_low: float = 0.0
+    first_high: float = 0.0
     batches: int = 0
     codes: Tensor = field(default_factory=lambda: torch.zeros(_CODES, dtype=torch.int64))
 
@@ -98,22 +105,29 @@ class TensorStatistics:
             raise QuantTuneError(
                 "a calibration activation is NaN or infinite; check the model's weights and inputs"
             )
+        if not self.batches:
+            self.first_low, self.first_high = low, high
         momentum = EMA_MOMENTUM if self.batches else 1.0
         self.ema_low += momentum * (low - self.ema_low)
         self.ema_high += momentum * (high - self.ema_high)
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.batches += 1
+        self.__dict__.pop("histogram", None)  # made from the counts so far
         codes = values.to(torch.float16).contiguous().view(torch.uint16).view(-1).to(torch.int32)
         self.codes += torch.bincount(codes, minlength=_CODES).to(self.codes.device)
 
     def merge(self, other: TensorStatistics) -> TensorStatistics:
-        """The statistics of both sets of values; running bounds are those of this set, then the other."""
+        """The statistics of both sets of values, as if the other's batches had followed this set's."""
+        # The other's running bounds start at its first batch; here they start at this set's bounds instead.
         weight = (1 - EMA_MOMENTUM) ** other.batches if self.batches else 0.0
+        first = self if self.batches else other
         return TensorStatistics(
             low=min(self.low, other.low),
             high=max(self.high, other.high),
-            ema_low=weight * self.ema_low + (1 - weight) * other.ema_low,
-            ema_high=weight * self.ema_high + (1 - weight) * other.ema_high,
+            ema_low=other.ema_low + weight * (self.ema_low - other.first_low),
+            ema_high=other.ema_high + weight * (self.ema_high - other.first_high),
+            first_low=first.first_low,
+            first_high=first.first_high,
             batches=self.batches + other.batches,
             codes=self.codes + other.codes,
         )
@@ -161,7 +175,7 @@ def statistics_to_tensors(statistics: Mapping[str, TensorStatistics]) -> dict[st
     """Pack statistics into tensors that safetensors can hold."""
     packed: dict[str, Tensor] = {}
     for site_id, summary in statistics.items():
-        scalars = [summary.low, summary.high, summary.ema_low, summary.ema_high, float(summary.batches)]
+        scalars = [getattr(summary, name) for name in _SCALARS]
         packed[f"{site_id}|scalars"] = torch.tensor(scalars, dtype=torch.float64)
         # Most codes never occur: the sparse form is a tenth of the dense one.
         occupied = summary.codes.cpu().nonzero().squeeze(1)
@@ -176,11 +190,12 @@ def statistics_from_tensors(packed: Mapping[str, Tensor]) -> dict[str, TensorSta
         site_id, _, part = name.rpartition("|")
         if part != "scalars":
             continue
-        low, high, ema_low, ema_high, batches = packed[name].tolist()
+        scalars = dict(zip(_SCALARS, packed[name].tolist(), strict=True))
         codes = torch.zeros(_CODES, dtype=torch.int64)
         occupied, counts = packed[f"{site_id}|codes"]
         codes[occupied] = counts
-        statistics[site_id] = TensorStatistics(low, high, ema_low, ema_high, int(batches), codes)
+        scalars["batches"] = int(scalars["batches"])
+        statistics[site_id] = TensorStatistics(**scalars, codes=codes)
     return statistics
 
 

@@ -1,0 +1,318 @@
+"""Statistics against the raw values: exact where they promise it, within a bin everywhere else."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from safetensors.torch import load, save
+
+from quanttune.errors import QuantTuneError
+from quanttune.quantization import (
+    Histogram,
+    SiteHandlers,
+    SiteKind,
+    SiteTable,
+    TensorStatistics,
+    collect_statistics,
+)
+from quanttune.quantization.statistics import EMA_MOMENTUM, statistics_from_tensors, statistics_to_tensors
+from tests.quantization.models import build, inputs, logits, sites
+
+BIN = 2.0**-11
+"""Half the spacing of float16 numbers relative to their size: the largest error of a bin."""
+
+batches_of_values = st.lists(
+    hnp.arrays(np.float32, st.integers(1, 50), elements=st.floats(-6e4, 6e4, width=32)),
+    min_size=1,
+    max_size=5,
+)
+
+
+def summary(*batches: Any) -> TensorStatistics:
+    statistics = TensorStatistics()
+    for batch in batches:
+        statistics.update(torch.as_tensor(np.asarray(batch), dtype=torch.float32))
+    return statistics
+
+
+def assert_same(left: TensorStatistics, right: TensorStatistics) -> None:
+    assert (left.low, left.high, left.batches) == (right.low, right.high, right.batches)
+    assert torch.equal(left.codes, right.codes)
+    for name in ("ema_low", "ema_high", "first_low", "first_high"):
+        assert getattr(left, name) == pytest.approx(getattr(right, name), rel=1e-9, abs=1e-9)
+
+
+def heavy_tailed(n: int = 20000, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_t(2.5, n).astype(np.float32)
+
+
+@given(batches_of_values, st.integers(0, 5))
+def test_merging_parts_equals_one_pass(batches: list[np.ndarray], cut: int) -> None:
+    merged = summary(*batches[:cut]).merge(summary(*batches[cut:]))
+    assert_same(merged, summary(*batches))
+
+
+@given(batches_of_values)
+def test_merging_one_by_one_equals_one_pass(batches: list[np.ndarray]) -> None:
+    merged = TensorStatistics()
+    for batch in batches:
+        merged = merged.merge(summary(batch))
+    assert_same(merged, summary(*batches))
+
+
+@given(batches_of_values, st.randoms(use_true_random=False))
+def test_order_of_batches_matters_to_the_running_bounds_alone(batches: list[np.ndarray], random: Any) -> None:
+    shuffled = list(batches)
+    random.shuffle(shuffled)
+    left, right = summary(*batches), summary(*shuffled)
+    assert (left.low, left.high, left.batches) == (right.low, right.high, right.batches)
+    assert torch.equal(left.codes, right.codes)
+
+
+@given(batches_of_values)
+def test_bounds_and_count_are_exact(batches: list[np.ndarray]) -> None:
+    together = np.concatenate(batches)
+    statistics = summary(*batches)
+    assert statistics.low == float(together.min())
+    assert statistics.high == float(together.max())
+    assert statistics.count == statistics.histogram.count == len(together)
+
+
+@given(batches_of_values, st.floats(0.0, 1.0))
+def test_quantiles_are_those_of_the_values_within_a_bin(batches: list[np.ndarray], fraction: float) -> None:
+    together = np.concatenate(batches).astype(np.float64)
+    expected = np.quantile(together, fraction, method="inverted_cdf")
+    neighbours = np.quantile(
+        together, np.clip([fraction - 1e-9, fraction + 1e-9], 0, 1), method="inverted_cdf"
+    )
+    found = summary(*batches).histogram.quantile(fraction)
+    slack = BIN * np.abs([expected, *neighbours]).max() + 2.0**-24
+    assert min(expected, neighbours[0]) - slack <= found <= max(expected, neighbours[1]) + slack
+
+
+@pytest.mark.parametrize("percent", [0.0, 0.01, 0.1, 50.0, 99.0, 99.9, 99.99, 99.999, 100.0])
+def test_percentiles_of_a_heavy_tail(percent: float) -> None:
+    values = heavy_tailed(20011)  # no percentile falls between two elements
+    statistics = summary(*np.array_split(values, 8))
+    expected = np.quantile(values.astype(np.float64), percent / 100, method="inverted_cdf")
+    assert statistics.histogram.quantile(percent / 100) == pytest.approx(expected, rel=BIN, abs=2.0**-24)
+    expected = np.quantile(np.abs(values.astype(np.float64)), percent / 100, method="inverted_cdf")
+    assert statistics.histogram.magnitudes().quantile(percent / 100) == pytest.approx(
+        expected, rel=BIN, abs=2.0**-24
+    )
+
+
+@pytest.mark.parametrize("offset", [0.0, 3.0, -10.0])
+def test_moments_are_those_of_scipy(offset: float) -> None:
+    values = heavy_tailed(seed=1) + np.float32(offset)
+    statistics = summary(*np.split(values, 4))
+    exact = values.astype(np.float64)
+    assert statistics.mean == pytest.approx(exact.mean(), abs=BIN * np.abs(exact).mean())
+    assert statistics.std == pytest.approx(exact.std(), rel=1e-3)
+    assert statistics.kurtosis == pytest.approx(scipy.stats.kurtosis(exact, fisher=False), rel=2e-3)
+    distance = np.abs(exact - exact.mean()).max() / exact.std()
+    assert statistics.ratio == pytest.approx(distance, rel=2e-3)
+    for order in (2, 3, 4):
+        assert statistics.histogram.moment(order) == pytest.approx(scipy.stats.moment(exact, order), rel=5e-3)
+
+
+def test_a_gaussian_has_kurtosis_three() -> None:
+    values = np.random.default_rng(0).normal(size=400_000).astype(np.float32)
+    assert summary(values).kurtosis == pytest.approx(3.0, abs=0.05)
+
+
+def test_a_percentile_between_two_elements_is_the_lower() -> None:
+    histogram = summary(np.arange(1, 1001)).histogram
+    assert histogram.quantile(0.999) == 999
+    assert histogram.quantile(0.9990001) == 1000
+    assert histogram.quantile(0.5) == 500
+
+
+def test_prefix_sums_are_running_sums() -> None:
+    histogram = Histogram(np.array([-2.0, 0.5, 3.0]), np.array([2.0, 1.0, 4.0]))
+    counts, sums, squares = histogram.prefix_sums
+    assert counts.tolist() == [0, 2, 3, 7]
+    assert sums.tolist() == [0, -4, -3.5, 8.5]
+    assert squares.tolist() == [0, 8, 8.25, 44.25]
+
+
+def test_magnitudes_join_both_signs() -> None:
+    histogram = summary([-2.0, 2.0, 0.0, -0.0, 1.0]).histogram.magnitudes()
+    assert histogram.values.tolist() == [0.0, 1.0, 2.0]
+    assert histogram.counts.tolist() == [2, 1, 2]
+
+
+class TestExtremes:
+    def test_values_beyond_float16_count_at_the_exact_bound(self) -> None:
+        values = np.array([-3e5, -1e5, -1.0, 0.0, 2.0, 7e4, 1e6, 3e38], dtype=np.float32)
+        statistics = summary(values)
+        assert (statistics.low, statistics.high) == (float(np.float32(-3e5)), float(np.float32(3e38)))
+        assert statistics.count == len(values)
+        histogram = statistics.histogram
+        assert np.isfinite(histogram.values).all()
+        assert histogram.values.tolist() == [statistics.low, -1.0, 0.0, 2.0, statistics.high]
+        assert histogram.counts.tolist() == [2, 1, 1, 1, 3]
+        assert histogram.quantile(0.5) == 0.0
+
+    def test_the_last_float16_numbers_are_kept_apart(self) -> None:
+        assert summary([65504.0, 65472.0]).histogram.values.tolist() == [65472.0, 65504.0]
+        assert summary([65519.0]).histogram.values.tolist() == [65519.0]
+
+    @pytest.mark.parametrize("value", [1e-5, 6e-8, 1e-9, 1e-38, 1e-45])
+    def test_subnormal_numbers_keep_their_bounds(self, value: float) -> None:
+        exact = float(np.float32(value))
+        statistics = summary([-value, 0.0, value])
+        assert (statistics.low, statistics.high) == (-exact, exact)
+        assert statistics.count == 3
+        values = statistics.histogram.values
+        assert (values[0], values[-1]) >= (-exact, 0)
+        assert values[-1] <= exact
+        assert np.abs(values).max() <= exact
+        single = summary([value])
+        assert single.histogram.values.tolist() == [exact]
+        assert single.histogram.quantile(0.99) == exact
+
+    @pytest.mark.parametrize("value", [0.0, 0.1, -3.3, 1e6, 1e-9])
+    def test_a_constant_has_no_spread(self, value: float) -> None:
+        statistics = summary(np.full(1000, value), np.full(10, value))
+        assert statistics.low == statistics.high == float(np.float32(value))
+        assert statistics.mean == pytest.approx(float(np.float32(value)))
+        assert statistics.std == 0.0
+        assert np.isnan(statistics.kurtosis)
+        assert np.isnan(statistics.ratio)
+
+    def test_all_zeros_of_either_sign(self) -> None:
+        statistics = summary([0.0, -0.0, 0.0])
+        assert (statistics.low, statistics.high, statistics.mean, statistics.std) == (0, 0, 0, 0)
+        assert statistics.histogram.magnitudes().counts.tolist() == [3]
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+    def test_values_that_are_not_finite_are_refused_and_change_nothing(self, bad: float) -> None:
+        statistics = summary([1.0, 2.0])
+        kept = copy.deepcopy(statistics)
+        with pytest.raises(QuantTuneError, match="NaN or infinite"):
+            statistics.update(torch.tensor([0.0, bad, 5.0]))
+        assert_same(statistics, kept)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_every_floating_type_is_counted(self, dtype: torch.dtype) -> None:
+        values = torch.tensor([[-1.5, 0.25], [3.0, 0.25]], dtype=dtype)
+        statistics = TensorStatistics()
+        statistics.update(values.mT)
+        assert (statistics.low, statistics.high) == (-1.5, 3.0)
+        assert statistics.histogram.values.tolist() == [-1.5, 0.25, 3.0]
+
+
+def test_running_bounds_follow_their_formula() -> None:
+    batches = [heavy_tailed(50, seed) for seed in range(6)]
+    low, high = float(batches[0].min()), float(batches[0].max())
+    for batch in batches[1:]:
+        low += EMA_MOMENTUM * (float(batch.min()) - low)
+        high += EMA_MOMENTUM * (float(batch.max()) - high)
+    statistics = summary(*batches)
+    assert EMA_MOMENTUM == 0.01
+    assert (statistics.ema_low, statistics.ema_high) == (pytest.approx(low), pytest.approx(high))
+    assert statistics.ema_high < statistics.high
+
+
+def test_a_histogram_read_in_between_is_not_kept() -> None:
+    statistics = summary([1.0])
+    assert statistics.histogram.quantile(1.0) == 1.0
+    assert statistics.std == 0
+    statistics.update(torch.tensor([5.0]))
+    assert statistics.histogram.quantile(1.0) == 5.0
+    assert statistics.histogram.count == 2
+    assert statistics.std == 2.0
+
+
+def test_packing_goes_through_safetensors_unchanged() -> None:
+    statistics = {
+        "blocks.0/add.output": summary(heavy_tailed(100), heavy_tailed(100, 1)),
+        "blocks.0.attn/matmul#2.b": summary([-1e6, 0.0, 3e38]),
+        "head/linear.input": summary([0.0]),
+    }
+    packed = statistics_to_tensors(statistics)
+    unpacked = statistics_from_tensors(load(save(packed)))
+    assert set(unpacked) == set(statistics)
+    for site_id, expected in statistics.items():
+        assert_same(unpacked[site_id], expected)
+        assert unpacked[site_id].ema_low == expected.ema_low
+        assert isinstance(unpacked[site_id].batches, int)
+        more = torch.tensor([3.0])
+        unpacked[site_id].update(more)
+        expected.update(more)
+        assert_same(unpacked[site_id], expected)
+    assert statistics_from_tensors({}) == {}
+
+
+class TestCollection:
+    @pytest.mark.parametrize("name", ["vit", "bert", "llama"])
+    def test_sees_exactly_what_each_site_holds(self, name: str) -> None:
+        model, table = build(name), sites(name).profile("full").activations()
+        batches = [inputs(name, 2, 1), inputs(name, 3, 2)]
+        seen: dict[str, list[torch.Tensor]] = {site_id: [] for site_id in table}
+
+        def keep(site_id: str) -> Any:
+            return lambda values: (seen[site_id].append(values.clone()), values)[1]
+
+        with SiteHandlers(model, {site_id: keep(site_id) for site_id in table}):
+            for batch in batches:
+                logits(model, batch)
+        collected = collect_statistics(model, batches, sites(name).profile("full"))
+        assert list(collected) == list(table)
+        for site_id, statistics in collected.items():
+            assert_same(statistics, summary(*seen[site_id]))
+            assert statistics.batches == 2
+
+    def test_serves_parts_that_are_merged(self) -> None:
+        model, table = build("vit"), sites("vit").profile("full")
+        batches = [inputs("vit", 2, seed) for seed in range(4)]
+        whole = collect_statistics(model, batches, table)
+        first, second = (collect_statistics(model, part, table) for part in (batches[:1], batches[1:]))
+        for site_id, expected in whole.items():
+            assert_same(first[site_id].merge(second[site_id]), expected)
+
+    def test_leaves_the_model_alone_and_reports_progress(self) -> None:
+        model = copy.deepcopy(build("vit"))
+        state = copy.deepcopy(model.state_dict())
+        done: list[int] = []
+        batches = (inputs("vit", 2, seed) for seed in range(3))
+        collect_statistics(model, batches, sites("vit").profile("matmul"), progress=done.append)
+        assert done == [1, 2, 3]
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+        assert all(not module._forward_hooks for module in model.modules())
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    def test_of_no_batch_is_an_error(self) -> None:
+        with pytest.raises(QuantTuneError, match="calibration set is empty; give at least one batch"):
+            collect_statistics(build("vit"), [], sites("vit"))
+
+    def test_of_a_broken_model_names_the_first_broken_site(self) -> None:
+        model = copy.deepcopy(build("vit"))
+        with torch.no_grad():
+            model.blocks[1].mlp.fc1.weight[0, 0] = float("nan")
+        with pytest.raises(
+            QuantTuneError, match=r"site blocks\.1\.mlp\.act/gelu\.output: .*NaN or infinite; check the model"
+        ):
+            collect_statistics(model, [inputs("vit")], sites("vit").profile("full"))
+        assert all(not module._forward_hooks for module in model.modules())
+
+    def test_of_another_models_sites_is_an_error(self) -> None:
+        site = next(site for site in sites("swin").values() if site.kind is SiteKind.RESIDUAL_SUM)
+        with pytest.raises(QuantTuneError, match=f"site {site.id} was never reached"):
+            collect_statistics(build("vit"), [inputs("vit")], SiteTable([site]))
+
+
+def test_bins_are_no_wider_than_promised() -> None:
+    values = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
+    normal = np.sort(values[np.isfinite(values) & (values >= 2.0**-14)])
+    assert all((right - left) / 2 <= BIN * right for left, right in pairwise(normal.tolist()))
