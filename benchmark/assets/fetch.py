@@ -80,8 +80,8 @@ def fetch(name: str, say: Say | None = None) -> Fetched:
         say: Called with one line for each thing that happens; silent without it.
 
     Raises:
-        AssetError: If no source gives the pinned tensors (the message names every source tried and what to put
-            where by hand), the disk is full or the cache cannot be written.
+        AssetError: If no source gives the pinned tensors (the message names every source tried and what to
+            put where by hand), the disk is full or the cache cannot be written.
         UnknownNameError: If the catalogue has no such asset.
     """
     asset = get_asset(name)
