@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quanttune.digests import tensor_digest
-from quanttune.inputs import ModelInputs
+from quanttune.inputs import ModelInputs, to_device
 from quanttune.quantization import Precision, Quantizer, SiteTable, TensorStatistics, collect_statistics
 from quanttune.quantization.statistics import statistics_from_tensors, statistics_to_tensors
 from quanttune.registry import Registry
@@ -77,6 +77,10 @@ class MemoryStages:
         return self._kept[name]
 
 
+def _inputs_digest(inputs: ModelInputs) -> str:
+    return tensor_digest(inputs if isinstance(inputs, Mapping) else {"": inputs})
+
+
 def _silent(stage: str, done: int, total: int) -> None:
     """Report nothing."""
 
@@ -134,7 +138,7 @@ class Context:
             total = len(self.calibration)
             statistics = collect_statistics(
                 measured,
-                (batch.inputs for batch in self.calibration),
+                (to_device(batch.inputs, self.device) for batch in self.calibration),
                 sites,
                 progress=lambda done: self.progress("statistics", done, total),
             )
@@ -144,8 +148,7 @@ class Context:
             **self.identity,
             "weights": tensor_digest(measured.state_dict()),
             "profile": self.profile,
-            "calibration_items": sum(len(batch.targets) for batch in self.calibration),
-            "seed": self.seed,
+            "calibration": [_inputs_digest(batch.inputs) for batch in self.calibration],
         }
         return statistics_from_tensors(self.stages.tensors("statistics", key, collect))
 
