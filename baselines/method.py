@@ -6,6 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -60,6 +61,10 @@ class StageCache(Protocol):
         """Return the tensors of ``stage`` for ``key``, making and keeping them if they are not there yet."""
         ...
 
+    def checkpoint(self, stage: str, key: Mapping[str, Any]) -> Path | None:
+        """Where unfinished work on that stage is saved for a resumption; ``None`` for nowhere."""
+        ...
+
 
 class MemoryStages:
     """A stage cache for one process, for use without the suite."""
@@ -75,6 +80,10 @@ class MemoryStages:
         if name not in self._kept:
             self._kept[name] = make()
         return self._kept[name]
+
+    def checkpoint(self, stage: str, key: Mapping[str, Any]) -> Path | None:
+        """Nothing outlives the process."""
+        return None
 
 
 def _inputs_digest(inputs: ModelInputs) -> str:

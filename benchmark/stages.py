@@ -56,10 +56,7 @@ class Stages:
         Raises:
             StoreError: If the disk is full or cannot be written.
         """
-        if not _NAME.fullmatch(stage):
-            raise ConfigError(f"stage name {stage!r} must be lower-case letters, digits and underscores")
-        full_key = {"scope": self.scope, "key": dict(key)}
-        digest = json_digest({"stage": stage, **full_key})
+        full_key, digest = self._identify(stage, key)
         path = self.folder / stage / f"{digest}.safetensors"
         found = _load(path)
         if found is not None:
@@ -74,6 +71,17 @@ class Stages:
             self.seconds += seconds
             _save(path, tensors, {"stage": stage, **full_key, "seconds": round(seconds, 3)})
         return tensors
+
+    def checkpoint(self, stage: str, key: Mapping[str, Any]) -> Path:
+        """Where unfinished work on a stage is saved, so that an interrupted run goes on where it was."""
+        _, digest = self._identify(stage, key)
+        return self.folder / "unfinished" / f"{stage}-{digest}.safetensors"
+
+    def _identify(self, stage: str, key: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+        if not _NAME.fullmatch(stage):
+            raise ConfigError(f"stage name {stage!r} must be lower-case letters, digits and underscores")
+        full_key = {"scope": self.scope, "key": dict(key)}
+        return full_key, json_digest({"stage": stage, **full_key})
 
 
 def _load(path: Path) -> dict[str, Tensor] | None:

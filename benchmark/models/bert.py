@@ -143,6 +143,6 @@ MODELS.register("minilm_l6")(
         task="movie_reviews",
         keep_pooler=True,
         training={"steps": 700, "learning_rate": 5e-5, "batch_size": 32},
-        recipe={"steps": 300, "learning_rate": 3e-5, "batch_size": 32},
+        recipe={"steps": 480, "learning_rate": 1.2e-4, "batch_size": 32},
     )
 )

@@ -1,0 +1,148 @@
+"""What QuantTune and its control share: the same fine-tuning, then calibration of the tuned weights."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+
+from baselines.method import METHODS, Context, Method, Quantized
+from quanttune.errors import ConfigError
+from quanttune.inputs import ModelInputs, call_model, logits_of, to_device
+from quanttune.outlier_loss import OutlierLoss, OutlierLossConfig
+from quanttune.seeds import derive_seed, torch_generator
+from quanttune.tuner import Schedule, tune
+
+_RECIPE = ("steps", "learning_rate", "batch_size")
+
+
+@dataclass(frozen=True)
+class FineTuning(Method):
+    """Fine-tune the reference on its task, then quantize it with a calibrator.
+
+    Learning rate, steps and batch size come from the model's entry unless they are given here. The order of
+    the training items and the dropout depend on the seed alone, so methods that differ in their loss see the
+    same data.
+
+    Args:
+        calibrator: Registered name of the calibrator that quantizes the tuned weights.
+        steps: Optimizer steps; ``None`` for the entry's.
+        learning_rate: Peak learning rate; ``None`` for the entry's.
+        distillation: Share of the loss, 0 to 1, that compares with the reference's logits and not with the
+            labels.
+    """
+
+    trains: ClassVar[bool] = True
+    calibrator: str = "minmax"
+    steps: int | None = None
+    learning_rate: float | None = None
+    distillation: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.distillation <= 1:
+            raise ConfigError(f"distillation {self.distillation} is not a share between 0 and 1")
+
+    @property
+    def label(self) -> str:
+        """The name, then what differs from the defaults; ``+`` joins the calibrator."""
+        plain = dataclasses.replace(self, calibrator=type(self).calibrator)
+        rest = super(FineTuning, plain).label
+        return rest if self.calibrator == type(self).calibrator else f"{rest}+{self.calibrator}"
+
+    def outlier_settings(self) -> OutlierLossConfig | None:
+        """The outlier-driven loss, or ``None`` for plain fine-tuning."""
+        return None
+
+    def quantize(self, context: Context) -> Quantized:
+        """Tune once for all widths, profiles and calibrators; then calibrate the tuned weights."""
+        schedule = self._schedule(context)
+        key = {
+            "method": self.name,
+            "version": self.version,
+            "parameters": {name: value for name, value in self.parameters().items() if name != "calibrator"},
+            "schedule": dataclasses.asdict(schedule),
+            "seed": context.seed,
+        }
+        weights = context.stages.tensors("tuning", key, lambda: self._tune(context, schedule, key))
+        model = copy.deepcopy(context.model)
+        model.load_state_dict(weights)
+        model.to(context.device).eval()
+        quantized = METHODS.get(self.calibrator)().quantize(dataclasses.replace(context, model=model))
+        return Quantized(
+            quantized.quantizers, weights, {**quantized.details, "schedule": dataclasses.asdict(schedule)}
+        )
+
+    def _schedule(self, context: Context) -> Schedule:
+        given = {name: getattr(self, name, None) for name in _RECIPE}
+        settings = {**context.recipe, **{name: value for name, value in given.items() if value is not None}}
+        try:
+            return Schedule(**settings)
+        except TypeError as error:
+            raise ConfigError(
+                f"{self.name} needs steps and learning_rate from the model's recipe: {error}"
+            ) from None
+
+    def _tune(self, context: Context, schedule: Schedule, key: dict[str, Any]) -> dict[str, Tensor]:
+        if context.training is None:
+            raise ConfigError(f"{self.name} fine-tunes, but the task has no training split")
+        model = copy.deepcopy(context.model)
+        settings = self.outlier_settings()
+        outliers = None if settings is None else OutlierLoss(model, context.sites, schedule.steps, settings)
+        order = torch_generator(context.seed, "tuning batches")
+        batches = (
+            (batch.inputs, batch.targets) for batch in context.training.batches(schedule.batch_size, order)
+        )
+        loss = context.training.loss
+        if self.distillation:
+            batches, loss = self._distilled(context, batches)
+        tune(
+            model,
+            batches,
+            loss,
+            schedule,
+            outliers=outliers,
+            seed=derive_seed(context.seed, "tuning"),
+            device=context.device,
+            checkpoint=context.stages.checkpoint("tuning", key),
+            progress=lambda done, total, _: context.progress(f"{self.name} fine-tuning", done, total),
+        )
+        return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+
+    def _distilled(self, context: Context, batches: Iterator[tuple[ModelInputs, Tensor]]) -> tuple[Any, Any]:
+        """Batches that carry the reference's logits with the targets, and the loss that reads both."""
+        training, share = context.training, self.distillation
+        assert training is not None  # noqa: S101 - checked by the caller; tells the type checker
+
+        def with_teacher() -> Iterator[tuple[ModelInputs, Any]]:
+            for inputs, targets in batches:
+                with torch.no_grad():
+                    teacher = logits_of(call_model(context.model, to_device(inputs, context.device)))
+                yield inputs, _Taught(targets, teacher)
+
+        def loss(logits: Tensor, taught: _Taught) -> Tensor:
+            matched = kl_div(
+                log_softmax(logits, -1),
+                log_softmax(taught.teacher, -1),
+                log_target=True,
+                reduction="batchmean",
+            )
+            return (1 - share) * training.loss(logits, taught.targets) + share * matched
+
+        return with_teacher(), loss
+
+
+@dataclass(frozen=True)
+class _Taught:
+    """Targets with the reference's logits; moves between devices as one."""
+
+    targets: Tensor
+    teacher: Tensor
+
+    def to(self, device: torch.device) -> _Taught:
+        return _Taught(self.targets.to(device), self.teacher.to(device))

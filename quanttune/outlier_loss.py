@@ -1,0 +1,339 @@
+"""The outlier-driven loss: pull the rare values that widen a range back to expected statistics.
+
+QuantTune (arXiv 2403.06497) states that fine-tuning adds a loss on how far outlier activations diverge from
+the expected statistics of their tensor, with a weight that balances it against the task. It gives no formula
+that we could read; everything below is our reconstruction.
+
+For a site with values ``x``, running mean ``mu`` and running standard deviation ``sigma`` (neither carries a
+gradient)::
+
+    distance  d   = |x - mu| / sigma
+    ratio     r_s = running largest distance of the site
+    threshold k_s = max(threshold, band * r_s)
+    outliers  d > k_s
+    L_s           = mean over the outliers of (d - k_s) ** power
+    L             = L_task + weight * mean over the sites of L_s
+
+The threshold adapts to each site by feedback: only the outermost band of values is pulled, and the band moves
+inwards as the range shrinks. A threshold that falls on a timetable whether or not the site follows
+(``schedule="anneal"``) soon counts thousands of values as outliers, and the mean over them no longer moves
+the few that set the range. The mean runs over outliers alone because they are one value in 10^4 or 10^5; over
+all elements their gradient would vanish. A site whose values keep within ``threshold`` costs nothing.
+
+Penalised are the tensors that carry the residual stream: embedding and residual sums and the linear outputs
+that feed them. Each is rounded once and then passed on, so their errors add up over the depth, while an error
+inside one branch is added once.
+
+Parameters are tensors with ranges too, and an optimizer moves an entry of an embedding by at most the
+learning rate a step, far too slowly for one that lies 70 deviations out. Matrices therefore meet a threshold
+by projection: every few steps their entries are clamped to ``mean +- k(t) sigma`` with ``k(t)`` falling from
+the matrix's own largest distance, the limit of the same loss for a very large weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from quanttune.errors import ConfigError
+from quanttune.inputs import ModelInputs
+from quanttune.quantization import SiteHandlers, SiteKind, SiteTable, discover_sites
+from quanttune.quantization.tracing import Handler
+
+PENALTIES = ("outlier", "range", "kurtosis")
+SCHEDULES = ("feedback", "anneal", "fixed")
+RESIDUAL_STREAM = (SiteKind.EMBEDDING_SUM, SiteKind.RESIDUAL_SUM, SiteKind.LINEAR_OUTPUT)
+"""Kinds of site that carry the residual stream, where rounding errors add up over the depth."""
+
+_SAMPLE = 1 << 16
+"""Values per site and step that running moments are estimated from; a strided sample keeps the step cheap."""
+_PROJECT_EVERY = 10
+"""Optimizer steps between projections of the matrices, whose entries move slowly."""
+
+
+@dataclass(frozen=True)
+class OutlierLossConfig:
+    """Settings of :class:`OutlierLoss`; the defaults are the suite's one recipe for every model family.
+
+    Args:
+        weight: Balance against the task loss; 0 turns the loss off, projection included.
+        threshold: Distance from the mean, in standard deviations, up to which no activation is an outlier.
+        parameter_threshold: The same for the entries of the model's matrices; ``None`` leaves them alone.
+        schedule: How an activation site's threshold gets there: ``feedback``; for ablations ``anneal``
+            (geometrically over a fraction of the steps) or ``fixed`` (at once).
+        band: With ``feedback``, the fraction of the site's largest distance beyond which values are pulled.
+        anneal: Fraction of the steps over which annealed thresholds fall: those of matrices, or with
+            ``anneal`` all.
+        power: Exponent of the excess, 1 (absolute) or 2 (squared).
+        penalty: ``outlier``; for ablations ``range`` (largest distance of a site) or ``kurtosis`` (arXiv
+            2404.03605).
+        kinds: Kinds of activation site that are penalised; ``None`` for all but softmax outputs, which 1
+            bounds.
+        momentum: Weight of the past in the running moments.
+
+    Raises:
+        ConfigError: If a setting is out of its range.
+    """
+
+    weight: float = 0.1
+    threshold: float = 5.0
+    parameter_threshold: float | None = 8.0
+    schedule: str = "feedback"
+    band: float = 0.7
+    anneal: float = 0.6
+    power: int = 1
+    penalty: str = "outlier"
+    kinds: tuple[SiteKind, ...] | None = RESIDUAL_STREAM
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ConfigError(f"outlier-loss weight {self.weight} is negative; use 0 to turn the loss off")
+        for threshold in (self.threshold, self.parameter_threshold):
+            if threshold is not None and threshold <= 1:
+                raise ConfigError(
+                    f"outlier threshold {threshold} does not exceed 1 standard deviation; 4 to 10 is usual"
+                )
+        for name in ("band", "anneal"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} {getattr(self, name)} is not a fraction between 0 and 1")
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"schedule {self.schedule!r} is not one of {', '.join(SCHEDULES)}")
+        if self.power not in (1, 2):
+            raise ConfigError(f"power {self.power} is not 1 (absolute) or 2 (squared)")
+        if self.penalty not in PENALTIES:
+            raise ConfigError(f"penalty {self.penalty!r} is not one of {', '.join(PENALTIES)}")
+
+
+@dataclass
+class _Running:
+    """Running moments of one tensor and its largest distance: at the start, smoothed, and now."""
+
+    mean: float = 0.0
+    std: float = 0.0
+    start: float = 0.0
+    recent: float = 0.0
+    ratio: float = 0.0
+    updates: int = 0
+
+    def update(self, moments: list[float], momentum: float) -> None:
+        mean, std, low, high = moments
+        # A plain average at first, so that the first batch is not given the weight of the whole past.
+        keep = min(momentum, self.updates / (self.updates + 1))
+        self.mean = keep * self.mean + (1 - keep) * mean
+        self.std = keep * self.std + (1 - keep) * std
+        self.updates += 1
+        if self.std > 0:
+            self.ratio = max(high - self.mean, self.mean - low) / self.std
+            self.start = self.start or self.ratio
+            self.recent = keep * self.recent + (1 - keep) * self.ratio
+
+
+class OutlierLoss:
+    """Adds the outlier-driven loss to anyone's training loop.
+
+    Inside ``with``, each forward pass that records gradients is watched; :meth:`penalty` returns the weighted
+    loss of those since its last call, and :meth:`step` follows each optimizer step. The first step only
+    measures.
+
+    Args:
+        model: The model that is fine-tuned.
+        sites: Its sites, or one batch of inputs to discover them from.
+        steps: Optimizer steps of the whole fine-tuning, which the schedule spans.
+        config: Settings.
+        profile: Profile whose sites are penalised.
+
+    Example:
+        >>> with OutlierLoss(model, inputs, steps=700) as outliers:  # doctest: +SKIP
+        ...     for batch, targets in data:
+        ...         (cross_entropy(model(batch), targets) + outliers.penalty()).backward()
+        ...         optimizer.step(), optimizer.zero_grad(), outliers.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: SiteTable | ModelInputs,
+        steps: int,
+        config: OutlierLossConfig | None = None,
+        profile: str = "full",
+    ) -> None:
+        if steps < 1:
+            raise ConfigError(f"the outlier loss needs the number of optimizer steps, got {steps}")
+        self.config = config or OutlierLossConfig()
+        table = sites if isinstance(sites, SiteTable) else discover_sites(model, sites)
+        activations = table.profile(profile).activations().values()
+        self._running = {site.id: _Running() for site in activations if self._penalises(site.kind)}
+        if not self._running:
+            raise ConfigError(
+                f"no site of profile {profile} is of the kinds {self.config.kinds}; nothing to penalise"
+            )
+        self._visitor = SiteHandlers(model, {site_id: self._handler(site_id) for site_id in self._running})
+        self._matrices = {
+            name: parameter for name, parameter in model.named_parameters() if parameter.dim() > 1
+        }
+        self._parameters = {name: _Running() for name in self._matrices}
+        self._steps, self._step = steps, 0
+        self._terms: list[Tensor] = []
+        self._pending: dict[str, int] = {}
+        self._observed: list[tuple[str, Tensor]] = []
+
+    def _penalises(self, kind: SiteKind) -> bool:
+        kinds = self.config.kinds
+        return kind is not SiteKind.SOFTMAX if kinds is None else kind in kinds
+
+    def __enter__(self) -> Self:
+        self._visitor.__enter__()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._visitor.__exit__(exc_type, exc, traceback)
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Largest distance from the mean, in standard deviations, at the last step; by site."""
+        return {site_id: running.ratio for site_id, running in sorted(self._running.items())}
+
+    def penalty(self) -> Tensor:
+        """The weighted loss of the forward passes since the last call; a scalar, zero without outliers."""
+        forwards = max(self._pending.values(), default=1)
+        terms, self._terms, self._pending = self._terms, [], {}
+        if not terms:
+            return torch.zeros(())
+        # Sites of a model that is spread over devices meet on the device of the first.
+        total = torch.stack([term.to(terms[0].device) for term in terms]).sum()
+        return self.config.weight * total / (forwards * len(self._running))
+
+    def step(self) -> None:
+        """Advance the schedule by one optimizer step; the only point that waits for the device."""
+        observed, self._observed = self._observed, []
+        if observed:
+            rows = torch.stack([row.to(observed[0][1].device) for _, row in observed]).tolist()
+            for (site_id, _), row in zip(observed, rows, strict=True):
+                self._running[site_id].update(row, self.config.momentum)
+        due = self._step % _PROJECT_EVERY == 0 or self._step == self._steps - 1
+        if due and self.config.weight and self.config.parameter_threshold is not None:
+            self._project(self.config.parameter_threshold)
+        self._step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Schedule and running moments, as plain JSON values."""
+        return {
+            "step": self._step,
+            "sites": {name: dict(vars(running)) for name, running in self._running.items()},
+            "parameters": {name: dict(vars(running)) for name, running in self._parameters.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._step = int(state["step"])
+        self._running |= {name: _Running(**values) for name, values in state["sites"].items()}
+        self._parameters |= {name: _Running(**values) for name, values in state["parameters"].items()}
+
+    def _handler(self, site_id: str) -> Handler:
+        def handle(values: Tensor) -> Tensor:
+            if torch.is_grad_enabled():
+                self._watch(site_id, values)
+            return values
+
+        return handle
+
+    def _watch(self, site_id: str, values: Tensor) -> None:
+        self._pending[site_id] = self._pending.get(site_id, 0) + 1
+        moments = _moments(values)
+        self._observed.append((site_id, moments))
+        running = self._running[site_id]
+        if not self.config.weight or not running.std > 0:
+            return
+        limit = self._activation_limit(running)
+        if self.config.penalty == "kurtosis":
+            self._terms.append(_kurtosis(values.float()))
+        elif self.config.penalty == "range":
+            distance = (values.float() - running.mean).abs().amax() / running.std
+            self._terms.append((distance - limit).clamp(min=0) ** self.config.power)
+        elif values.is_cuda or _reaches(moments, running, limit):
+            self._terms.append(_MeanExcess.apply(values, running.mean, running.std, limit, self.config.power))
+
+    def _activation_limit(self, running: _Running) -> float:
+        final = self.config.threshold
+        if self.config.schedule == "feedback":
+            return max(final, self.config.band * running.recent)
+        return self._annealed(running, final) if self.config.schedule == "anneal" else final
+
+    def _annealed(self, running: _Running, final: float) -> float:
+        """The threshold of this step: geometric from the tensor's own largest distance to the final one."""
+        if running.start <= final:
+            return final
+        span = self.config.anneal * self._steps
+        progress = 1.0 if span <= 0 else min(self._step / span, 1.0)
+        return float(running.start ** (1 - progress) * final**progress)
+
+    @torch.no_grad()
+    def _project(self, final: float) -> None:
+        for name, matrix in self._matrices.items():
+            running = self._parameters[name]
+            running.update(_moments(matrix).tolist(), momentum=0.0)
+            if running.std > 0:
+                reach = self._annealed(running, final) * running.std
+                matrix.clamp_(running.mean - reach, running.mean + reach)
+
+
+def _moments(values: Tensor) -> Tensor:
+    """Mean, standard deviation, minimum and maximum, shape ``(4,)``; the moments from a strided sample."""
+    flat = values.detach().reshape(-1)
+    std, mean = torch.std_mean(flat[:: max(1, flat.numel() // _SAMPLE)].float())
+    low, high = torch.aminmax(flat)
+    return torch.stack([mean, std, low.float(), high.float()])
+
+
+def _reaches(moments: Tensor, running: _Running, limit: float) -> bool:
+    """Whether any value is an outlier; on a CPU the look is free and spares most sites the rest."""
+    _, _, low, high = moments.tolist()
+    return bool(max(high - running.mean, running.mean - low) > limit * running.std)
+
+
+class _MeanExcess(torch.autograd.Function):
+    """Mean over the outliers of ``(|x - mean| / std - limit) ** power``; keeps no copy of ``x``."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, mean: float, std: float, limit: float, power: int) -> Tensor:
+        flat = values.detach().reshape(-1)
+        ctx.settings = (mean, std, limit, power)
+        if flat.is_cuda:  # dense: finding the few outliers would stall the device
+            ctx.save_for_backward(values)
+            excess = ((flat.float() - mean).abs_() / std).sub_(limit).clamp_(min=0)
+            ctx.count = torch.count_nonzero(excess).clamp(min=1)
+            return (excess**power).sum() / ctx.count
+        outliers = ((flat - mean).abs_() > limit * std).nonzero().squeeze(1)
+        found = flat[outliers].float() - mean
+        excess = found.abs() / std - limit
+        slope = power * excess ** (power - 1) * found.sign() / (std * max(len(outliers), 1))
+        ctx.save_for_backward(outliers, slope)
+        ctx.shape, ctx.dtype = values.shape, values.dtype
+        return (excess**power).mean() if len(outliers) else excess.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        mean, std, limit, power = ctx.settings
+        if grads[0].is_cuda:
+            (values,) = ctx.saved_tensors
+            centred = values.float() - mean
+            excess = (centred.abs() / std).sub_(limit).clamp_(min=0)
+            slope = centred.sign_() * (excess > 0 if power == 1 else power * excess ** (power - 1))
+            return (slope * (grads[0] / (std * ctx.count))).to(values.dtype), None, None, None, None
+        outliers, slope = ctx.saved_tensors
+        gradient = torch.zeros(ctx.shape, dtype=ctx.dtype)
+        gradient.view(-1)[outliers] = (slope * grads[0]).to(ctx.dtype)
+        return gradient, None, None, None, None
+
+
+def _kurtosis(values: Tensor) -> Tensor:
+    centred = values - values.mean()
+    return (centred**4).mean() / (centred**2).mean() ** 2

@@ -1,0 +1,200 @@
+"""Fine-tuning with or without the outlier-driven loss: one short loop for any torch model.
+
+The control of every comparison is this same loop with no outlier loss, so both see the same batches, the same
+dropout and the same schedule.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from quanttune.checkpoint import Checkpoint
+from quanttune.digests import json_digest
+from quanttune.errors import ConfigError, TuningDivergedError
+from quanttune.inputs import ModelInputs, call_model, logits_of, to_device
+from quanttune.outlier_loss import OutlierLoss
+from quanttune.seeds import derive_seed
+
+TrainingBatch = tuple[ModelInputs, Tensor]
+"""Model inputs and targets of one batch."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to fine-tune.
+
+    Args:
+        steps: Optimizer steps.
+        learning_rate: Peak learning rate of AdamW.
+        batch_size: Items a step.
+        warmup: Fraction of the steps over which the rate rises linearly; it then falls linearly to zero.
+        weight_decay: Decoupled decay of matrices; biases and normalisation parameters have none.
+        clip: Largest norm of the whole gradient.
+        norm_rate: Factor on the learning rate of normalisation parameters and biases.
+        accumulation: Batches whose gradients make one step.
+    """
+
+    steps: int
+    learning_rate: float
+    batch_size: int = 32
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    norm_rate: float = 1.0
+    accumulation: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "learning_rate", "batch_size", "accumulation", "clip"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"schedule: {name} is {getattr(self, name)}; it must be positive")
+
+    def rate(self, step: int) -> float:
+        """Fraction of the peak learning rate at ``step``, counted from 0."""
+        warm = max(1, round(self.warmup * self.steps))
+        return min((step + 1) / warm, (self.steps - step) / max(1, self.steps - warm))
+
+
+EXPLODED = 10.0
+"""Nats of smoothed task loss above the first value at which a run is given up."""
+WORSENED = 0.5
+"""Nats by which the smoothed task loss may end above its first value; a run that ends worse is refused."""
+_SMOOTHING = 0.95
+
+
+def tune(
+    model: nn.Module,
+    batches: Iterator[TrainingBatch],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    schedule: Schedule,
+    *,
+    outliers: OutlierLoss | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    autocast: torch.dtype | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 100,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> dict[str, float]:
+    """Fine-tune ``model`` in place.
+
+    Args:
+        model: Any torch model; left in evaluation mode.
+        batches: Endless batches in a fixed order, so that an interrupted run can find its place again.
+        loss: Task loss of logits and targets, a scalar.
+        schedule: Steps and rates.
+        outliers: The outlier-driven loss; ``None`` is plain fine-tuning.
+        seed: Seed of dropout; global random state is restored afterwards.
+        device: Where to compute.
+        autocast: Mixed-precision type, e.g. ``torch.bfloat16``; ``None`` for full precision.
+        checkpoint: File (without suffix) that holds the state while the run lasts; an existing one is
+            resumed, and it is removed at the end.
+        checkpoint_every: Steps between checkpoints.
+        progress: Called with steps done, steps in all and the smoothed task loss.
+
+    Returns:
+        Smoothed task loss at the start and at the end.
+
+    Raises:
+        TuningDivergedError: If the loss is not finite or the smoothed loss ran away; weights are then not to
+            be used.
+    """
+    device = torch.device(device)
+    model.to(device).train()
+    optimizer = _optimizer(model, schedule)
+    state = _Progress()
+    purpose = [asdict(schedule), seed, None if outliers is None else asdict(outliers.config)]
+    keeper = Checkpoint(checkpoint, model, optimizer, json_digest(purpose))
+    saved = keeper.load()
+    if saved is not None:
+        state = _Progress(**saved["progress"])
+        if outliers is not None:
+            outliers.load_state_dict(saved["outliers"])
+    remaining = itertools.islice(batches, state.step * schedule.accumulation, None)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), outliers or nullcontext():
+        while state.step < schedule.steps:
+            torch.manual_seed(derive_seed(seed, "dropout", state.step))
+            _set_rate(optimizer, schedule, state.step)
+            task = 0.0
+            for _ in range(schedule.accumulation):
+                inputs, targets = next(remaining)
+                with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                    logits = logits_of(call_model(model, to_device(inputs, device)))
+                task_loss = loss(logits.float(), targets.to(device))
+                total = task_loss if outliers is None else task_loss + outliers.penalty().to(device)
+                (total / schedule.accumulation).backward()
+                task += float(task_loss.detach()) / schedule.accumulation
+            nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if outliers is not None:
+                outliers.step()
+            state.advance(task)
+            if progress is not None:
+                progress(state.step, schedule.steps, state.smoothed)
+            if state.step % checkpoint_every == 0 and state.step < schedule.steps:
+                keeper.save(
+                    {
+                        "progress": asdict(state),
+                        "outliers": None if outliers is None else outliers.state_dict(),
+                    }
+                )
+    model.eval()
+    keeper.remove()
+    state.require_useful()
+    return {"first_loss": state.first, "last_loss": state.smoothed}
+
+
+@dataclass
+class _Progress:
+    step: int = 0
+    first: float = math.nan
+    smoothed: float = math.nan
+
+    def advance(self, task: float) -> None:
+        self.step += 1
+        if not math.isfinite(task):
+            raise TuningDivergedError(f"the loss is {task} at step {self.step}; lower the learning rate")
+        if self.step == 1:
+            self.first = self.smoothed = task
+        self.smoothed = _SMOOTHING * self.smoothed + (1 - _SMOOTHING) * task
+        if self.smoothed > self.first + EXPLODED:
+            raise TuningDivergedError(self._told("rose"))
+
+    def require_useful(self) -> None:
+        """Refuse weights whose training loss ended clearly above where it began."""
+        if self.smoothed > self.first + WORSENED:
+            raise TuningDivergedError(self._told("ended"))
+
+    def _told(self, verb: str) -> str:
+        return (
+            f"the smoothed task loss {verb} from {self.first:.3f} to {self.smoothed:.3f} by step "
+            f"{self.step}; lower the learning rate or the outlier-loss weight"
+        )
+
+
+def _optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
+    matrices = [
+        parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dim() > 1
+    ]
+    vectors = [
+        parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dim() <= 1
+    ]
+    groups = [
+        {"params": matrices, "weight_decay": schedule.weight_decay, "factor": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "factor": schedule.norm_rate},
+    ]
+    return torch.optim.AdamW(groups, lr=schedule.learning_rate)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = schedule.learning_rate * schedule.rate(step) * group["factor"]
