@@ -40,3 +40,7 @@ class UnknownNameError(QuantTuneError):
         close = difflib.get_close_matches(name, self.known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(self.known) or 'none'}"
         super().__init__(f"unknown {kind} {name!r}; {hint}")
+
+    def __reduce__(self) -> tuple[type[UnknownNameError], tuple[str, str, list[str]]]:
+        # Exceptions are rebuilt from their message by default, which would break the pool of a parallel run.
+        return type(self), (self.kind, self.name, self.known)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import threading
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
@@ -27,7 +28,8 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, packages: tuple[str, ...] = ()) -> None:
         self.kind = kind
         self._packages = packages
-        self._loaded = False
+        self._lock = threading.RLock()
+        self._loading = self._loaded = False
         self._items: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -77,12 +79,20 @@ class Registry(Generic[T]):
     def _load(self) -> None:
         if self._loaded:
             return
-        # Set first: a component that looks up its own registry while loading must not recurse.
-        self._loaded = True
-        for package_name in self._packages:
-            package = importlib.import_module(package_name)
-            for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda found: found.name):
-                importlib.import_module(f"{package_name}.{module.name}")
+        with self._lock:  # another thread waits here until every component is known
+            if self._loaded or self._loading:
+                return
+            self._loading = True  # a component that looks up its own registry while loading must not recurse
+            try:
+                for package_name in self._packages:
+                    package = importlib.import_module(package_name)
+                    for module in sorted(
+                        pkgutil.iter_modules(package.__path__), key=lambda found: found.name
+                    ):
+                        importlib.import_module(f"{package_name}.{module.name}")
+                self._loaded = True
+            finally:
+                self._loading = False  # after a failed import the next look-up fails the same way
 
 
 def _origin(item: object) -> str:
