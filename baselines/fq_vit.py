@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from baselines.method import METHODS, Context, Method, Quantized
-from quanttune.digests import tensor_digest
 from quanttune.errors import ConfigError, QuantTuneError
-from quanttune.inputs import call_model
+from quanttune.inputs import call_model, to_device
 from quanttune.quantization import (
     Quantizer,
     SiteHandlers,
@@ -87,11 +86,8 @@ class FqVit(Method):
         bits = context.precision.activations
         widths = _WIDTHS if bits in _WIDTHS else (bits,)
         key = {
-            **context.identity,
-            "weights": tensor_digest(context.model.state_dict()),
+            **context.stage_key(),
             "profile": context.profile,
-            "calibration_items": sum(len(batch.targets) for batch in context.calibration),
-            "seed": context.seed,
             "widths": list(widths),
             "version": self.version,
         }
@@ -141,7 +137,7 @@ def _calibrate(context: Context, widths: tuple[int, ...]) -> dict[str, Tensor]:
     total = len(context.calibration)
     with torch.no_grad(), SiteHandlers(context.model, observer.handlers()):
         for done, batch in enumerate(context.calibration, start=1):
-            call_model(context.model, batch.inputs)
+            call_model(context.model, to_device(batch.inputs, context.device))
             observer.seen.clear()
             context.progress("FQ-ViT calibration", done, total)
     if not total:

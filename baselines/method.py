@@ -135,6 +135,19 @@ class Context:
         """The sites of the cell's profile."""
         return self.sites.profile(self.profile)
 
+    def stage_key(self, model: nn.Module | None = None) -> dict[str, Any]:
+        """What decides every stage computed from weights and calibration inputs: digests of both.
+
+        Args:
+            model: Whose weights; the reference's by default.
+        """
+        measured = self.model if model is None else model
+        return {
+            **self.identity,
+            "weights": tensor_digest(measured.state_dict()),
+            "calibration": [_inputs_digest(batch.inputs) for batch in self.calibration],
+        }
+
     def statistics(self, model: nn.Module | None = None) -> dict[str, TensorStatistics]:
         """Statistics of every activation site of the profile, of ``model`` or of the reference.
 
@@ -153,12 +166,7 @@ class Context:
             )
             return statistics_to_tensors(statistics)
 
-        key = {
-            **self.identity,
-            "weights": tensor_digest(measured.state_dict()),
-            "profile": self.profile,
-            "calibration": [_inputs_digest(batch.inputs) for batch in self.calibration],
-        }
+        key = {**self.stage_key(measured), "profile": self.profile}
         return statistics_from_tensors(self.stages.tensors("statistics", key, collect))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import timm
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from baselines.method import Batch, Context
-from quanttune.quantization import Precision, discover_sites
+from quanttune.quantization import Precision, discover_sites, simulate
 from quanttune.seeds import torch_generator
 
 
@@ -124,3 +126,75 @@ def context_for(name: str, profile: str = "full", precision: str = "W8A8", **cha
     model, batches = model_and_batches(name)
     sites = discover_sites(model, batches[0].inputs)
     return Context(model, sites, profile, Precision.parse(precision), batches, **changes)
+
+
+@dataclass(frozen=True)
+class Measured:
+    accuracy: float
+    divergence: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A small network that has learnt something, so that gradients and accuracy mean something."""
+
+    model: nn.Module
+    calibration: list[Batch]
+    test: Batch
+
+    def context(self, profile: str, precision: str) -> Context:
+        sites = discover_sites(self.model, self.calibration[0].inputs)
+        return Context(self.model, sites, profile, Precision.parse(precision), self.calibration)
+
+    def measure(self, quantizers) -> Measured:
+        with torch.no_grad():
+            exact = torch.log_softmax(self.model(self.test.inputs), -1)
+            with simulate(self.model, quantizers):
+                own = torch.log_softmax(self.model(self.test.inputs), -1)
+        divergence = torch.nn.functional.kl_div(own, exact, reduction="batchmean", log_target=True)
+        accuracy = (own.argmax(-1) == self.test.targets).double().mean() * 100
+        return Measured(float(accuracy), float(divergence))
+
+
+@functools.cache
+def trained_vit() -> Trained:
+    """A tiny ViT trained for seconds to tell ten noisy patterns apart."""
+    generator = torch_generator(0, "patterns")
+    patterns = torch.randn(10, 3, 32, 32, generator=generator)
+
+    def batch(n: int) -> Batch:
+        labels = torch.randint(0, 10, (n,), generator=generator)
+        noise = 4.5 * torch.randn(n, 3, 32, 32, generator=generator)
+        return Batch(patterns[labels] + noise, labels)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model(
+            "vit_tiny_patch16_224",
+            img_size=32,
+            patch_size=8,
+            embed_dim=48,
+            depth=3,
+            num_heads=3,
+            num_classes=10,
+        )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(150):
+        step = batch(64)
+        loss = torch.nn.functional.cross_entropy(model(step.inputs), step.targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        for block in model.blocks:
+            widen_channels(block.norm1, block.attn.qkv)
+            widen_channels(block.norm2, block.mlp.fc1)
+    return Trained(model.eval(), [batch(32) for _ in range(4)], batch(3000))
+
+
+def widen_channels(norm: nn.LayerNorm, linear: nn.Linear) -> None:
+    """Give the layer two outlier channels at its input, as large networks have, and the same output."""
+    for channel, factor in ((3, 12.0), (17, 6.0)):
+        norm.weight[channel] *= factor
+        norm.bias[channel] *= factor
+        linear.weight[:, channel] /= factor

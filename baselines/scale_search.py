@@ -1,0 +1,338 @@
+"""Search for the scales of a matrix product (PTQ4ViT, arXiv 2111.12293, algorithm 1), without forward passes.
+
+Candidate scales are the min-max scale times a grid of factors. The two operands take turns: one is searched
+while the other stays at its best so far. Everything that has a scale of its own (an output channel, a head)
+is searched at once. The published code prices all 100 candidates in each of three rounds. The error is a
+smooth valley over that grid, so here every eighth candidate is priced first and then only the neighbours of
+the best at halving distances: 19 products instead of 100, and 9 from the second round on, where the last
+best is the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from baselines.products import ProductData
+from quanttune.quantization.twin import TwinGeluQuantizer, TwinSoftmaxQuantizer
+
+STRIDE = 8
+SPLITS = tuple(2.0**-exponent for exponent in range(20))
+"""Candidate splits of the twin quantizer of attention probabilities."""
+_ROWS = 1024  # rows multiplied at once, so that their errors stay in the cache
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The candidate factors on the min-max scale.
+
+    Args:
+        low: Smallest factor.
+        high: Largest factor.
+        count: Number of factors, equally spaced.
+        exhaustive: Whether every candidate is priced.
+    """
+
+    low: float
+    high: float
+    count: int = 100
+    exhaustive: bool = False
+
+    @property
+    def factors(self) -> Tensor:
+        """The factors, ascending, float64."""
+        return torch.linspace(self.low, self.high, self.count, dtype=torch.float64)
+
+    def search(self, errors_of: Callable[[Tensor], Tensor], start: Tensor | None, groups: int) -> Tensor:
+        """Index of the best factor for each of several independent scales.
+
+        Args:
+            errors_of: From one index a scale, shape ``(groups,)``, to their errors, shape ``(groups,)``.
+            start: Where to begin; ``None`` if nothing is known.
+            groups: Number of scales.
+        """
+        if self.exhaustive or start is None:
+            step = 1 if self.exhaustive else STRIDE
+            first = torch.arange(self.count - 1, -1, -step)  # from wide to narrow: ties go to the wider range
+            candidates = [torch.full((groups,), int(index)) for index in first]
+        else:
+            candidates = [start, start - STRIDE, start + STRIDE]
+        best, errors = self._best(errors_of, candidates, None, None)
+        distance = 0 if self.exhaustive else STRIDE // 2
+        while distance:
+            best, errors = self._best(errors_of, [best - distance, best + distance], best, errors)
+            distance //= 2
+        return best
+
+    def _best(
+        self,
+        errors_of: Callable[[Tensor], Tensor],
+        candidates: list[Tensor],
+        best: Tensor | None,
+        lowest: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        for indices in candidates:
+            within = indices.clamp(0, self.count - 1)
+            errors = errors_of(within)
+            if best is None or lowest is None:
+                best, lowest = within, errors
+                continue
+            better = errors < lowest
+            best, lowest = torch.where(better, within, best), torch.where(better, errors, lowest)
+        if best is None or lowest is None:
+            raise ValueError("a search needs at least one candidate")
+        return best, lowest
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a search minimises, and over what.
+
+    Args:
+        weight_bits: Width of weights.
+        activation_bits: Width of activations.
+        metric: ``hessian`` (squared error times curvature), ``mse`` or ``cosine``.
+        grid: Candidate factors.
+        rounds: Turns of both operands.
+        per_channel: Whether each output channel of a weight has a scale of its own.
+        twin_softmax: Twin quantizer for attention probabilities.
+        twin_gelu: Twin quantizer for GELU outputs.
+    """
+
+    weight_bits: int
+    activation_bits: int
+    metric: str
+    grid: Grid
+    rounds: int
+    per_channel: bool
+    twin_softmax: bool
+    twin_gelu: bool
+
+
+def search_scales(data: ProductData, after: str, blocks: int, settings: Settings) -> dict[str, Tensor]:
+    """Find the ranges of both operands of a product.
+
+    Args:
+        data: Operands and curvature.
+        after: What made the left operand: ``softmax``, ``gelu`` or anything else.
+        blocks: Blocks of a weight's output channels with a scale of their own.
+        settings: What to minimise.
+
+    Returns:
+        ``left`` and ``right``: largest representable magnitudes, scalars or one a head or output channel;
+        ``split`` in place of ``left`` for a twin quantizer of attention probabilities.
+    """
+    linear = data.left[0].dim() == 2
+    side: _Product = (
+        _LinearProduct(data, after, blocks, settings) if linear else _HeadProduct(data, after, settings)
+    )
+    left: Tensor | None = None
+    right: Tensor | None = None
+    for _ in range(settings.rounds):
+        last_left, last_right = left, right
+        # The published order: the weight first, or the first operand.
+        if linear:
+            right = side.search_right(right)
+            left = side.search_left(left)
+        else:
+            left = side.search_left(left)
+            right = side.search_right(right)
+        if _same(last_left, left) and _same(last_right, right):
+            break  # every further round would repeat this one
+    return side.ranges()
+
+
+class _Product(Protocol):
+    def search_left(self, start: Tensor | None) -> Tensor: ...
+
+    def search_right(self, start: Tensor | None) -> Tensor: ...
+
+    def ranges(self) -> dict[str, Tensor]: ...
+
+
+def _symmetric(values: Tensor, limit: Tensor, bits: int) -> Tensor:
+    """Symmetric uniform quantization; ``limit`` broadcasts against ``values``."""
+    top = 2 ** (bits - 1) - 1
+    step = limit / top
+    return (values / step).round_().clamp_(-top, top).mul_(step)
+
+
+def _same(old: Tensor | None, new: Tensor) -> bool:
+    return old is not None and torch.equal(old, new)
+
+
+def _positive(limit: Tensor) -> Tensor:
+    """An operand that is zero throughout gets the range 1, like the quantizers do."""
+    return torch.where(limit > 0, limit, 1.0)
+
+
+class _LinearProduct:
+    """Rows times a weight."""
+
+    def __init__(self, data: ProductData, after: str, blocks: int, settings: Settings) -> None:
+        self._x, self._w = data.left[0], data.right[0]
+        self._curvature = data.curvature[0] if settings.metric == "hessian" else None
+        self._root = None if self._curvature is None else self._curvature.sqrt()
+        self._settings, self._factors = settings, settings.grid.factors
+        self._twin = after == "gelu" and settings.twin_gelu
+        outputs = len(self._w)
+        device = self._w.device
+        self._bias = torch.zeros(outputs, device=device) if data.bias is None else data.bias
+        magnitude = self._w.abs().amax(dim=1)
+        block = torch.arange(outputs, device=device) * blocks // outputs
+        if settings.per_channel:
+            self._w_limit = magnitude
+        else:
+            per_block = torch.zeros(blocks, device=device).scatter_reduce(0, block, magnitude, "amax")
+            self._w_limit = per_block[block]
+        self._w_limit = _positive(self._w_limit)
+        # A cosine compares vectors, so the channels of a block share a factor even where each has its own
+        # scale.
+        own = settings.per_channel and settings.metric != "cosine"
+        self._group = torch.arange(outputs, device=device) if own else block
+        self._groups = outputs if own else blocks
+        self._x_limit = _positive(self._x.amax() if self._twin else self._x.abs().amax())
+        self._exact = self._x @ self._w.T
+        self._blocks = blocks
+        # No index yet means the min-max scale itself, whether or not it is on the grid.
+        self._w_index: Tensor | None = None
+        self._x_index: Tensor | None = None
+
+    def search_right(self, start: Tensor | None) -> Tensor:
+        x = self._quantized_x(self._x_index)
+        self._w_index = self._settings.grid.search(
+            lambda index: self._errors(x, self._quantized_w(index)), start, self._groups
+        )
+        return self._w_index
+
+    def search_left(self, start: Tensor | None) -> Tensor:
+        w = self._quantized_w(self._w_index)
+        self._x_index = self._settings.grid.search(
+            lambda index: self._errors(self._quantized_x(index), w).sum(dim=0, keepdim=True), start, 1
+        )
+        return self._x_index
+
+    def ranges(self) -> dict[str, Tensor]:
+        weight = self._w_range(self._w_index)
+        return {
+            "left": self._x_range(self._x_index),
+            "right": weight[0] if self._blocks == 1 and not self._settings.per_channel else weight,
+        }
+
+    def _w_range(self, index: Tensor | None) -> Tensor:
+        if index is None:
+            return self._w_limit
+        return self._w_limit * self._factors.to(self._w_limit)[index.to(self._group.device)][self._group]
+
+    def _x_range(self, index: Tensor | None) -> Tensor:
+        return self._x_limit if index is None else self._x_limit * float(self._factors[int(index)])
+
+    def _quantized_w(self, index: Tensor | None) -> Tensor:
+        return _symmetric(self._w, self._w_range(index)[:, None], self._settings.weight_bits)
+
+    def _quantized_x(self, index: Tensor | None) -> Tensor:
+        limit, bits = self._x_range(index), self._settings.activation_bits
+        if self._twin:
+            return TwinGeluQuantizer(float(limit), bits)(self._x)
+        return _symmetric(self._x, limit, bits)
+
+    def _errors(self, x: Tensor, w: Tensor) -> Tensor:
+        """Errors of each group of output channels, on the CPU in float64."""
+        channels = torch.zeros(self._groups, dtype=torch.float64)
+        for first in range(0, len(x), _ROWS):
+            rows = slice(first, first + _ROWS)
+            difference = torch.addmm(self._exact[rows], x[rows], w.T, beta=-1)
+            if self._settings.metric == "cosine":
+                channels += self._cosine(difference, self._exact[rows] + self._bias)
+                continue
+            if self._root is not None:
+                difference.mul_(self._root[rows])
+            errors = difference.square_().sum(dim=0).double()
+            channels.index_add_(0, self._group.cpu(), errors.cpu())
+        return channels
+
+    def _cosine(self, difference: Tensor, exact: Tensor) -> Tensor:
+        """One minus the cosine of each row's block of outputs, summed over rows."""
+        shape = (len(exact), self._groups, -1)
+        similarity = torch.cosine_similarity((exact + difference).view(shape), exact.view(shape), dim=-1)
+        return (1 - similarity.double()).sum(dim=0).cpu()
+
+
+class _HeadProduct:
+    """One activation times another, head by head."""
+
+    def __init__(self, data: ProductData, after: str, settings: Settings) -> None:
+        self._a, self._b = data.left, data.right
+        hessian = settings.metric == "hessian"
+        self._roots = [part.sqrt() for part in data.curvature] if hessian else [None] * len(self._a)
+        self._settings, self._factors = settings, settings.grid.factors
+        self._twin = after == "softmax" and settings.twin_softmax
+        self._heads = self._a[0].shape[1]
+        self._limits = [_head_limit(parts) for parts in (self._a, self._b)]
+        self._exact = [a @ b for a, b in zip(self._a, self._b, strict=True)]
+        self._index: list[Tensor | None] = [None, None]
+        self._split = 1.0
+
+    def search_left(self, start: Tensor | None) -> Tensor:
+        b = self._quantized(1, self._index[1])
+        if self._twin:
+            errors = [float(self._errors(self._twin_parts(split), b).sum()) for split in SPLITS]
+            self._split = SPLITS[min(range(len(SPLITS)), key=errors.__getitem__)]
+            return torch.tensor([self._split])
+        best = self._settings.grid.search(
+            lambda index: self._errors(self._quantized(0, index), b), start, self._heads
+        )
+        self._index[0] = best
+        return best
+
+    def search_right(self, start: Tensor | None) -> Tensor:
+        a = self._twin_parts(self._split) if self._twin else self._quantized(0, self._index[0])
+        best = self._settings.grid.search(
+            lambda index: self._errors(a, self._quantized(1, index)), start, self._heads
+        )
+        self._index[1] = best
+        return best
+
+    def ranges(self) -> dict[str, Tensor]:
+        left = (
+            {"split": torch.tensor(self._split)} if self._twin else {"left": self._range(0, self._index[0])}
+        )
+        return {**left, "right": self._range(1, self._index[1])}
+
+    def _range(self, operand: int, index: Tensor | None) -> Tensor:
+        limit = self._limits[operand]
+        if index is None:
+            return limit
+        return limit * self._factors.to(limit)[index.to(limit.device)]
+
+    def _twin_parts(self, split: float) -> list[Tensor]:
+        quantizer = TwinSoftmaxQuantizer(split, self._settings.activation_bits)
+        return [quantizer(part) for part in self._a]
+
+    def _quantized(self, operand: int, index: Tensor | None) -> list[Tensor]:
+        limit = self._range(operand, index)[:, None, None]
+        parts = self._a if operand == 0 else self._b
+        return [_symmetric(part, limit, self._settings.activation_bits) for part in parts]
+
+    def _errors(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
+        """Errors of each head, on the CPU in float64."""
+        heads = torch.zeros(self._heads, dtype=torch.float64)
+        for left, right, exact, root in zip(a, b, self._exact, self._roots, strict=True):
+            product = left @ right
+            if self._settings.metric == "cosine":
+                error = 1 - torch.cosine_similarity(product, exact, dim=-1).double()
+                heads += error.sum(dim=(0, 2)).cpu()
+                continue
+            difference = product.sub_(exact)
+            if root is not None:
+                difference.mul_(root)
+            heads += difference.square_().sum(dim=(0, 2, 3)).double().cpu()
+        return heads
+
+
+def _head_limit(parts: list[Tensor]) -> Tensor:
+    return _positive(torch.stack([part.abs().amax(dim=(0, 2, 3)) for part in parts]).amax(dim=0))
