@@ -91,7 +91,7 @@ class FqVit(Method):
             "widths": list(widths),
             "version": self.version,
         }
-        found = context.stages.tensors("fq_vit", key, lambda: _calibrate(context, widths))
+        found = context.stages.tensors("fq_vit", key, lambda: calibrate(context, widths))
         parameters = dict(context.model.named_parameters())
         quantizers: dict[str, Quantizer] = {}
         shifted: dict[str, list[int]] = {}
@@ -131,7 +131,7 @@ def _base(found: Mapping[str, Tensor], site_id: str, bits: int) -> UniformQuanti
     return UniformQuantizer.asymmetric(low, high, bits)
 
 
-def _calibrate(context: Context, widths: tuple[int, ...]) -> dict[str, Tensor]:
+def calibrate(context: Context, widths: tuple[int, ...]) -> dict[str, Tensor]:
     """Ranges of every activation site and of the scores, and shifts in front of normalisations."""
     observer = _Observer(context.profile_sites)
     total = len(context.calibration)

@@ -16,7 +16,21 @@ SHIFTS = 30
 """Largest right shift of the exponential: scores more than ``30 ln 2`` below the largest count as there."""
 
 
-class Log2Quantizer:
+class _Probabilities:
+    """Range shared by both: probabilities."""
+
+    @property
+    def low(self) -> Tensor:
+        """Smallest representable value."""
+        return torch.tensor(0.0)
+
+    @property
+    def high(self) -> Tensor:
+        """Largest representable value."""
+        return torch.tensor(1.0)
+
+
+class Log2Quantizer(_Probabilities):
     """Probabilities as powers of two: code ``q = round(-log2 p)``, value ``2**-q``.
 
     Codes run from 0 to ``2**bits - 1``; a probability whose code would be larger, zero included, becomes 0.
@@ -38,7 +52,7 @@ class Log2Quantizer:
         return f"Log2Quantizer({self.bits} bits)"
 
 
-class IntegerSoftmaxQuantizer:
+class IntegerSoftmaxQuantizer(_Probabilities):
     """Log-Int-Softmax: what :class:`Log2Quantizer` gives when the softmax itself is computed on integers.
 
     Scores are integers ``i`` times ``scale``. With ``e_i`` the polynomial exponential of ``scale * (i - max

@@ -47,6 +47,16 @@ class TwinSoftmaxQuantizer:
         coarse = (values * self._top).round_().clamp_(0, self._top).mul_(1 / self._top)
         return torch.where(values < self.split, fine, coarse)
 
+    @property
+    def low(self) -> Tensor:
+        """Smallest representable value."""
+        return torch.tensor(0.0)
+
+    @property
+    def high(self) -> Tensor:
+        """Largest representable value."""
+        return torch.tensor(1.0)
+
     def __repr__(self) -> str:
         return f"TwinSoftmaxQuantizer(split {self.split:g}, {self.bits} bits)"
 
@@ -82,6 +92,16 @@ class TwinGeluQuantizer:
         below = values.clamp(-self.negative, 0).mul_(top / self.negative).round_().mul_(self.negative / top)
         above = values.clamp(0, self.limit).mul_(top / self.limit).round_().mul_(self.limit / top)
         return above.add_(below)
+
+    @property
+    def low(self) -> Tensor:
+        """Smallest representable value."""
+        return torch.tensor(-self.negative)
+
+    @property
+    def high(self) -> Tensor:
+        """Largest representable value."""
+        return torch.tensor(self.limit)
 
     def __repr__(self) -> str:
         return f"TwinGeluQuantizer(-{self.negative:g} .. {self.limit:.4g}, {self.bits} bits)"

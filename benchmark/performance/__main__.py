@@ -1,0 +1,53 @@
+"""``python -m benchmark.performance``: time one thing against another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from quanttune.errors import QuantTuneError
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("name", required=False)
+@click.option("--model", default="dinov2_vits14", show_default=True, help="Registered name of a model.")
+@click.option("--repeats", default=3, show_default=True, type=click.IntRange(1), help="Runs of short work.")
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    default=Path("results"),
+    show_default=True,
+    help="Folder of the store, for the reference weights.",
+)
+def main(name: str | None, model: str, repeats: int, results: Path) -> None:
+    """Run the measurement NAME and print its table; without a name, list the measurements."""
+    from benchmark.performance.measurement import MEASUREMENTS
+
+    if name is None:
+        click.echo("\n".join(MEASUREMENTS.names()))
+        return
+    try:
+        _run(name, model, repeats, results)
+    except QuantTuneError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _run(name: str, model: str, repeats: int, results: Path) -> None:
+    import torch
+    from tabulate import tabulate
+
+    from benchmark.performance.measurement import MEASUREMENTS, Setup
+    from benchmark.session import Session
+    from benchmark.stages import Stages
+
+    measurement = MEASUREMENTS.get(name)
+    session = Session(model, Stages(results / "stages"), torch.device("cpu"), lambda *_: None)
+    rows = measurement(Setup(session, repeats, lambda line: click.echo(line, err=True)))
+    click.echo(f"{name}: {model} on {torch.get_num_threads()} threads")
+    table = [[row.what, row.seconds, row.ratio, row.note] for row in rows]
+    click.echo(tabulate(table, headers=["", "seconds", "ratio", ""], floatfmt=".3g"))
+
+
+if __name__ == "__main__":
+    main()

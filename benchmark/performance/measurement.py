@@ -1,0 +1,81 @@
+"""What a measurement is given and what it returns; a new file with a registered function is a new one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from quanttune.registry import Registry
+
+if TYPE_CHECKING:
+    from baselines.method import Context
+    from benchmark.session import Session
+
+
+@dataclass(frozen=True)
+class Row:
+    """One timed piece of work.
+
+    Args:
+        what: What was done.
+        seconds: How long it took.
+        ratio: Seconds over those of the row it is compared with; ``None`` for that row itself.
+        note: What the ratio refers to, or a goal.
+    """
+
+    what: str
+    seconds: float
+    ratio: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a measurement works on.
+
+    Args:
+        session: A model with its reference weights, sites and data.
+        repeats: How often short work is repeated; the fastest counts.
+        say: Shows a line to the person who waits.
+    """
+
+    session: Session
+    repeats: int
+    say: Callable[[str], None]
+
+    def context(self, precision: str, profile: str, items: int = 128, seed: int = 0) -> Context:
+        """What a method is given; its stage cache is new, so nothing is read from an earlier run."""
+        from baselines.method import Context
+        from quanttune.quantization import Precision
+
+        sites = self.session.sites
+        return Context(
+            model=self.session.model,
+            sites=sites,
+            profile=profile,
+            precision=Precision.parse(precision),
+            calibration=self.session.calibration(items, seed),
+            seed=seed,
+            device=self.session.device,
+        )
+
+
+Measurement = Callable[[Setup], Sequence[Row]]
+
+MEASUREMENTS: Registry[Measurement] = Registry("measurement", packages=("benchmark.performance",))
+"""Every measurement, by name."""
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long ``work`` takes, in seconds."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def interleaved(repeats: int, *works: Callable[[], object]) -> list[float]:
+    """The fastest run of each piece of work, taken in turns so that a busy machine slows all alike."""
+    taken = [[seconds(work) for work in works] for _ in range(repeats)]
+    return [min(times) for times in zip(*taken, strict=True)]
