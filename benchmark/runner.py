@@ -18,7 +18,7 @@ from benchmark.store import Store
 from quanttune.errors import QuantTuneError, StoreError
 
 if TYPE_CHECKING:
-    from baselines.method import Method, Quantized
+    from baselines.method import Quantized
     from benchmark.measure import Items
     from benchmark.session import Session
     from quanttune.quantization import SiteTable
@@ -179,7 +179,7 @@ class CellRunner:
                 provenance=provenance(self.settings.threads, self.settings.device),
             )
             return record, None
-        quantized = _quantize(cell, session, method)
+        quantized = method.quantize(session.context(cell))
         items, own, digest = self._evaluate(cell, session, quantized)
         sites = site_rows(session.sites.profile(cell.profile), quantized)
         record = self._record(cell, session, started, reference, items, digest, own, quantized.details, sites)
@@ -244,29 +244,6 @@ class CellRunner:
             sites=plain(sites or []),
             provenance=provenance(self.settings.threads, self.settings.device),
         )
-
-
-def _quantize(cell: Cell, session: Session, method: Method) -> Quantized:
-    from baselines.method import Context
-    from quanttune.quantization import Precision
-
-    context = Context(
-        model=session.model,
-        sites=session.sites,
-        profile=cell.profile,
-        precision=Precision.parse(cell.precision),
-        calibration=session.calibration(cell.calibration_items, cell.seed),
-        training=session.task.training_data(session.entry),
-        recipe=session.entry.recipe,
-        weight_granularity=cell.weight_granularity,
-        symmetric=cell.symmetric,
-        seed=cell.seed,
-        device=session.device,
-        stages=session.stages,
-        identity=session.identity,
-        progress=session.progress,
-    )
-    return method.quantize(context)
 
 
 def site_rows(sites: SiteTable, quantized: Quantized) -> list[dict[str, Any]]:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from baselines.method import Batch
+    from baselines.method import Batch, Context
+    from benchmark.cells import Cell
     from quanttune.quantization import SiteTable
 
 CALIBRATION_BATCH = 32
@@ -120,6 +121,28 @@ class Session:
             ]
             self._calibration = ((items, seed), moved)
         return self._calibration[1]
+
+    def context(self, cell: Cell) -> Context:
+        """Everything the method of one of this model's cells may use."""
+        from baselines.method import Context
+        from quanttune.quantization import Precision
+
+        return Context(
+            model=self.model,
+            sites=self.sites,
+            profile=cell.profile,
+            precision=Precision.parse(cell.precision),
+            calibration=self.calibration(cell.calibration_items, cell.seed),
+            training=self.task.training_data(self.entry),
+            recipe=self.entry.recipe,
+            weight_granularity=cell.weight_granularity,
+            symmetric=cell.symmetric,
+            seed=cell.seed,
+            device=self.device,
+            stages=self.stages,
+            identity=self.identity,
+            progress=self.progress,
+        )
 
     def fp32_items(self, model: nn.Module, digest: str, limit: int | None) -> Items:
         """What ``model``, unquantized, does on the test split; measured once for given weights.
