@@ -89,6 +89,15 @@ def test_masked_probabilities_and_values_out_of_range():
     assert torch.allclose(gelu(torch.tensor([-5.0, 0.0, 7.0])), torch.tensor([-0.17, 0.0, 1.0]))
 
 
+def test_ranges_are_told_for_the_site_table():
+    assert [
+        float(bound) for bound in (TwinSoftmaxQuantizer(0.5, 8).low, TwinSoftmaxQuantizer(0.5, 8).high)
+    ] == [0, 1]
+    gelu = TwinGeluQuantizer(3.0, 8)
+    assert float(gelu.high) == 3.0
+    assert float(gelu.low) == pytest.approx(-0.17)
+
+
 def test_gradients_pass_through_twin_quantizers():
     for quantizer in (TwinSoftmaxQuantizer(0.5, 4), TwinGeluQuantizer(1.0, 4)):
         x = torch.rand(10, requires_grad=True)
