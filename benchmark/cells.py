@@ -85,9 +85,12 @@ class Cell:
 
     @property
     def training_group(self) -> str:
-        """Digest shared by the cells that may reuse one expensive stage, such as tuned weights."""
-        shared = (self.model_identity, self.method, self.parameters_json, self.profile, self.seed)
-        return json_digest(list(shared))
+        """Digest shared by the cells that may reuse one expensive stage, such as tuned weights.
+
+        Whatever a method calibrates with comes after that stage, so cells that differ in it belong together.
+        """
+        shared = {name: value for name, value in self.parameters.items() if name != "calibrator"}
+        return json_digest([self.model_identity, self.method, shared, self.seed])
 
     def make_method(self) -> Method:
         """The method of this cell with its parameters."""

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     import torch
 
 DEFAULT_THREADS = 2
-"""PyTorch threads per cell. Sums are split by thread, so a fixed count, not the number of cores, keeps the
-numbers the same on machines of different sizes and under every executor."""
+"""PyTorch threads per cell, whatever the machine and the executor. Sums are split by thread: the forward pass
+of a small ViT was the same to the bit with 1 to 4 threads, its gradients differed by 2e-8, so tuned weights
+would, too."""
 
 _PACKAGES = (
     "torch",
