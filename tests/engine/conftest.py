@@ -49,9 +49,26 @@ class ToyTask(ClassificationTask):
         return Batch(torch.stack(rows), torch.tensor([item % 3 for item in ids]))
 
 
+class Block(nn.Module):
+    """What makes a Transformer hard to quantize, in small: a residual sum, a normalisation, an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.norm, self.head = (
+            nn.Linear(8, 16),
+            nn.Linear(16, 8),
+            nn.LayerNorm(8),
+            nn.Linear(8, 3),
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = inputs + self.down(torch.nn.functional.gelu(self.up(inputs)))
+        return self.head(self.norm(hidden))
+
+
 class ToyModel(ModelEntry):
     name = "toy"
-    title = "two layers"
+    title = "one block"
     family = "toy"
     task = "toy_task"
     source = "random"
@@ -63,7 +80,7 @@ class ToyModel(ModelEntry):
         return {"model": "toy"}
 
     def build(self) -> nn.Module:
-        return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 3)).eval()
+        return Block().eval()
 
     def _reference(self, progress: Progress) -> dict[str, Tensor]:
         type(self).made += 1
