@@ -63,6 +63,7 @@ class FineTuning(Method):
         """Tune once for all widths, profiles and calibrators; then calibrate the tuned weights."""
         schedule = self._schedule(context)
         key = {
+            **context.identity,
             "method": self.name,
             "version": self.version,
             "parameters": {name: value for name, value in self.parameters().items() if name != "calibrator"},

@@ -6,17 +6,15 @@ from collections.abc import Iterator
 
 import hypothesis
 import pytest
-import torch
+
+from tests.quantization.models import one_thread
 
 # The same examples every time: a check of a clean checkout must not depend on luck.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("repeatable")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from a second thread, and the tests may share the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,6 +195,15 @@ def build(name: str, attention: str = EAGER) -> nn.Module:
                 parameter.add_(noise * width)
         _built[key] = model
     return _built[key]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from a second thread, and wait long for it where the machine is shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def inputs(name: str, items: int = 2, seed: int = 0, size: int = SIZE) -> ModelInputs:
