@@ -249,6 +249,17 @@ class TestSimulation:
             assert parameter.grad is not None, parameter_name
             assert torch.isfinite(parameter.grad).all(), parameter_name
 
+    @pytest.mark.parametrize("name", ["vit", "swin", "bert", "llama"])
+    def test_lets_the_gradient_through_in_mixed_precision(self, name: str) -> None:
+        model, batch = copy.deepcopy(build(name, FUSED)), inputs(name)
+        with torch.autocast("cpu", dtype=torch.bfloat16), simulate(model, quantizers(name, FUSED)):
+            output = logits_of(call_model(model, batch))
+        assert output.dtype == torch.bfloat16
+        output.float().square().sum().backward()
+        for parameter_name, parameter in model.named_parameters():
+            assert parameter.grad is not None, parameter_name
+            assert torch.isfinite(parameter.grad).all(), parameter_name
+
     def test_is_deterministic(self) -> None:
         model, batch = build("swin"), inputs("swin")
         found = []

@@ -1,0 +1,186 @@
+"""On a GPU: the same numbers up to float tolerance, and nothing that needs the CPU on the way."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from baselines.method import METHODS, Batch, Context
+from quanttune.inputs import ModelInputs, to_device
+from quanttune.quantization import (
+    RANGE_RULES,
+    Precision,
+    TensorStatistics,
+    UniformQuantizer,
+    build_quantizers,
+    collect_statistics,
+    discover_sites,
+    simulate,
+)
+from tests.quantization.models import EAGER, FUSED, MODELS, build, inputs, logits, quantizers, sites
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+CUDA = torch.device("cuda")
+
+every_model = pytest.mark.parametrize("name", MODELS)
+each_attention = pytest.mark.parametrize("attention", [EAGER, FUSED])
+
+
+@pytest.fixture(autouse=True)
+def _exact() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def on_cuda(name: str, attention: str) -> torch.nn.Module:
+    return copy.deepcopy(build(name, attention)).to(CUDA)
+
+
+def batch_on_cuda(name: str, items: int = 3, seed: int = 0) -> ModelInputs:
+    return to_device(inputs(name, items, seed), CUDA)
+
+
+@every_model
+@each_attention
+def test_all_off_is_bit_identical(name: str, attention: str) -> None:
+    model, batch = on_cuda(name, attention), batch_on_cuda(name)
+    plain = logits(model, batch)
+    with simulate(model, {}):
+        assert torch.equal(logits(model, batch), plain)
+
+
+@every_model
+@each_attention
+def test_sites_are_those_of_the_cpu(name: str, attention: str) -> None:
+    found = discover_sites(on_cuda(name, attention), batch_on_cuda(name, 2))
+    assert found.to_rows() == sites(name, attention).to_rows()
+
+
+@every_model
+@each_attention
+def test_quantized_logits_are_those_of_the_cpu(name: str, attention: str) -> None:
+    model, batch = on_cuda(name, attention), batch_on_cuda(name, 4, 3)
+    chosen = quantizers(name, attention, "full", "W16A16")
+    with simulate(model, chosen):
+        found = logits(model, batch).cpu()
+    reference = build(name, attention)
+    with simulate(reference, chosen):
+        expected = logits(reference, inputs(name, 4, 3))
+    assert float((found - expected).abs().max()) <= 1e-3 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "llama"])
+def test_statistics_are_those_of_the_cpu(name: str) -> None:
+    model, table = on_cuda(name, EAGER), sites(name).profile("full")
+    found = collect_statistics(model, [batch_on_cuda(name, 4, 1)], table)
+    expected = collect_statistics(build(name), [inputs(name, 4, 1)], table)
+    for site_id, statistics in found.items():
+        other = expected[site_id]
+        assert statistics.count == other.count
+        assert statistics.low == pytest.approx(other.low, rel=1e-4, abs=1e-5)
+        assert statistics.high == pytest.approx(other.high, rel=1e-4, abs=1e-5)
+        assert statistics.histogram.quantile(0.99) == pytest.approx(
+            other.histogram.quantile(0.99), rel=2e-3, abs=1e-4
+        )
+
+
+def test_counting_is_exact() -> None:
+    values = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    found, expected = TensorStatistics(), TensorStatistics()
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        found.update(values.to(CUDA, dtype))
+        expected.update(values.to(dtype))
+    assert torch.equal(found.codes.cpu(), expected.codes)
+    assert (found.low, found.high, found.ema_low) == (expected.low, expected.high, expected.ema_low)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 4, 8, 12])
+def test_quantizers_give_the_bits_of_the_cpu(dtype: torch.dtype, bits: int) -> None:
+    values = 3 * torch.randn(5, 1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for quantizer in (
+        UniformQuantizer.symmetric(2.7, bits),
+        UniformQuantizer.asymmetric(-1.3, 4.1, bits),
+        UniformQuantizer.symmetric(torch.tensor([0.5, 1.0, 0.0, 7.0, 3.3]), bits, axis=0),
+    ):
+        expected = quantizer(values)
+        assert torch.equal(quantizer(values.to(CUDA)).cpu(), expected)
+        tracked = values.to(CUDA, copy=True).requires_grad_()
+        found = quantizer(tracked)
+        assert torch.equal(found.detach().cpu(), expected)
+        found.sum().backward()
+        on_cpu = values.clone().requires_grad_()
+        quantizer(on_cpu).sum().backward()
+        assert torch.equal(tracked.grad.cpu(), on_cpu.grad)
+
+
+@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model.causal])
+@each_attention
+def test_the_causal_mask_survives(name: str, attention: str) -> None:
+    model, batch = on_cuda(name, attention), dict(batch_on_cuda(name))
+    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    changed = dict(batch, input_ids=batch["input_ids"].clone())
+    changed["input_ids"][:, 5] = (changed["input_ids"][:, 5] + 7) % 30 + 3
+    with simulate(model, quantizers(name, attention, "full", "W5A5")):
+        before, after = logits(model, batch), logits(model, changed)
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert not torch.equal(before[:, 5:], after[:, 5:])
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "bert", "llama"])
+@each_attention
+def test_gradients_flow_under_mixed_precision(name: str, attention: str) -> None:
+    from quanttune.inputs import call_model, logits_of
+
+    model, batch = on_cuda(name, attention), batch_on_cuda(name)
+    with torch.autocast("cuda", dtype=torch.bfloat16), simulate(model, quantizers(name, attention)):
+        output = logits_of(call_model(model, batch))
+    output.float().square().sum().backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert torch.isfinite(parameter.grad).all(), parameter_name
+
+
+def test_weights_are_quantized_where_they_are() -> None:
+    model = on_cuda("vit", EAGER)
+    table = sites("vit").profile("full")
+    statistics = collect_statistics(model, [batch_on_cuda("vit")], table)
+    made = build_quantizers(
+        model, table, statistics, Precision(8, 8), RANGE_RULES.get("mse"), symmetric=False
+    )
+    with simulate(model, made):
+        assert logits(model, batch_on_cuda("vit")).device.type == "cuda"
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+def test_methods_take_calibration_items_from_the_cpu(method: str) -> None:
+    model, generator = on_cuda("vit", FUSED), torch.Generator().manual_seed(0)
+
+    class Training:
+        size = 8
+
+        def batches(self, batch_size: int, generator: torch.Generator):  # type: ignore[no-untyped-def]
+            while True:
+                yield Batch(inputs("vit", batch_size, 1), torch.arange(batch_size) % 3)
+
+        def loss(self, predicted: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(predicted, targets)
+
+    context = Context(
+        model,
+        sites("vit", FUSED),
+        "full",
+        Precision(8, 8),
+        [Batch(inputs("vit", 8, 1), torch.randint(0, 3, (8,), generator=generator))],
+        training=Training(),
+        recipe={"learning_rate": 1e-3, "steps": 3, "batch_size": 4},
+        device=CUDA,
+    )
+    quantized = METHODS.get(method)().quantize(context)
+    if quantized.weights is not None:
+        model.load_state_dict(quantized.weights)
+    with simulate(model, quantized.quantizers):
+        assert torch.isfinite(logits(model, batch_on_cuda("vit"))).all()
