@@ -16,7 +16,7 @@ from quanttune.outlier_loss import OutlierLoss, OutlierLossConfig
 from quanttune.quantization import SiteTable
 
 
-class OutlierLossCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+class OutlierLossCallback(TrainerCallback, ExportableState):
     """Adds the outlier-driven loss to the loss that the model returns while it trains.
 
     The model must return its own loss, as the models of transformers do when they are given labels. Gradient
@@ -29,8 +29,8 @@ class OutlierLossCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         profile: Profile whose sites are penalised.
 
     Example:
-        >>> Trainer(model, args, train_dataset=data, callbacks=[OutlierLossCallback(inputs)]).train()  #
-        doctest: +SKIP
+        >>> callback = OutlierLossCallback(inputs)  # doctest: +SKIP
+        >>> Trainer(model, args, train_dataset=data, callbacks=[callback]).train()  # doctest: +SKIP
     """
 
     def __init__(
@@ -48,7 +48,8 @@ class OutlierLossCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         model: nn.Module = kwargs["model"]
         self.outliers = OutlierLoss(model, self._sites, max(state.max_steps, 1), self._config, self._profile)
         # A resumed run arrives with the states that its checkpoint holds; a new one with none.
-        saved = (state.stateful_callbacks or {}).get(type(self).__name__, {}).get("outliers")
+        states: Any = state.stateful_callbacks or {}
+        saved = states.get(type(self).__name__, {}).get("outliers")
         if state.global_step and saved:
             self.outliers.load_state_dict(saved)
         # The Trainer does not divide a loss that the model has scaled over accumulated batches itself.
