@@ -106,17 +106,17 @@ class _Discovery(SiteVisitor):
         marks = [mark for value in operands for mark in _marks_in(value)]
         summands = [_mark_of(value) for value in operands[:2]]
         result = super().__torch_function__(func, types, args, kwargs)
-        scales = func in _SCALING and not _is_tensor_product(args)
+        scales = func in _SCALING and not _is_tensor_product(operands)
         passed_on = func in _REARRANGING or scales
         if not passed_on and (func in _SUMS or not walks(func)) and _is_tensors(result):
             for mark in marks:
                 self._read(mark, f"{self.path}/{getattr(func, '__name__', func)}")
         if passed_on:
-            _mark_all(result, _mark_of(args[0]) if args else None)
+            _mark_all(result, summands[0] if summands else None)
         elif func is F.embedding:
             _mark_all(result, _EMBEDDING)
         elif func is torch.cat:
-            filled = [tensor for tensor in args[0] if tensor.numel()]  # a key-value cache starts empty
+            filled = [tensor for tensor in operands[0] if tensor.numel()]  # a key-value cache starts empty
             _mark_all(result, _mark_of(filled[0]) if len(filled) == 1 else None)
         elif func in _SCALING:
             _mark_all(result, _PRODUCT)
@@ -257,8 +257,8 @@ def _mark_all(result: Any, mark: str | None) -> None:
             setattr(tensor, _MARK, mark)
 
 
-def _is_tensor_product(args: tuple[Any, ...]) -> bool:
-    return len(args) > 1 and isinstance(args[1], Tensor) and args[1].dim() > 0
+def _is_tensor_product(operands: tuple[Any, ...]) -> bool:
+    return len(operands) > 1 and isinstance(operands[1], Tensor) and operands[1].dim() > 0
 
 
 def discover_sites(
