@@ -36,7 +36,8 @@ class Cell:
         task_fingerprint: Digest of the task's data and splits.
         parameters_json: The method's parameters as canonical JSON.
         profile: Which sites are quantized; ``"none"`` for the reference itself.
-        limit: Test items measured, ``None`` for the whole split.
+        limit: Items measured, ``None`` for the whole split.
+        split: The split measured: ``test``, or ``validation`` in a search of hyperparameters.
     """
 
     model: str
@@ -54,6 +55,7 @@ class Cell:
     seed: int
     calibration_items: int
     limit: int | None
+    split: str = "test"
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -69,6 +71,8 @@ class Cell:
         """The cell as a JSON object, with the engine's version: what :attr:`cell_id` is the digest of."""
         fields = asdict(self)
         fields["parameters"] = json.loads(fields.pop("parameters_json"))
+        if self.split == "test":
+            del fields["split"]  # what a cell of a table measures needs no saying
         return {"engine": ENGINE_VERSION, **fields}
 
     @classmethod
@@ -158,7 +162,8 @@ def expand(suite: Suite, selection: Selection | None = None, limit: int | None =
         base = _model_fields(model)
         common = {
             "calibration_items": suite.calibration_items,
-            "limit": _effective_limit(base["task"], suite.limit if limit is None else limit),
+            "limit": _effective_limit(base["task"], suite.split, suite.limit if limit is None else limit),
+            "split": suite.split,
         }
         for cell in _model_cells(base | common, methods, suite, precisions, profiles, seeds):
             cells.setdefault(cell.cell_id, cell)
@@ -217,9 +222,9 @@ def _cell(
     )
 
 
-def _effective_limit(task: str, limit: int | None) -> int | None:
+def _effective_limit(task: str, split: str, limit: int | None) -> int | None:
     """A limit that the split does not reach is none: the same number must have one id."""
-    return None if limit is None or limit >= len(get_task(task).split_ids("test")) else limit
+    return None if limit is None or limit >= len(get_task(task).split_ids(split)) else limit
 
 
 def _model_fields(name: str) -> dict[str, Any]:

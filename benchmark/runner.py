@@ -162,7 +162,7 @@ class CellRunner:
     def _measure(self, cell: Cell, started: float) -> tuple[Record, Items | None]:
         session = self._open(cell)
         method = cell.make_method()
-        reference = session.fp32_items(session.model, session.reference_digest, cell.limit)
+        reference = session.fp32_items(session.model, session.reference_digest, cell.limit, cell.split)
         if cell.is_reference:
             return self._record(
                 cell, session, started, reference, reference, session.reference_digest
@@ -192,12 +192,13 @@ class CellRunner:
         from quanttune.quantization import simulate
 
         model, digest = session.with_weights(quantized.weights)
-        own = None if quantized.weights is None else session.fp32_items(model, digest, cell.limit)
+        own = None if quantized.weights is None else session.fp32_items(model, digest, cell.limit, cell.split)
         with simulate(model, quantized.quantizers):
             items = evaluate(
                 model,
                 session.task,
                 session.entry,
+                split=cell.split,
                 limit=cell.limit,
                 device=self.device,
                 progress=self.progress,

@@ -144,13 +144,14 @@ class Session:
             progress=self.progress,
         )
 
-    def fp32_items(self, model: nn.Module, digest: str, limit: int | None) -> Items:
-        """What ``model``, unquantized, does on the test split; measured once for given weights.
+    def fp32_items(self, model: nn.Module, digest: str, limit: int | None, split: str = "test") -> Items:
+        """What ``model``, unquantized, does on a split; measured once for given weights.
 
         Args:
             model: The reference or a tuned copy.
             digest: Digest of its weights.
-            limit: Test items.
+            limit: Items of the split.
+            split: ``test`` or ``validation``.
         """
 
         def make() -> dict[str, Tensor]:
@@ -158,15 +159,15 @@ class Session:
                 model,
                 self.task,
                 self.entry,
+                split=split,
                 limit=limit,
                 device=self.device,
                 progress=self.progress,
                 stage="FP32 evaluation",
             ).tensors()
 
-        return Items.from_tensors(
-            self.stages.tensors("fp32_items", {"weights": digest, "limit": limit}, make)
-        )
+        key = {"weights": digest, "limit": limit} | ({} if split == "test" else {"split": split})
+        return Items.from_tensors(self.stages.tensors("fp32_items", key, make))
 
     def check_gate(self) -> None:
         """Refuse a reference that does not reach the metric it is known for.

@@ -37,6 +37,7 @@ class Suite:
         precisions: Bit widths such as ``W8A8``.
         calibration_items: Training items each method may calibrate on.
         limit: Number of test items, ``None`` for the whole split.
+        split: What is measured: ``test``, or ``validation`` for a search of hyperparameters.
         origin: What to give to ``--suite``.
     """
 
@@ -51,6 +52,7 @@ class Suite:
     symmetric: tuple[bool, ...] = (True,)
     calibration_items: int = 128
     limit: int | None = None
+    split: str = "test"
     origin: str = ""
 
 
@@ -103,6 +105,8 @@ def parse_suite(name: str, text: str, origin: str) -> Suite:
         for value in values.get(key, ()):
             if value not in allowed:
                 raise ConfigError(f"{what}: {key} holds {value!r}; known: {', '.join(allowed)}")
+    if values.get("split", "test") not in SPLITS:
+        raise ConfigError(f"{what}: split = {values['split']!r}; known: {', '.join(SPLITS)}")
     values["precisions"] = tuple(str(Precision.parse(text)) for text in values["precisions"])
     return Suite(name=name, methods=methods, origin=origin, **{"description": "", **values})
 
@@ -118,8 +122,10 @@ _FIELDS: dict[str, type] = {
     "symmetric": bool,
     "calibration_items": int,
     "limit": int,
+    "split": str,
 }
-_SCALARS = ("description", "calibration_items", "limit")
+_SCALARS = ("description", "calibration_items", "limit", "split")
+SPLITS = ("test", "validation")
 
 
 def _check(origin: str, key: str, value: Any) -> Any:
