@@ -85,8 +85,7 @@ def _spawn(settings: Settings) -> tuple[BaseProcess, Connection]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, settings), daemon=True)
-    # OpenMP reads this when it is loaded. Its threads must sleep while they wait, not spin: with more threads
-    # than cores a spinning one keeps the one it waits for from running.
+    # As in benchmark.__main__: several workers' threads must not spin beside each other.
     before = os.environ.get("OMP_WAIT_POLICY")
     os.environ["OMP_WAIT_POLICY"] = before or "PASSIVE"
     try:
