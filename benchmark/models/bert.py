@@ -143,6 +143,9 @@ MODELS.register("minilm_l6")(
         task="movie_reviews",
         keep_pooler=True,
         training={"steps": 700, "learning_rate": 5e-5, "batch_size": 32},
+        # Plain fine-tuning gives the same validation accuracy, within its noise, from 3e-5 to 2e-4.
         recipe={"steps": 480, "learning_rate": 1.2e-4, "batch_size": 32},
+        expected=84.5,
+        tolerance=1.5,
     )
 )

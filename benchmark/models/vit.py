@@ -142,6 +142,8 @@ MODELS.register("dinov2_vits14")(
         # Validation accuracy for C = 0.003, 0.01, 0.03, 0.1, 0.3, 1: 83.6, 85.5, 86.9, 87.1, 87.0, 85.6.
         # The strongest regularisation within one standard error (1.06) of the best is taken.
         inverse_l2=0.03,
+        # Among rates of 5e-5, 1e-4 and 2e-4, plain fine-tuning does best on validation items with the lowest.
         recipe={"steps": 600, "learning_rate": 5e-5, "batch_size": 32},
+        expected=85.2,
     )
 )
