@@ -217,7 +217,7 @@ def log_record(client: MlflowClient, experiment_id: str, parent: str | None, rec
         params=[Param(key, str(value)[:6000]) for key, value in parameters.items()],
     )
     dataset = _dataset(record)
-    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "test")])])
+    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", cell.split)])])
     with tempfile.TemporaryDirectory() as folder:
         write_artifacts(Path(folder), record)
         client.log_artifacts(run_id, folder)

@@ -190,8 +190,8 @@ def _caption(rows: SuiteRows) -> str:
     own = "Rows FP32: each method's own weights before quantization. " if trained else ""
     random = " Random weights: the numbers mean nothing." if suite.name == "smoke" else ""
     return (
-        f"Suite {suite.name}: {' and '.join(metrics) or 'metric'} on the test split and, below, the drop "
-        f"against FP32 in points, {spread}. {items}; profile {', '.join(suite.profiles)}; "
+        f"Suite {suite.name}: {' and '.join(metrics) or 'metric'} on the {suite.split} split and, below, "
+        f"the drop against FP32 in points, {spread}. {items}; profile {', '.join(suite.profiles)}; "
         f"weights {', '.join(suite.weight_granularity).replace('_', ' ')}, activations "
         f"{' and '.join('symmetric' if value else 'asymmetric' for value in suite.symmetric)} per tensor; "
         f"{suite.calibration_items} calibration items, seed {', '.join(map(str, suite.seeds))}. "

@@ -152,6 +152,14 @@ def test_axes_that_vary_are_named(suite: Suite, store: Store) -> None:
     assert len(rows) == len(set(rows)) == 8
 
 
+def test_the_caption_names_the_split(suite: Suite, store: Store) -> None:
+    searched = dataclasses.replace(suite, split="validation")
+    for cell in expand(searched):
+        store.save(record(cell, 70.0))
+    assert "on the validation split" in make_table(collect_rows(store, searched)).caption
+    assert collect_rows(store, suite, allow_partial=True).finished == 0  # its cells are not a test table's
+
+
 def test_partial_tables(suite: Suite, store: Store) -> None:
     cells = expand(suite)
     store.save(record(cells[1], 70.0))
