@@ -17,6 +17,7 @@ from quanttune.digests import canonical_json, tensor_digest
 from quanttune.quantization import Precision, SiteKind, simulate
 from quanttune.seeds import torch_generator
 from tests.quantization.models import build, inputs, logits, one_thread, sites
+from tests.quantization.walking import hooks
 
 NAMES = METHODS.names()
 MODELS = ("vit", "bert")
@@ -226,12 +227,13 @@ def test_leaves_the_reference_alone(name: str, model: str) -> None:
     before = tensor_digest(reference.state_dict())
     random_state = torch.get_rng_state()
     modes = [module.training for module in reference.modules()]
+    hooks_before = hooks(reference)
     METHODS.get(name)().quantize(context)
     assert tensor_digest(reference.state_dict()) == before
     assert [module.training for module in reference.modules()] == modes
     assert all(parameter.grad is None for parameter in reference.parameters())
     assert all(parameter.requires_grad for parameter in reference.parameters())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in reference.modules())
+    assert hooks(reference) == hooks_before
     assert torch.is_grad_enabled()
     assert torch.equal(torch.get_rng_state(), random_state)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests.quantization.walking import hooks, zero
 
 class TestModelOutput:
     def test_of_transformers_keeps_its_structure(self) -> None:
-        model, batch = build("bert"), inputs("bert")
+        model, batch = copy.deepcopy(build("bert")), inputs("bert")  # transformers keeps hooks of its own
         with torch.no_grad(), simulate(model, quantizers("bert")):
             output = model(**batch, output_hidden_states=True)
         assert type(output).__name__ == "SequenceClassifierOutput"

@@ -89,6 +89,14 @@ class TestNumbering:
         with SiteHandlers(model, {"/matmul#3.output": zero}):
             assert torch.equal(model(x), torch.zeros_like(x))
 
+        class Closed(Recorder):
+            def opens_attention(self, path: str) -> bool:
+                return False
+
+        with torch.no_grad(), Closed(model) as closed:
+            model(x)
+        assert closed.seen == ["/matmul#3.a", "/matmul#3.b", "/matmul#3.output"]
+
 
 class TestNothingIsLeftBehind:
     def test_after_the_block(self) -> None:
