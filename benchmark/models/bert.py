@@ -32,7 +32,7 @@ class FineTunedBert(TextEntry):
         title: For a person.
         source: Name of the asset: encoder weights, ``config.json`` and tokenizer.
         task: Name of a text task.
-        training: Fields of ``quanttune.tuner.Schedule`` for the reference; chosen on the validation split.
+        training: Fields of ``quanttune.tuner.Schedule`` for the reference.
         keep_pooler: Start from the pretrained pooler; else from a newly drawn one.
         recipe: For the methods that fine-tune the reference further.
         expected: Accuracy on the test split.
@@ -142,6 +142,7 @@ MODELS.register("minilm_l6")(
         source="minilm_l6",
         task="movie_reviews",
         keep_pooler=True,
+        # Validation accuracy 85.5; three epochs, the first setting tried, kept because it was good enough.
         training={"steps": 700, "learning_rate": 5e-5, "batch_size": 32},
         # Plain fine-tuning gives the same validation accuracy, within its noise, from 3e-5 to 2e-4.
         recipe={"steps": 480, "learning_rate": 1.2e-4, "batch_size": 32},
