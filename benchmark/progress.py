@@ -79,7 +79,7 @@ class Display:
         self._total = len(self._pending)
         self._jobs = jobs
         self._estimator = Estimator()
-        self._stages: dict[int, tuple[str, float]] = {}
+        self._stages: dict[int, tuple[str, float, int]] = {}
         self._spoke: dict[int, float] = {}
         self._bars: Progress | None = None
         self._overall: TaskID | None = None
@@ -101,7 +101,7 @@ class Display:
 
     def started(self, worker: int, cell: Cell) -> None:
         """Show what a worker is at."""
-        self._stages[worker] = ("", 0.0)
+        self._stages[worker] = ("", 0.0, 0)
         if self._bars is not None:
             self._drop_bar(worker)
             self._workers[worker] = self._bars.add_task(f"  {cell}", total=None, left="")
@@ -109,11 +109,12 @@ class Display:
     def stage(self, worker: int, name: str, done: int, total: int) -> None:
         """Show how far a long stage is."""
         now = time.monotonic()
-        if self._stages.get(worker, ("", 0.0))[0] != name or done <= 1:
-            self._stages[worker] = (name, now)
+        if self._stages.get(worker, ("", 0.0, 0))[0] != name or done <= 1:
+            self._stages[worker] = (name, now, done)
             self._spoke[worker] = now
-        elapsed = now - self._stages[worker][1]
-        left = elapsed / done * (total - done) if done > 1 and total else None
+        _, started, first = self._stages[worker]
+        # Resumed work starts in the middle: only what was done since then tells the pace.
+        left = (now - started) / (done - first) * (total - done) if done > first and total else None
         text = f"{name}, {duration_text(left)} left" if left is not None else name
         if self._bars is not None:
             if worker in self._workers:

@@ -69,3 +69,17 @@ def test_a_line_says_what_matters(cells: list[Cell]) -> None:
     line = outcome_line(Outcome(cells[1], "done", "", 12.0, 74.7, 10.7))
     assert line == f"done     {cells[1]}  74.70  drop 10.70  12 s"
     assert "drop" not in outcome_line(Outcome(cells[0], "done", "", 1.0, 85.0, 0.0))
+
+
+def test_resumed_work_is_timed_from_where_it_began(
+    cells: list[Cell], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("benchmark.progress.time.monotonic", lambda: now[0])
+    with Display(cells, 1) as display:
+        display.started(0, cells[0])
+        for step in range(500, 541):  # ten seconds a step: 460 steps are 4,600 s
+            display.stage(0, "tuning", step, 1000)
+            now[0] += 10.0
+    done, _, left = capsys.readouterr().err.splitlines()[-1].strip().partition("/1000 tuning, ")
+    assert left == f"{duration_text(10.0 * (1000 - int(done)))} left"
