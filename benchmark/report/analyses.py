@@ -1,0 +1,312 @@
+"""What figures need from the models themselves: measured once, kept as stages, read back without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmark.cells import Cell
+from benchmark.report.rows import SuiteRows
+from benchmark.stages import Stages
+from benchmark.store import Store
+from quanttune.errors import StoreError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from baselines.method import Context
+    from benchmark.session import Session
+    from quanttune.quantization import TensorStatistics
+
+Progress = Callable[[str, int, int], None]
+
+VERSION = 1
+"""Part of every key: raise it when the same statistics are analysed differently."""
+
+REFERENCE = "reference"
+TRAINED = ("finetune", "quanttune")
+"""The methods whose weights are compared with the reference's, before and after."""
+
+_SETTINGS = ("profile", "seed", "weight_granularity", "symmetric")
+RULES = ("minmax", "percentile", "mse", "omse")
+METRICS = ("low", "high", "mean", "std", "ratio", "kurtosis", "beyond", "inf_norm")
+ERRORS = ("ordinary", "amplification", "outliers", "saturation", "energy", "clipped")
+SWEEP_ITEMS = 500
+"""Items of the saturation sweep, which takes an evaluation per model, width and saturation."""
+
+
+@dataclass(frozen=True)
+class WeightSet:
+    """Weights of a model that a suite has measured.
+
+    Attributes:
+        name: ``reference``, or the method that trained them.
+        cell: A finished cell with these weights.
+        digest: Their digest.
+    """
+
+    name: str
+    cell: Cell
+    digest: str
+
+
+class ModelAnalysis:
+    """One model of a suite under its first profile, seed and granularity.
+
+    Args:
+        rows: The suite's finished cells.
+        store: Where they are.
+        model: Name of the model.
+        device: Where to compute what is not kept yet.
+        progress: Told of that work.
+    """
+
+    def __init__(
+        self, rows: SuiteRows, store: Store, model: str, device: torch.device, progress: Progress
+    ) -> None:
+        self.model = model
+        self.suite = rows.suite
+        self._store = store
+        self._device = device
+        self._progress = progress
+        self._done = [
+            record
+            for cell in rows.cells
+            if cell.model == model and (record := rows.records.get(cell.cell_id)) and record.result
+        ]
+        self.cell = next(record.cell for record in self._done if not record.cell.is_reference)
+        self._reference_digest = str(self._done[0].reference_digest)
+        self.precisions = tuple(dict.fromkeys(rows.suite.precisions))
+
+    def close(self) -> None:
+        """Free the model, if it was needed; it is made again when it is needed again."""
+        self.__dict__.pop("_session", None)
+
+    @cached_property
+    def weight_sets(self) -> list[WeightSet]:
+        """The reference, then what fine-tuning and QuantTune made of it, if the suite has them."""
+        found = [WeightSet(REFERENCE, self.cell, self._reference_digest)]
+        for name in TRAINED:
+            alike = [
+                WeightSet(name, record.cell, str(record.weights_digest))
+                for record in self._done
+                if record.cell.method == name
+                and all(getattr(record.cell, field) == getattr(self.cell, field) for field in _SETTINGS)
+            ]
+            found += alike[:1]
+        return found
+
+    @property
+    def sites(self) -> list[tuple[str, str]]:
+        """Id and kind of each activation site of the profile, in the order of the forward pass."""
+        rows = next(record.sites for record in self._done if record.sites)
+        return [(str(row["id"]), str(row["kind"])) for row in rows if row["kind"] != "weight"]
+
+    def metrics(self, weights: WeightSet) -> dict[str, dict[str, float]]:
+        """The outlier metrics :data:`METRICS` of each site."""
+        kept = self._site_stage(weights)
+        return {
+            site_id: dict(zip(METRICS, kept[f"{site_id}|metrics"].tolist(), strict=True))
+            for site_id, _ in self.sites
+        }
+
+    def errors(self, weights: WeightSet) -> Iterator[tuple[str, str, str, dict[str, float]]]:
+        """Site, precision, range rule and the parts :data:`ERRORS` of the site's quantization error."""
+        kept = self._site_stage(weights)
+        for site_id, _ in self.sites:
+            values = kept[f"{site_id}|errors"].tolist()
+            for precision, by_rule in zip(self.precisions, values, strict=True):
+                for rule, parts in zip(RULES, by_rule, strict=True):
+                    yield site_id, precision, rule, dict(zip(ERRORS, parts, strict=True))
+
+    def statistics(self, weights: WeightSet, sites: list[str]) -> dict[str, TensorStatistics]:
+        """Statistics, histogram included, of a few sites."""
+        from quanttune.quantization.statistics import statistics_from_tensors, statistics_to_tensors
+
+        def make() -> dict[str, Tensor]:
+            context, model = self._loaded(weights)
+            statistics = context.statistics(model)
+            return statistics_to_tensors({site_id: statistics[site_id] for site_id in sites})
+
+        key = {**self._key(weights), "sites": sites}
+        return statistics_from_tensors(self._stages.tensors("histograms", key, make))
+
+    def sweep(self, precision: str, items: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores of the reference's items under each saturation.
+
+        Args:
+            precision: Bit widths.
+            items: How many items of the suite's split, evenly spaced over the split.
+
+        Returns:
+            Ids of shape ``(items,)``; scores of shape ``(saturations, items)``.
+        """
+        from quanttune.analysis import SATURATIONS
+
+        limit = items if self.cell.limit is None else min(items, self.cell.limit)
+        key = {
+            **self._key(self.weight_sets[0]),
+            "precision": precision,
+            "saturations": list(SATURATIONS),
+            "items": limit,
+            "split": self.cell.split,
+            "weight_granularity": self.cell.weight_granularity,
+        }
+        kept = self._stages.tensors("saturation", key, lambda: self._sweep(precision, limit))
+        return kept["ids"].numpy(), kept["scores"].numpy()
+
+    def _sweep(self, precision: str, limit: int) -> dict[str, Tensor]:
+        import torch
+
+        from benchmark.measure import Items, evaluate
+        from quanttune.analysis import SATURATIONS, saturation_sweep
+        from quanttune.quantization import Precision
+
+        session = self._session
+        context = session.context(self.cell)
+
+        def measure() -> Items:
+            return evaluate(
+                session.model,
+                session.task,
+                session.entry,
+                split=self.cell.split,
+                limit=limit,
+                device=self._device,
+                progress=lambda _, done, total: self._progress(
+                    f"{self.model}: saturation sweep at {precision}",
+                    done + total * len(finished),
+                    total * len(SATURATIONS),
+                ),
+            )
+
+        finished: dict[float, Items] = {}
+        for saturation in SATURATIONS:
+            finished |= saturation_sweep(
+                session.model,
+                context.profile_sites,
+                context.statistics(),
+                Precision.parse(precision),
+                measure,
+                (saturation,),
+                symmetric=self.cell.symmetric,
+                weight_granularity=self.cell.weight_granularity,
+            )
+        return {
+            "ids": torch.from_numpy(finished[0.0].ids),
+            "scores": torch.from_numpy(np.stack([items.scores for items in finished.values()])),
+        }
+
+    def reference_scores(self, ids: np.ndarray) -> np.ndarray | None:
+        """The FP32 reference's scores of these items; ``None`` if the suite has not measured them."""
+        for record in self._done:
+            if record.cell.is_reference:
+                items = self._store.items(record.cell.cell_id)
+                place = {int(item): index for index, item in enumerate(items["ids"])}
+                if all(int(item) in place for item in ids):
+                    return items["scores"][[place[int(item)] for item in ids]]
+        return None
+
+    @cached_property
+    def _stages(self) -> Stages:
+        # Known from the records, so that what is kept can be read without making the model.
+        return Stages(self._store.root / "stages").scoped(
+            reference=self._reference_digest,
+            task=self.cell.task_fingerprint,
+            device=self._device.type,
+        )
+
+    def _key(self, weights: WeightSet) -> dict[str, Any]:
+        cell = self.cell
+        return {
+            "version": VERSION,
+            "weights": weights.digest,
+            "profile": cell.profile,
+            "calibration_items": cell.calibration_items,
+            "seed": cell.seed,
+            "symmetric": cell.symmetric,
+        }
+
+    def _site_stage(self, weights: WeightSet) -> Mapping[str, Tensor]:
+        key = {**self._key(weights), "precisions": list(self.precisions), "rules": list(RULES)}
+        return self._stages.tensors("site_analysis", key, lambda: self._analyse(weights))
+
+    def _analyse(self, weights: WeightSet) -> dict[str, Tensor]:
+        import torch
+
+        from quanttune.analysis import decompose, infinity_norms, outlier_metrics
+        from quanttune.quantization import RANGE_RULES, Precision
+
+        context, model = self._loaded(weights)
+        statistics = context.statistics(model)
+        total = len(context.calibration)
+        norms = infinity_norms(
+            model,
+            (batch.inputs for batch in context.calibration),
+            context.profile_sites,
+            lambda done: self._progress(f"{self.model}, {weights.name}: infinity norms", done, total),
+        )
+        made = {}
+        for index, (site_id, summary) in enumerate(statistics.items()):
+            metrics = outlier_metrics(summary)
+            row = [norms[site_id] if name == "inf_norm" else getattr(metrics, name) for name in METRICS]
+            splits = [
+                [
+                    decompose(
+                        summary,
+                        Precision.parse(precision).activations,
+                        RANGE_RULES.get(rule),
+                        context.symmetric,
+                    )
+                    for rule in RULES
+                ]
+                for precision in self.precisions
+            ]
+            parts = [[[getattr(split, name) for name in ERRORS] for split in line] for line in splits]
+            made[f"{site_id}|metrics"] = torch.tensor(row, dtype=torch.float64)
+            made[f"{site_id}|errors"] = torch.tensor(parts, dtype=torch.float64)
+            self._progress(f"{self.model}, {weights.name}: error by cause", index + 1, len(statistics))
+        return made
+
+    def _loaded(self, weights: WeightSet) -> tuple[Context, nn.Module]:
+        """The context of the weights' cell, and a model that holds them."""
+        session = self._session
+        if weights.name == REFERENCE:
+            return session.context(self.cell), session.model
+        context = session.context(weights.cell)
+        tuned = weights.cell.make_method().quantize(context).weights
+        model, digest = session.with_weights(tuned)
+        if digest != weights.digest:
+            raise StoreError(
+                f"{weights.name} weights of {self.model} are not those that were measured; "
+                f"run `python -m benchmark run --all --overwrite always --suite {self.suite.origin}`"
+            )
+        return replace(context, model=model), model
+
+    @cached_property
+    def _session(self) -> Session:
+        from benchmark.session import Session
+
+        session = Session(self.model, Stages(self._store.root / "stages"), self._device, self._progress)
+        if session.reference_digest != self._reference_digest:
+            raise StoreError(
+                f"reference weights of {self.model} are not those that were measured; "
+                f"run `python -m benchmark run --all --overwrite always --suite {self.suite.origin}`"
+            )
+        return session
+
+
+def analyses_of(
+    rows: SuiteRows, store: Store, device: torch.device, progress: Progress
+) -> list[ModelAnalysis]:
+    """One analysis for each model of which a quantized cell is done."""
+    done = [rows.records[cell.cell_id] for cell in rows.cells if cell.cell_id in rows.records]
+    models = dict.fromkeys(
+        record.cell.model for record in done if record.result and not record.cell.is_reference
+    )
+    return [ModelAnalysis(rows, store, model, device, progress) for model in models]
