@@ -1,0 +1,32 @@
+"""``report``: everything about a suite in one HTML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from benchmark.cli import cli, results_option, suite_option
+from benchmark.commands.figure import analysis_options, open_suite
+
+
+@cli.command()
+@suite_option
+@analysis_options
+@results_option
+def report(suite: str, items: int, device: str, allow_partial: bool, results: Path) -> None:
+    """Write tables, figures, the paper's claims beside the measured values, and where they were measured.
+
+    The file RESULTS/report/SUITE.html needs no other file and no network. What needs a model is measured once
+    and kept, as in `figure`.
+    """
+    from benchmark.atomic import write_text_atomically
+    from benchmark.report.figures import choose, make_frames
+    from benchmark.report.html import make_report
+    from benchmark.store import Store
+
+    rows, analyses = open_suite(suite, results, device, allow_partial)
+    frames = make_frames(choose(()), rows, analyses, items)
+    path = results / "report" / f"{rows.suite.name}.html"
+    write_text_atomically(path, make_report(rows, Store(results), frames))
+    click.echo(str(path))

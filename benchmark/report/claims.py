@@ -1,0 +1,268 @@
+"""The paper's claims beside what this suite measured; the verdict is computed and printed as it comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from benchmark.report.comparison import (
+    CALIBRATORS,
+    CONTROL,
+    OURS,
+    STATE_OF_THE_ART,
+    Comparison,
+    Estimate,
+)
+from benchmark.report.frames import by_layer
+from benchmark.report.reference import load_published
+from benchmark.report.rows import SuiteRows
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ABSENT = "not measured in this suite"
+KEPT = 1.0
+"""Points of accuracy that may be lost where the paper says that accuracy is kept; our reading."""
+CLOSE = 5.0
+"""Points within which a measured share counts as the stated one; our reading."""
+_STRONG = 0.5  # a rank correlation from which on something "grows"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim.
+
+    Attributes:
+        statement: What the paper says, in our words.
+        stated: Its number, or ``-``.
+        measured: Ours, with intervals.
+        verdict: What follows; ``not measured in this suite`` if cells or figures are missing.
+        how: How it was computed.
+    """
+
+    statement: str
+    stated: str
+    measured: str
+    verdict: str
+    how: str
+
+
+def claims(rows: SuiteRows, comparison: Comparison, frames: Mapping[str, pd.DataFrame]) -> list[Claim]:
+    """Every claim that a suite can test.
+
+    Args:
+        rows: The suite's cells.
+        comparison: The same cells with their scores.
+        frames: Data of the figures ``decomposition``, ``saturation`` and ``outliers``, by name; a frame may
+            be empty.
+    """
+    stated = _stated()
+    return [
+        _amplification(frames["decomposition"], stated["amplification"]),
+        _rounding_dominates(frames["decomposition"]),
+        _saturation(frames["saturation"]),
+        _depth(frames["outliers"]),
+        *_against_calibrators(comparison, stated),
+        _against_state_of_the_art(rows, comparison, stated["state of the art"]),
+        _kept(comparison),
+        _no_overhead(rows),
+        *_against_control(comparison),
+    ]
+
+
+def _stated() -> dict[str, float]:
+    """The paper's numbers, from the published table."""
+    found = {}
+    for line in load_published("quanttune_headline").to_dict("records"):
+        claim = str(line["claim"])
+        if "amplification" in claim:
+            found["amplification"] = float(line["value"])
+        elif "best calibration" in claim:
+            found[str(line["precision"])] = float(line["value"])
+        elif "state-of-the-art" in claim:
+            found["state of the art"] = float(line["value"])
+    return found
+
+
+def _amplification(frame: pd.DataFrame, stated: float) -> Claim:
+    statement = "Share of the quantization error that is precision loss from the range outliers amplify"
+    how = (
+        "Min-max ranges of the reference: error that ordinary values suffer beyond what they would over "
+        "their own range, over the whole error; mean over activation sites, then over models."
+    )
+    if not len(frame):
+        return Claim(statement, f"{stated:g} %", ABSENT, ABSENT, how)
+    part = frame[(frame["weights"] == "reference") & (frame["rule"] == "minmax")]
+    by_precision = 100 * part.groupby("precision", sort=False)["amplification"].mean()
+    overall = float(by_precision.mean())
+    text = ", ".join(f"{precision} {share:.0f} %" for precision, share in by_precision.items())
+    by_model = 100 * part.groupby("model", sort=False)["amplification"].mean()
+    text += "; " + ", ".join(f"{model} {share:.0f} %" for model, share in by_model.items())
+    relation = "lower" if overall < stated else "higher"
+    verdict = "agrees" if abs(overall - stated) <= CLOSE else f"{relation} than stated"
+    return Claim(statement, f"{stated:g} %", f"{overall:.0f} % ({text})", verdict, how)
+
+
+def _rounding_dominates(frame: pd.DataFrame) -> Claim:
+    statement = "Precision loss dominates saturation"
+    how = "Share of the error that is rounding inside the range; mean over sites, precisions and models."
+    if not len(frame):
+        return Claim(statement, "-", ABSENT, ABSENT, how)
+    part = frame[frame["weights"] == "reference"]
+    shares = 100 * (1 - part.groupby("rule", sort=False)["saturation"].mean())
+    failing = [str(rule) for rule, share in shares.items() if share <= 50]
+    text = ", ".join(f"{rule} {share:.0f} %" for rule, share in shares.items())
+    verdict = f"does not hold with {', '.join(failing)}" if failing else "holds with every calibrator"
+    return Claim(statement, "-", text, verdict, how)
+
+
+def _saturation(frame: pd.DataFrame) -> Claim:
+    statement = "How far ranges are clipped decides accuracy"
+    how = "Metric at 0 % and at the best of 0 to 30 %. The best is picked on the items it is measured on."
+    if not len(frame):
+        return Claim(statement, "-", ABSENT, ABSENT, how)
+    lines, helped = [], 0
+    groups = frame.groupby(["model", "precision"], sort=False)
+    for (model, precision), part in groups:
+        values, percentages = part["value"].tolist(), part["saturation_percent"].tolist()
+        best = max(values)
+        helped += best > values[0]
+        at = percentages[values.index(best)]
+        lines.append(f"{model} {precision} {values[0]:.1f} to {best:.1f} at {at:g} %")
+    verdict = f"clipping helps in {helped} of {len(groups)} cases"
+    return Claim(statement, "-", "; ".join(lines), verdict, how)
+
+
+def _depth(frame: pd.DataFrame) -> Claim:
+    statement = "The range grows in deeper layers"
+    how = "Rank correlation (Spearman) of a layer's number with the largest range over its activation sites."
+    if not len(frame):
+        return Claim(statement, "-", ABSENT, ABSENT, how)
+    from scipy.stats import spearmanr
+
+    layers = by_layer(frame)
+    layers = layers[(layers["weights"] == "reference") & layers["layer"].str.contains(r"\.\d+$")]
+    found = {}
+    for model, part in layers.groupby("model", sort=False):
+        if len(part) > 2:
+            found[str(model)] = float(spearmanr(range(len(part)), part["range"]).statistic)
+    if not found:
+        return Claim(statement, "-", "fewer than three layers", ABSENT, how)
+    growing = [model for model, value in found.items() if value >= _STRONG]
+    verdict = f"holds for {len(growing)} of {len(found)} models"
+    return Claim(
+        statement, "-", ", ".join(f"{model} {value:.2f}" for model, value in found.items()), verdict, how
+    )
+
+
+def _against_calibrators(comparison: Comparison, stated: dict[str, float]) -> Iterator[Claim]:
+    how = (
+        "Drop of the best of min-max, percentile, MSE and OMSE on the reference, less the drop of QuantTune "
+        "with min-max, in points of accuracy; the best is chosen per model. Mean over models, paired "
+        "bootstrap. We read the paper's percent as points."
+    )
+    for precision in comparison.precisions:
+        statement = f"The drop shrinks against the best calibrator at {precision}"
+        number = stated.get(precision)
+        said = "-" if number is None else f"{number:g}"
+        pairs = comparison.pairs(precision, CALIBRATORS)
+        if not pairs:
+            yield Claim(statement, said, ABSENT, ABSENT, how)
+            continue
+        gain = comparison.gain(pairs)
+        before = sum(rival.drop for _, rival in pairs.values()) / len(pairs)
+        after = sum(ours.drop for ours, _ in pairs.values()) / len(pairs)
+        text = f"{gain} points: the mean drop goes from {before:.1f} to {after:.1f}"
+        yield Claim(statement, said, text, _verdict(gain, number, before), how)
+
+
+def _verdict(gain: Estimate, stated: float | None, before: float) -> str:
+    """Whether a gain reaches the stated one, with regard to its interval and to what there was to gain."""
+    low, high = gain.low or 0.0, gain.high or 0.0
+    if stated is None:
+        return "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+    if low >= stated:
+        return "reached"
+    if before < stated:
+        return f"not reached; only {before:.1f} points are lost, so there is no more to gain"
+    return "not reached" if high < stated else "open: the interval holds the stated value"
+
+
+def _against_state_of_the_art(rows: SuiteRows, comparison: Comparison, stated: float) -> Claim:
+    from benchmark.models.entry import get_model
+
+    statement = "More accurate than the state of the art on ViT models"
+    how = "The same against the better of FQ-ViT and PTQ4ViT, on ViT models and on the same profile."
+    texts, verdicts = [], []
+    for precision in comparison.precisions:
+        pairs = {
+            model: pair
+            for model, pair in comparison.pairs(precision, STATE_OF_THE_ART).items()
+            if get_model(model).family == "vit"
+        }
+        if pairs:
+            gain = comparison.gain(pairs)
+            before = sum(rival.drop for _, rival in pairs.values()) / len(pairs)
+            names = ", ".join(sorted({rival.label for _, rival in pairs.values()}))
+            texts.append(f"{precision} {gain} points over {names}")
+            verdicts.append(f"{precision} {_verdict(gain, stated, before)}")
+    said = f"more than {stated:g}"
+    if not texts:
+        return Claim(statement, said, ABSENT, ABSENT, how)
+    return Claim(statement, said, "; ".join(texts), "; ".join(verdicts), how)
+
+
+def _kept(comparison: Comparison) -> Claim:
+    statement = "Accuracy is kept at 6 bits"
+    how = (
+        "Drop of QuantTune with min-max at W6A6 against the better of the reference and the plainly "
+        f"fine-tuned model in FP32; at most {KEPT:g} point counts as kept, which is our reading."
+    )
+    texts, kept = [], 0
+    for model in comparison.models:
+        ours = comparison.get(model, "W6A6", OURS)
+        if ours is None:
+            continue
+        control = comparison.best(model, "W6A6", [CONTROL])
+        best = max(ours.fp32, control.fp32_own if control and control.fp32_own is not None else ours.fp32)
+        texts.append(f"{model} {best - ours.value:.1f} points")
+        kept += best - ours.value <= KEPT
+    if not texts:
+        return Claim(statement, "-", ABSENT, ABSENT, how)
+    return Claim(statement, "-", ", ".join(texts), f"kept on {kept} of {len(texts)} models", how)
+
+
+def _no_overhead(rows: SuiteRows) -> Claim:
+    statement = "Inference needs no extra operation"
+    how = "The quantized sites and weights of QuantTune's cells against those of plain min-max."
+    layouts: dict[tuple[str, str, str], dict[str, list[Any]]] = {}
+    for record in rows.records.values():
+        cell = record.cell
+        if cell.label in (OURS, "minmax") and record.sites:
+            layout = [(site["id"], tuple(site["shape"]), site["parameter"]) for site in record.sites]
+            key = (cell.model, cell.profile, cell.precision)
+            layouts.setdefault(key, {})[cell.label] = layout
+    both = [found for found in layouts.values() if len(found) == 2]
+    if not both:
+        return Claim(statement, "-", ABSENT, ABSENT, how)
+    same = sum(found[OURS] == found["minmax"] for found in both)
+    verdict = "holds" if same == len(both) else "does not hold"
+    return Claim(statement, "-", f"the same graph in {same} of {len(both)} cases", verdict, how)
+
+
+def _against_control(comparison: Comparison) -> Iterator[Claim]:
+    """Not a claim of the paper, but what its claims rest on: the loss does it, not the training."""
+    how = (
+        "The same fine-tuning without the outlier loss, with the best calibrator that the suite pairs it "
+        "with on each model, against QuantTune with min-max. Mean over models, paired bootstrap."
+    )
+    for precision in comparison.precisions:
+        statement = f"Control: the outlier loss does it, not the fine-tuning, at {precision}"
+        pairs = comparison.pairs(precision, [CONTROL])
+        if not pairs:
+            yield Claim(statement, "-", ABSENT, ABSENT, how)
+            continue
+        gain = comparison.gain(pairs)
+        rivals = ", ".join(f"{model} {rival.label}" for model, (_, rival) in pairs.items())
+        yield Claim(statement, "-", f"{gain} points over {rivals}", _verdict(gain, None, 0.0), how)

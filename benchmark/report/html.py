@@ -1,0 +1,208 @@
+"""The report of a suite: tables, figures, claims and provenance in one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from html import escape
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from benchmark.report.claims import CLOSE, KEPT, claims
+from benchmark.report.comparison import CALIBRATORS, Comparison, comparison_frame
+from benchmark.report.figures import SPECS, FigureSpec, csv_of, svg_of
+from benchmark.report.frames import by_layer
+from benchmark.report.rows import SuiteRows
+from benchmark.report.tables import Table, make_table, text_of
+from benchmark.store import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_TEMPLATE = "report.html.j2"
+_ROLE = re.compile(r":\w+:`~?([^`]+)`")  # how docstrings name a function
+
+RECONSTRUCTED = (
+    "the outlier-driven loss: its formula, which statistics it expects, what counts as an outlier, how its "
+    "threshold adapts, which activations it covers, its weight",
+    "the projection of matrices onto a threshold, and every setting of the fine-tuning",
+    "models, data sets, calibration items, granularity and which operations are quantized",
+    "the formula behind the paper's 65 %, the rule for outliers in it and the way of averaging",
+    "the reading of the paper's percentages as percentage points of accuracy, averaged over models",
+    f"the thresholds of the verdicts: a share within {CLOSE:g} points agrees, an accuracy within {KEPT:g} "
+    "point is kept",
+)
+"""What is ours and not the paper's, of which only the abstract and summaries were available."""
+
+
+def make_report(rows: SuiteRows, store: Store, frames: Mapping[str, pd.DataFrame]) -> str:
+    """The report as HTML.
+
+    Args:
+        rows: The suite's finished cells.
+        store: Holds their per-item scores.
+        frames: The data of every figure by name, as of :func:`benchmark.report.figures.make_frames`.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    text = (resources.files("benchmark.report") / _TEMPLATE).read_text(encoding="utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    comparison = Comparison(rows, store)
+    return environment.from_string(text).render(
+        suite=rows.suite,
+        finished=rows.finished,
+        total=len(rows.cells),
+        complete=rows.complete,
+        unfinished=sorted(Counter(rows.unfinished.values()).items()),
+        table=_table(make_table(rows)),
+        claims=claims(rows, comparison, frames),
+        comparison=_comparison(comparison),
+        figures=[_figure(spec, frames[spec.name]) for spec in SPECS if len(frames[spec.name])],
+        largest=_largest(frames["outliers"]),
+        methods=_methods(rows),
+        machines=_machines(rows),
+        references=_references(rows),
+        reconstructed=RECONSTRUCTED,
+        calibrators=", ".join(CALIBRATORS),
+    )
+
+
+def _table(table: Table) -> dict[str, Any]:
+    """Caption, heads and rows of the results, each place with its two lines and whether it is the best."""
+    lines = []
+    for row in table.rows:
+        best = table.best(row)
+        places = [(*text_of(table, row, method), method in best) for method in table.methods]
+        lines.append({"model": row[0], "precision": row[1], "places": places})
+    return {"caption": table.caption, "methods": table.methods, "lines": lines}
+
+
+def _comparison(comparison: Comparison) -> dict[str, Any] | None:
+    frame = comparison_frame(comparison)
+    if not len(frame):
+        return None
+    lines = []
+    for line in frame.to_dict("records"):
+        gains: list[dict[str, str] | None] = []
+        for name in ("calibrator", "finetune", "state_of_the_art"):
+            label = line[f"best_{name}"]
+            if not isinstance(label, str):
+                gains.append(None)
+                continue
+            low, high = line[f"gain_over_{name}_low"], line[f"gain_over_{name}_high"]
+            gains.append(
+                {
+                    "label": label,
+                    "drop": f"{line[f'best_{name}_drop']:.1f}",
+                    "gain": f"{line[f'gain_over_{name}']:+.1f} [{low:+.1f}, {high:+.1f}]",
+                }
+            )
+        lines.append(
+            {
+                "model": line["model"],
+                "precision": line["precision"],
+                "drop": f"{line['quanttune_drop']:.1f}",
+                "fair": f"{line['quanttune_drop_against_better_fp32']:.1f}",
+                "gains": gains,
+            }
+        )
+    return {"lines": lines, "download": _download(frame)}
+
+
+def _figure(spec: FigureSpec, frame: pd.DataFrame) -> dict[str, Any]:
+    from markupsafe import Markup
+
+    return {
+        "name": spec.name,
+        "title": spec.title,
+        "caption": spec.caption,
+        # drawn by this package from numbers and registered names; matplotlib escapes the text in it
+        "svg": Markup(inline(svg_of(spec, frame), spec.name, spec.title)),  # noqa: S704
+        "download": _download(frame),
+    }
+
+
+def inline(svg: str, prefix: str, label: str) -> str:
+    """An SVG file as a labelled element of a page: no prolog, ids that no other figure of the page has."""
+    body = svg[svg.index("<svg") :]
+    body = re.sub(r"\s*<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r'(\bid=")', rf"\g<1>{prefix}-", body)
+    body = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", body)
+    return body.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
+
+
+def _download(frame: pd.DataFrame) -> str:
+    """A link's address that holds the frame as CSV."""
+    return "data:text/csv;base64," + base64.b64encode(csv_of(frame).encode()).decode()
+
+
+def _largest(frame: pd.DataFrame) -> list[dict[str, str]]:
+    """The largest of each outlier metric over a model's layers, per set of weights."""
+    if not len(frame):
+        return []
+    layers = by_layer(frame)
+    found = layers.groupby(["model", "weights"], sort=False)[["ratio", "kurtosis", "range", "inf_norm"]].max()
+    return [
+        {
+            str(name): f"{value:,.1f}" if isinstance(value, float) else str(value)
+            for name, value in line.items()
+        }
+        for line in found.reset_index().to_dict("records")
+    ]
+
+
+def _methods(rows: SuiteRows) -> list[dict[str, str]]:
+    """Each method of the suite with its variant, version and parameters."""
+    found = {}
+    for cell in rows.cells:
+        method = cell.make_method()
+        found[cell.label] = {
+            "label": cell.label,
+            "about": _ROLE.sub(r"\1", (type(method).__doc__ or "").strip().partition("\n")[0]),
+            "variant": cell.variant,
+            "version": cell.method_version,
+            "parameters": json.dumps(cell.parameters, sort_keys=True) if cell.parameters else "",
+        }
+    return list(found.values())
+
+
+def _machines(rows: SuiteRows) -> list[dict[str, Any]]:
+    """Each environment that cells were measured in, and how many."""
+    counts: Counter[str] = Counter()
+    seconds: Counter[str] = Counter()
+    for record in rows.records.values():
+        key = json.dumps(dict(record.provenance), sort_keys=True)
+        counts[key] += 1
+        seconds[key] += round(record.duration_s)
+    machines = []
+    for key, count in counts.most_common():
+        about = json.loads(key)
+        versions = about.pop("versions", {})
+        about |= {"versions": ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))}
+        machines.append({"cells": count, "seconds": seconds[key], "about": sorted(about.items())})
+    return machines
+
+
+def _references(rows: SuiteRows) -> list[dict[str, str]]:
+    """Each model with its task and the digests that identify its weights and data."""
+    from benchmark.models.entry import get_model
+    from benchmark.tasks.task import get_task
+
+    found = {}
+    for record in rows.records.values():
+        cell = record.cell
+        entry = get_model(cell.model)
+        found[cell.model] = {
+            "model": cell.model,
+            "title": entry.title,
+            "task": get_task(cell.task).title,
+            "source": entry.source,
+            "weights": str(record.reference_digest or ""),
+            "data": cell.task_fingerprint,
+        }
+    return [found[model] for model in dict.fromkeys(cell.model for cell in rows.cells) if model in found]

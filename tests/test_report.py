@@ -1,0 +1,352 @@
+"""The report: gains are those of the items, verdicts follow from them, the page stands alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from benchmark.cells import Cell, expand
+from benchmark.cli import cli
+from benchmark.measure import drop_interval
+from benchmark.record import Record, Result
+from benchmark.report.claims import ABSENT, Claim, _verdict, claims
+from benchmark.report.comparison import Comparison, Estimate, comparison_frame
+from benchmark.report.figures import SPECS, csv_of
+from benchmark.report.html import inline, make_report
+from benchmark.report.rows import SuiteRows, collect_rows
+from benchmark.store import Store
+from benchmark.suite import Suite, parse_suite
+from quanttune.errors import StoreError
+from quanttune.seeds import numpy_generator
+
+SUITE = """
+models = ["tiny_vit", "tiny_bert"]
+precisions = ["W8A8", "W6A6"]
+[[methods]]
+name = "fp32"
+[[methods]]
+name = "minmax"
+[[methods]]
+name = "mse"
+[[methods]]
+name = "finetune"
+calibrator = ["minmax", "mse"]
+[[methods]]
+name = "quanttune"
+"""
+
+N = 400
+FP32 = 90.0
+ACCURACY = {
+    "minmax": {"W8A8": 60.0, "W6A6": 20.0},
+    "mse": {"W8A8": 75.0, "W6A6": 15.0},
+    "finetune": {"W8A8": 80.0, "W6A6": 40.0},
+    "finetune+mse": {"W8A8": 85.0, "W6A6": 82.0},
+    "quanttune": {"W8A8": 89.0, "W6A6": 84.0},
+}
+OWN = {"finetune": 91.0, "finetune+mse": 91.0, "quanttune": 89.5}
+NO_FRAMES = {spec.name: pd.DataFrame() for spec in SPECS}
+
+
+def scores_of(cell: Cell) -> np.ndarray:
+    """Items that are right, drawn apart for each cell, as many as its accuracy says."""
+    share = FP32 if cell.is_reference else ACCURACY[cell.label][cell.precision]
+    right = np.zeros(N)
+    right[: round(N * share / 100)] = 1
+    return numpy_generator(cell.seed, "scores", cell.model, cell.label, cell.precision).permutation(right)
+
+
+def fill(store: Store, suite: Suite, shift: int = 0) -> SuiteRows:
+    for cell in expand(suite):
+        scores = scores_of(cell)
+        value = 100 * float(scores.mean())
+        result = Result("accuracy", True, value, FP32, OWN.get(cell.label), FP32 - value, -1.0, 1.0, N)
+        record = Record(
+            cell,
+            "done",
+            "2026-01-01T00:00:00+00:00",
+            2.0,
+            result,
+            reference_digest="a" * 64,
+            weights_digest=cell.method * 3,
+            sites=[] if cell.is_reference else [{"id": "fc/linear.input", "shape": [4], "parameter": None}],
+            provenance={"python": "3.12", "cpu": "a <fast> one", "versions": {"torch": "2.9"}},
+        )
+        ids = np.arange(N) + (shift if cell.seed else 0)
+        store.save(record, {"ids": ids, "scores": scores})
+    return collect_rows(store, suite)
+
+
+@pytest.fixture
+def suite() -> Suite:
+    return parse_suite("made<up>", SUITE, "made")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "results")
+
+
+@pytest.fixture
+def rows(store: Store, suite: Suite) -> SuiteRows:
+    return fill(store, suite)
+
+
+def test_the_best_rival_is_chosen_by_model_and_precision(rows: SuiteRows, store: Store) -> None:
+    comparison = Comparison(rows, store)
+    assert comparison.models == ["tiny_vit", "tiny_bert"]
+    for precision, label in (("W8A8", "mse"), ("W6A6", "minmax")):
+        best = comparison.best("tiny_vit", precision, ("minmax", "percentile", "mse"))
+        assert best is not None
+        assert best.label == label
+    control = comparison.best("tiny_vit", "W8A8", ["finetune"])
+    assert control is not None
+    assert control.label == "finetune+mse"
+    assert comparison.best("tiny_vit", "W8A8", ["fq_vit"]) is None
+    assert comparison.get("tiny_vit", "W4A4", "quanttune") is None
+
+
+def test_gains_are_differences_of_drops_with_the_paired_interval(rows: SuiteRows, store: Store) -> None:
+    comparison = Comparison(rows, store)
+    pairs = comparison.pairs("W8A8", ("minmax", "mse"))
+    assert list(pairs) == ["tiny_vit", "tiny_bert"]
+    gain = comparison.gain(pairs)
+    assert gain.value == pytest.approx(89.0 - 75.0)
+    one = comparison.gain({"tiny_vit": pairs["tiny_vit"]})
+    ours, rival = pairs["tiny_vit"]
+    low, high = drop_interval(ours.scores, rival.scores, lambda scores: 100 * float(scores.mean()))
+    # other draws of the same bootstrap: the ends agree to a fraction of the interval's width
+    assert one.low == pytest.approx(low, abs=0.15 * (high - low))
+    assert one.high == pytest.approx(high, abs=0.15 * (high - low))
+    # two models whose items are drawn apart: the interval of the mean is narrower by about sqrt(2)
+    assert gain.low is not None
+    assert gain.high is not None
+    assert (gain.high - gain.low) / (high - low) == pytest.approx(2**-0.5, abs=0.12)
+    same = comparison.gain({"tiny_vit": (ours, ours)})
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    assert comparison.gain(pairs) == gain
+
+
+def test_the_comparison_names_the_rivals_and_the_fair_drop(rows: SuiteRows, store: Store) -> None:
+    frame = comparison_frame(Comparison(rows, store))
+    assert len(frame) == 4
+    line = frame.iloc[0]
+    assert (line["model"], line["precision"]) == ("tiny_vit", "W8A8")
+    assert line["quanttune_drop"] == pytest.approx(1.0)
+    assert line["quanttune_drop_against_better_fp32"] == pytest.approx(2.0)  # training reached 91
+    assert (line["best_calibrator"], line["best_finetune"]) == ("mse", "finetune+mse")
+    assert line["gain_over_calibrator"] == pytest.approx(14.0)
+    assert line["gain_over_finetune"] == pytest.approx(4.0)
+    assert line["gain_over_finetune_low"] < 4.0 < line["gain_over_finetune_high"]
+    assert line["best_state_of_the_art"] is None
+
+
+def test_seeds_are_averaged_item_by_item(suite: Suite, store: Store) -> None:
+    seeded = dataclasses.replace(suite, seeds=(0, 1))
+    comparison = Comparison(fill(store, seeded), store)
+    ours = comparison.get("tiny_vit", "W8A8", "quanttune")
+    assert ours is not None
+    assert set(np.unique(ours.scores)) == {0.0, 0.5, 1.0}
+    assert ours.value == pytest.approx(89.0)
+
+
+def test_different_items_are_not_compared(suite: Suite, store: Store) -> None:
+    rows = fill(store, dataclasses.replace(suite, seeds=(0, 1)), shift=1)
+    with pytest.raises(StoreError, match="different items"):
+        Comparison(rows, store)
+
+
+@pytest.mark.parametrize(
+    ("gain", "stated", "before", "verdict"),
+    [
+        (Estimate(30.0, 25.0, 35.0), 12.09, 40.0, "reached"),
+        (Estimate(13.0, 11.0, 15.0), 12.09, 40.0, "open: the interval holds the stated value"),
+        (Estimate(5.0, 4.0, 6.0), 12.09, 40.0, "not reached"),
+        (Estimate(5.0, 4.0, 6.0), 12.09, 6.0, "not reached; only 6.0 points are lost"),
+        (Estimate(2.0, 0.5, 3.0), None, 9.0, "better"),
+        (Estimate(0.0, -1.0, 1.0), None, 9.0, "no difference shown"),
+        (Estimate(-2.0, -3.0, -1.0), None, 9.0, "worse"),
+    ],
+)
+def test_verdicts(gain: Estimate, stated: float | None, before: float, verdict: str) -> None:
+    assert _verdict(gain, stated, before).startswith(verdict)
+
+
+def by_statement(found: list[Claim], start: str) -> Claim:
+    (claim,) = (claim for claim in found if claim.statement.startswith(start))
+    return claim
+
+
+def test_claims_of_the_store(rows: SuiteRows, store: Store) -> None:
+    found = claims(rows, Comparison(rows, store), NO_FRAMES)
+    first = by_statement(found, "The drop shrinks against the best calibrator at W8A8")
+    assert first.stated == "12.09"
+    assert first.measured.startswith("14.0 [")
+    assert "from 15.0 to 1.0" in first.measured
+    assert first.verdict == "open: the interval holds the stated value"
+    six = by_statement(found, "The drop shrinks against the best calibrator at W6A6")
+    assert (six.stated, six.verdict) == ("-", "better")
+    kept = by_statement(found, "Accuracy is kept at 6 bits")
+    assert kept.measured == "tiny_vit 7.0 points, tiny_bert 7.0 points"  # against training's 91
+    assert kept.verdict == "kept on 0 of 2 models"
+    assert by_statement(found, "Inference needs no extra operation").verdict == "holds"
+    control = by_statement(found, "Control: the outlier loss does it, not the fine-tuning, at W8A8")
+    assert "finetune+mse" in control.measured
+    for start in (
+        "Share of the",
+        "Precision loss",
+        "How far ranges",
+        "The range grows",
+        "More accurate than",
+    ):
+        assert by_statement(found, start).verdict == ABSENT
+
+
+def frames_of_figures() -> dict[str, pd.DataFrame]:
+    shares = {"W8A8": 0.7, "W6A6": 0.5}
+    decomposition = [
+        {"model": model, "weights": weights, "precision": precision, "rule": rule}
+        | {
+            "amplification": share if rule == "minmax" else 0.0,
+            "saturation": 0.0 if rule == "minmax" else 0.6,
+        }
+        for model in ("one", "two")
+        for weights in ("reference", "quanttune")
+        for precision, share in shares.items()
+        for rule in ("minmax", "mse")
+    ]
+    sweep = [
+        {"model": "one", "precision": "W8A8", "saturation_percent": percent, "value": value}
+        for percent, value in ((0.0, 50.0), (10.0, 80.0), (20.0, 70.0))
+    ]
+    outliers = [
+        {"model": model, "weights": "reference", "layer": f"blocks.{layer}", "site": f"s{layer}", "kind": "k"}
+        | {"ratio": 9.0, "kurtosis": 3.0, "inf_norm": 1.0, "range": sign * layer + 10.0}
+        for model, sign in (("one", 1), ("two", -1))
+        for layer in range(5)
+    ]
+    made = {"decomposition": decomposition, "saturation": sweep, "outliers": outliers}
+    return NO_FRAMES | {name: pd.DataFrame(lines) for name, lines in made.items()}
+
+
+def test_claims_of_the_figures(rows: SuiteRows, store: Store) -> None:
+    found = claims(rows, Comparison(rows, store), frames_of_figures())
+    share = by_statement(found, "Share of the")
+    assert share.stated == "65 %"
+    assert share.measured == "60 % (W8A8 70 %, W6A6 50 %; one 60 %, two 60 %)"
+    assert share.verdict == "agrees"
+    assert by_statement(found, "Precision loss").measured == "minmax 100 %, mse 40 %"
+    assert by_statement(found, "Precision loss").verdict == "does not hold with mse"
+    sweep = by_statement(found, "How far ranges")
+    assert sweep.measured == "one W8A8 50.0 to 80.0 at 10 %"
+    assert sweep.verdict == "clipping helps in 1 of 1 cases"
+    depth = by_statement(found, "The range grows")
+    assert depth.measured == "one 1.00, two -1.00"
+    assert depth.verdict == "holds for 1 of 2 models"
+
+
+class Page(HTMLParser):
+    """What a page refers to, the ids it has, and whether its elements close."""
+
+    void = ("meta", "br", "link", "img", "hr", "input")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.targets: list[str] = []
+        self.ids: list[str] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.void:
+            self.open.append(tag)
+        self._attributes(attrs)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._attributes(attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    def _attributes(self, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name in ("href", "src", "xlink:href"):
+                self.targets.append(value or "")
+            if name == "id":
+                self.ids.append(value or "")
+
+
+def test_the_page_stands_alone(rows: SuiteRows, store: Store) -> None:
+    from benchmark.report.overview import overview_frame
+
+    text = make_report(
+        rows,
+        store,
+        frames_of_figures()
+        | {"outliers": pd.DataFrame(), "saturation": pd.DataFrame()}
+        | {"decomposition": pd.DataFrame(), "overview": overview_frame(rows)},
+    )
+    page = Page(text)
+    assert page.open == []
+    assert all(target.startswith(("#", "data:text/csv;base64,")) for target in page.targets)
+    assert {target[1:] for target in page.targets if target.startswith("#")} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    outside = re.sub(r'xmlns(:\w+)?="[^"]*"', "", text)
+    assert "http" not in outside
+    assert "<script" not in text
+    assert "url(" not in re.sub(r"url\(#", "", text)
+    words = " ".join(page.words)
+    for expected in ("made<up>", "a <fast> one", "89.0", "finetune+mse", "65 %", "12.09", "18.84", ABSENT):
+        assert expected in words
+    assert "torch 2.9" in words
+    assert "Partial:" not in words
+    assert text == make_report(rows, store, NO_FRAMES | {"overview": overview_frame(rows)})
+
+
+def test_a_partial_report_says_so(suite: Suite, store: Store) -> None:
+    cells = expand(suite)
+    fill(store, dataclasses.replace(suite, models=("tiny_vit",)))
+    store.save_failure(cells[-1], {"error": "diverged"})
+    rows = collect_rows(store, suite, allow_partial=True)
+    text = " ".join(" ".join(Page(make_report(rows, store, NO_FRAMES)).words).split())
+    assert f"Partial: {len(cells) // 2} of {len(cells)} cells are finished" in text
+    assert "1 failed, 10 missing" in text
+
+
+def test_inlined_figures_do_not_share_ids() -> None:
+    svg = (
+        '<?xml version="1.0"?>\n<!DOCTYPE svg>\n<svg xmlns="x"><metadata>made by</metadata>'
+        '<path id="m1"/><use xlink:href="#m1" clip-path="url(#m1)"/></svg>'
+    )
+    made = inline(svg, "fig", 'a "b"')
+    assert made == (
+        '<svg role="img" aria-label="a &quot;b&quot;" xmlns="x">'
+        '<path id="fig-m1"/><use xlink:href="#fig-m1" clip-path="url(#fig-m1)"/></svg>'
+    )
+
+
+def test_the_command_writes_the_page(tmp_path: Path, suite: Suite, store: Store, monkeypatch: Any) -> None:
+    """The models are not run here; what they would give is tested with the figures."""
+    path = tmp_path / "made.toml"
+    path.write_text(SUITE)
+    rows = fill(store, parse_suite("made", SUITE, str(path)))
+    monkeypatch.setattr("benchmark.report.figures.make_frames", lambda *_: NO_FRAMES)
+    results = str(store.root)
+    done = CliRunner().invoke(cli, ["report", "--suite", str(path), "--results", results])
+    assert done.exit_code == 0, done.output
+    written = Path(done.stdout.strip())
+    assert written == store.root / "report" / "made.html"
+    assert written.read_text(encoding="utf-8") == make_report(rows, store, NO_FRAMES)
+    assert csv_of(comparison_frame(Comparison(rows, store))).count("\n") == 5
