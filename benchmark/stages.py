@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,18 @@ class Stages:
         _, digest = self._identify(stage, key)
         return self.folder / "unfinished" / f"{stage}-{digest}.safetensors"
 
+    def kept(self, stage: str) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+        """Every intact result of a stage in this scope: its key, and its tensors.
+
+        For what a record names by its content, and not by the key under which it was made.
+        """
+        for sidecar in sorted((self.folder / stage).glob("*.json")):
+            about = _read(sidecar)
+            if about.get("scope") == self.scope:
+                tensors = _load(sidecar.with_suffix(".safetensors"))
+                if tensors is not None:
+                    yield dict(about.get("key", {})), tensors
+
     def _identify(self, stage: str, key: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         if not _NAME.fullmatch(stage):
             raise ConfigError(f"stage name {stage!r} must be lower-case letters, digits and underscores")
@@ -86,15 +98,24 @@ class Stages:
 
 def _load(path: Path) -> dict[str, Tensor] | None:
     """The tensors of a stage file, ``None`` if it is absent, truncated or not what was written."""
+    sidecar = _read(path.with_suffix(".json"))
     try:
-        sidecar = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         if sidecar.get("schema") != SCHEMA or sidecar.get("sha256") != sha256_file(path):
             return None
-    except (FileNotFoundError, ValueError, AttributeError):
+    except FileNotFoundError:
         return None
     from safetensors.torch import load_file
 
     return dict(load_file(path))
+
+
+def _read(sidecar: Path) -> dict[str, Any]:
+    """What a sidecar says; nothing if it is absent or damaged."""
+    try:
+        about = json.loads(sidecar.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}
 
 
 def _save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from click.testing import CliRunner, Result
 from matplotlib.figure import Figure
 
 import benchmark.session
+from baselines.training import FineTuning
 from benchmark.cells import expand
 from benchmark.cli import cli
 from benchmark.report import canvas, frames, panels
@@ -261,6 +263,31 @@ def test_weights_that_were_not_measured_are_refused(rows: SuiteRows, results: Pa
     strange = dataclasses.replace(tuned.weight_sets[1], digest="0" * 64)
     with pytest.raises(StoreError, match="finetune weights of tiny_vit are not those that were measured"):
         tuned.metrics(strange)
+
+
+def test_tuned_weights_are_known_by_their_content(
+    rows: SuiteRows, results: Path, tmp_path: Path, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later version may ask for them under another key; they need not be trained again for that."""
+    copied = tmp_path / "results"
+    shutil.copytree(results, copied)
+    shutil.rmtree(copied / "stages" / "site_analysis")
+    for path in (copied / "stages" / "tuning").iterdir():
+        path.rename(path.with_name(path.stem[::-1] + path.suffix))
+
+    def tuned(self: FineTuning, *arguments: object) -> None:
+        raise InterruptedError(self.name)
+
+    monkeypatch.setattr(FineTuning, "_tune", tuned)
+    (again,) = analyses_of(rows, Store(copied), torch.device("cpu"), lambda *_: None)
+    for weights in again.weight_sets:
+        part = data["outliers"][data["outliers"]["weights"] == weights.name].set_index("site")
+        for site_id, metrics in again.metrics(weights).items():
+            assert metrics["ratio"] == part.loc[site_id, "ratio"]
+    shutil.rmtree(copied / "stages" / "tuning")
+    shutil.rmtree(copied / "stages" / "site_analysis")
+    with pytest.raises(InterruptedError, match="quanttune"):  # what is gone is made again
+        again.metrics(again.weight_sets[2])
 
 
 # --- how they look

@@ -279,14 +279,28 @@ class ModelAnalysis:
         if weights.name == REFERENCE:
             return session.context(self.cell), session.model
         context = session.context(weights.cell)
-        tuned = weights.cell.make_method().quantize(context).weights
+        tuned = self._kept_weights(weights)
+        if tuned is None:
+            tuned = weights.cell.make_method().quantize(context).weights
         model, digest = session.with_weights(tuned)
         if digest != weights.digest:
-            raise StoreError(
-                f"{weights.name} weights of {self.model} are not those that were measured; "
-                f"run `python -m benchmark run --all --overwrite always --suite {self.suite.origin}`"
-            )
+            raise self._changed(weights.name)
         return replace(context, model=model), model
+
+    def _kept_weights(self, weights: WeightSet) -> dict[str, Tensor] | None:
+        """The tuned weights that the record names, if they are still kept."""
+        from quanttune.digests import tensor_digest
+
+        for key, tensors in self._stages.kept("tuning"):
+            if key.get("method") == weights.cell.method and tensor_digest(tensors) == weights.digest:
+                return tensors
+        return None
+
+    def _changed(self, what: str) -> StoreError:
+        return StoreError(
+            f"{what} weights of {self.model} are not those that were measured; "
+            f"run `python -m benchmark run --all --overwrite always --suite {self.suite.origin}`"
+        )
 
     @cached_property
     def _session(self) -> Session:
@@ -294,10 +308,7 @@ class ModelAnalysis:
 
         session = Session(self.model, Stages(self._store.root / "stages"), self._device, self._progress)
         if session.reference_digest != self._reference_digest:
-            raise StoreError(
-                f"reference weights of {self.model} are not those that were measured; "
-                f"run `python -m benchmark run --all --overwrite always --suite {self.suite.origin}`"
-            )
+            raise self._changed(REFERENCE)
         return session
 
 
