@@ -17,7 +17,9 @@ from quanttune.quantization import (
     RANGE_RULES,
     Precision,
     SiteKind,
+    TensorStatistics,
     UniformQuantizer,
+    activation_quantizer,
     build_quantizers,
     collect_statistics,
     discover_sites,
@@ -136,6 +138,15 @@ class TestBuilding:
             ends = (quantizer.code_min, quantizer.code_max)
             assert ends == ((-127, 127) if site_id.endswith("weight") else (0, 255))
         assert float(made["blocks.0.attn/softmax.output"].low) == 0.0
+
+    def test_a_rule_may_return_uneven_ends(self) -> None:
+        def uneven(statistics: TensorStatistics, bits: int, symmetric: bool) -> tuple[float, float]:
+            return -3.0, 1.0
+
+        symmetric = activation_quantizer(TensorStatistics(), 8, uneven, symmetric=True)
+        assert (float(symmetric.low), float(symmetric.high)) == (pytest.approx(-3.0), pytest.approx(3.0))
+        asymmetric = activation_quantizer(TensorStatistics(), 8, uneven, symmetric=False)
+        assert float(asymmetric.high) == pytest.approx(1.0, abs=0.51 * 4 / 255)
 
     def test_per_tensor_weights(self) -> None:
         model, table = build("vit"), sites("vit").profile("matmul")
