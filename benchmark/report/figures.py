@@ -60,7 +60,8 @@ SPECS = (
         "Outliers by layer, before and after",
         "Largest value over the activation sites of each layer, softmax outputs aside, on the calibration "
         "items. Ratio: largest distance from the mean in standard deviations. Kurtosis: fourth standardised "
-        "moment, 3 for a Gaussian (dotted). Range: largest minus smallest value.",
+        "moment, 3 for a Gaussian (dotted). Range: largest minus smallest value. Infinity norm: max |x| of "
+        "each item, mean over the items.",
         panels.draw_outliers,
         of_model=frames.outlier_frame,
     ),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_MEASURES = {"ratio": "ratio", "kurtosis": "kurtosis", "range": "range", "inf_norm": "infinity norm"}
 _CAUSES = {
     "ordinary": ("rounding that remains without outliers", "#ffffff", ""),
     "amplification": ("rounding added by range amplification", "#8c8c8c", "////"),
@@ -22,15 +23,15 @@ _CAUSES = {
 
 
 def draw_outliers(frame: pd.DataFrame) -> Figure:
-    """A row of panels per model: ratio, kurtosis and range over the layers, a line per set of weights."""
+    """A row of panels per model: what outliers do over the layers, a line per set of weights."""
     layers = by_layer(frame)
     models = list(dict.fromkeys(layers["model"]))
     figure = new_figure(0.5 + 1.9 * len(models))
-    grid = figure.subplots(len(models), 3, squeeze=False)
+    grid = figure.subplots(len(models), len(_MEASURES), squeeze=False)
     for row, model in zip(grid, models, strict=True):
         part = layers[layers["model"] == model]
         names = list(dict.fromkeys(part["layer"]))
-        for axes, column in zip(row, ("ratio", "kurtosis", "range"), strict=True):
+        for axes, (column, heading) in zip(row, _MEASURES.items(), strict=True):
             for index, weights in enumerate(dict.fromkeys(part["weights"])):
                 line = part[part["weights"] == weights]
                 axes.plot(
@@ -40,8 +41,8 @@ def draw_outliers(frame: pd.DataFrame) -> Figure:
                     **_line(index),
                 )
             _log_scale(axes)
-            axes.set_title(f"{model}: {column}", loc="left")
-            axes.set_xticks(range(len(names)), [_short(name) for name in names])
+            axes.set_title(f"{model}\n{heading}", loc="left", fontsize=7)
+            axes.set_xticks(*_ticks(names))
             if column == "kurtosis":
                 axes.axhline(3, color="black", linewidth=0.8, linestyle=":")
     handles, labels = grid[0][0].get_legend_handles_labels()
@@ -192,6 +193,10 @@ def _log_scale(axes: Axes) -> None:
     axes.grid(axis="y")
 
 
-def _short(layer: str) -> str:
-    """The indices of a layer alone, as ``3`` or ``1.0``; ``in`` and ``out`` stay."""
-    return ".".join(part for part in layer.split(".") if part.isdigit()) or layer
+def _ticks(layers: list[str]) -> tuple[list[int], list[str]]:
+    """Where a layer is named and how: by its indices, as ``3`` or ``1.0``; of many layers every third."""
+    every = 1 if len(layers) <= 8 else 3
+    numbered = [index for index, layer in enumerate(layers) if any(map(str.isdigit, layer.split(".")))]
+    shown = sorted({*numbered[::every], *(set(range(len(layers))) - set(numbered))})
+    texts = {index: ".".join(part for part in layers[index].split(".") if part.isdigit()) for index in shown}
+    return shown, [texts[index] or layers[index] for index in shown]
