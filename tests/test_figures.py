@@ -22,10 +22,11 @@ from baselines.training import FineTuning
 from benchmark.cells import expand
 from benchmark.cli import cli
 from benchmark.report import canvas, frames, panels
-from benchmark.report.analyses import RULES, ModelAnalysis, analyses_of
+from benchmark.report.analyses import ModelAnalysis, analyses_of
 from benchmark.report.figures import FIGURES, SPECS, choose, csv_of, svg_of
 from benchmark.report.overview import draw_overview, overview_frame
 from benchmark.report.rows import SuiteRows, collect_rows
+from benchmark.report.site_tables import REACHES, RULES
 from benchmark.report.tables import make_table
 from benchmark.runner import CellRunner, Settings
 from benchmark.store import Store
@@ -166,6 +167,11 @@ def test_shares_are_means_over_the_sites(analysis: ModelAnalysis, data: dict[str
         assert line["sites"] == len(shares)
         for cause in causes:
             assert line[cause] == pytest.approx(np.mean([share[cause] for share in shares]))
+        if rule == "minmax":
+            for reach in REACHES:
+                found = [decompose(summary, 6, ordinary=reach).shares for summary in statistics.values()]
+                mean = np.mean([share["amplification"] for share in found if share is not None])
+                assert line[f"amplification_{reach:g}"] == pytest.approx(mean)
 
 
 def test_a_sweep_without_saturation_is_the_minmax_cell(rows: SuiteRows, data: dict[str, Any]) -> None:
@@ -321,7 +327,7 @@ def test_lines_differ_without_colour(data: dict[str, Any]) -> None:
             looks = [(str(line._dash_pattern), line.get_marker()) for line in axes.get_lines()]
             assert len(set(looks)) == len(looks) >= 3
     for axes in drawn("histograms", data).axes:
-        looks = [str(line._dash_pattern) for line in axes.get_lines() if len(line.get_xdata()) > 1]
+        looks = [str(patch._dash_pattern) for patch in axes.patches]
         assert len(set(looks)) == len(looks) == 3
     seven = [(str(panels._line(index)["linestyle"]), panels._line(index)["marker"]) for index in range(7)]
     assert len(set(seven)) == 7

@@ -213,10 +213,16 @@ def test_claims_of_the_store(rows: SuiteRows, store: Store) -> None:
 def frames_of_figures() -> dict[str, pd.DataFrame]:
     shares = {"W8A8": 0.7, "W6A6": 0.5}
     decomposition = [
-        {"model": model, "weights": weights, "precision": precision, "rule": rule}
-        | {
+        {
+            "model": model,
+            "weights": weights,
+            "precision": precision,
+            "rule": rule,
             "amplification": share if rule == "minmax" else 0.0,
             "saturation": 0.0 if rule == "minmax" else 0.6,
+            "amplification_4": share,
+            "amplification_5": 0.6,
+            "amplification_8": 0.1,
         }
         for model in ("one", "two")
         for weights in ("reference", "quanttune")
@@ -241,7 +247,10 @@ def test_claims_of_the_figures(rows: SuiteRows, store: Store) -> None:
     found = claims(rows, Comparison(rows, store), frames_of_figures())
     share = by_statement(found, "Share of the")
     assert share.stated == "65 %"
-    assert share.measured == "60 % (W8A8 70 %, W6A6 50 %; one 60 %, two 60 %)"
+    assert share.measured == (
+        "60 % (W8A8 70 %, W6A6 50 %; one 60 %, two 60 %; with another limit of the ordinary: "
+        "60 % at 4, 60 % at 5, 10 % at 8 deviations)"
+    )
     assert share.verdict == "agrees"
     assert by_statement(found, "Precision loss").measured == "minmax 100 %, mse 40 %"
     assert by_statement(found, "Precision loss").verdict == "does not hold with mse"

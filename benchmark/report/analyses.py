@@ -11,6 +11,15 @@ import numpy as np
 
 from benchmark.cells import Cell
 from benchmark.report.rows import SuiteRows
+from benchmark.report.site_tables import (
+    REACHES,
+    RULES,
+    VERSION,
+    errors_of,
+    metrics_of,
+    reaches_of,
+    site_tables,
+)
 from benchmark.stages import Stages
 from benchmark.store import Store
 from quanttune.errors import StoreError
@@ -25,17 +34,11 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 
-VERSION = 1
-"""Part of every key: raise it when the same statistics are analysed differently."""
-
 REFERENCE = "reference"
 TRAINED = ("finetune", "quanttune")
 """The methods whose weights are compared with the reference's, before and after."""
 
 _SETTINGS = ("profile", "seed", "weight_granularity", "symmetric")
-RULES = ("minmax", "percentile", "mse", "omse")
-METRICS = ("low", "high", "mean", "std", "ratio", "kurtosis", "beyond", "inf_norm")
-ERRORS = ("ordinary", "amplification", "outliers", "saturation", "energy", "clipped")
 SWEEP_ITEMS = 500
 """Items of the saturation sweep, which takes an evaluation per model, width and saturation."""
 
@@ -108,21 +111,16 @@ class ModelAnalysis:
         return [(str(row["id"]), str(row["kind"])) for row in rows if row["kind"] != "weight"]
 
     def metrics(self, weights: WeightSet) -> dict[str, dict[str, float]]:
-        """The outlier metrics :data:`METRICS` of each site."""
-        kept = self._site_stage(weights)
-        return {
-            site_id: dict(zip(METRICS, kept[f"{site_id}|metrics"].tolist(), strict=True))
-            for site_id, _ in self.sites
-        }
+        """The outlier metrics of each site, see :data:`benchmark.report.site_tables.METRICS`."""
+        return metrics_of(self._tables(weights), self._site_ids)
 
-    def errors(self, weights: WeightSet) -> Iterator[tuple[str, str, str, dict[str, float]]]:
-        """Site, precision, range rule and the parts :data:`ERRORS` of the site's quantization error."""
-        kept = self._site_stage(weights)
-        for site_id, _ in self.sites:
-            values = kept[f"{site_id}|errors"].tolist()
-            for precision, by_rule in zip(self.precisions, values, strict=True):
-                for rule, parts in zip(RULES, by_rule, strict=True):
-                    yield site_id, precision, rule, dict(zip(ERRORS, parts, strict=True))
+    def errors(self, weights: WeightSet) -> Iterator[tuple[str, str, dict[str, float]]]:
+        """Precision, range rule and the parts of the quantization error, of one site after the other."""
+        return errors_of(self._tables(weights), self._site_ids, self.precisions)
+
+    def reaches(self, weights: WeightSet) -> dict[str, dict[float, float]]:
+        """By precision and limit of the ordinary: the mean share of the amplification with min-max."""
+        return reaches_of(self._tables(weights), self._site_ids, self.precisions)
 
     def statistics(self, weights: WeightSet, sites: list[str]) -> dict[str, TensorStatistics]:
         """Statistics, histogram included, of a few sites."""
@@ -232,46 +230,38 @@ class ModelAnalysis:
             "symmetric": cell.symmetric,
         }
 
-    def _site_stage(self, weights: WeightSet) -> Mapping[str, Tensor]:
-        key = {**self._key(weights), "precisions": list(self.precisions), "rules": list(RULES)}
+    @property
+    def _site_ids(self) -> list[str]:
+        return [site_id for site_id, _ in self.sites]
+
+    def _tables(self, weights: WeightSet) -> Mapping[str, Tensor]:
+        key = {
+            **self._key(weights),
+            "precisions": list(self.precisions),
+            "rules": list(RULES),
+            "reaches": list(REACHES),
+        }
         return self._stages.tensors("site_analysis", key, lambda: self._analyse(weights))
 
     def _analyse(self, weights: WeightSet) -> dict[str, Tensor]:
-        import torch
-
-        from quanttune.analysis import decompose, infinity_norms, outlier_metrics
-        from quanttune.quantization import RANGE_RULES, Precision
+        from quanttune.analysis import infinity_norms
 
         context, model = self._loaded(weights)
         statistics = context.statistics(model)
-        total = len(context.calibration)
+        what = f"{self.model}, {weights.name}"
         norms = infinity_norms(
             model,
             (batch.inputs for batch in context.calibration),
             context.profile_sites,
-            lambda done: self._progress(f"{self.model}, {weights.name}: infinity norms", done, total),
+            lambda done: self._progress(f"{what}: infinity norms", done, len(context.calibration)),
         )
-        made = {}
-        for index, (site_id, summary) in enumerate(statistics.items()):
-            metrics = outlier_metrics(summary)
-            row = [norms[site_id] if name == "inf_norm" else getattr(metrics, name) for name in METRICS]
-            splits = [
-                [
-                    decompose(
-                        summary,
-                        Precision.parse(precision).activations,
-                        RANGE_RULES.get(rule),
-                        context.symmetric,
-                    )
-                    for rule in RULES
-                ]
-                for precision in self.precisions
-            ]
-            parts = [[[getattr(split, name) for name in ERRORS] for split in line] for line in splits]
-            made[f"{site_id}|metrics"] = torch.tensor(row, dtype=torch.float64)
-            made[f"{site_id}|errors"] = torch.tensor(parts, dtype=torch.float64)
-            self._progress(f"{self.model}, {weights.name}: error by cause", index + 1, len(statistics))
-        return made
+        return site_tables(
+            statistics,
+            norms,
+            self.precisions,
+            context.symmetric,
+            lambda done: self._progress(f"{what}: error by cause", done, len(statistics)),
+        )
 
     def _loaded(self, weights: WeightSet) -> tuple[Context, nn.Module]:
         """The context of the weights' cell, and a model that holds them."""

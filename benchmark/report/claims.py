@@ -17,6 +17,7 @@ from benchmark.report.comparison import (
 from benchmark.report.frames import by_layer
 from benchmark.report.reference import load_published
 from benchmark.report.rows import SuiteRows
+from benchmark.report.site_tables import REACHES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,7 +90,8 @@ def _amplification(frame: pd.DataFrame, stated: float) -> Claim:
     statement = "Share of the quantization error that is precision loss from the range outliers amplify"
     how = (
         "Min-max ranges of the reference: error that ordinary values suffer beyond what they would over "
-        "their own range, over the whole error; mean over activation sites, then over models."
+        "their own range, over the whole error; mean over activation sites, then over models. Ordinary are "
+        "values within 6 standard deviations of the mean."
     )
     if not len(frame):
         return Claim(statement, f"{stated:g} %", ABSENT, ABSENT, how)
@@ -99,6 +101,8 @@ def _amplification(frame: pd.DataFrame, stated: float) -> Claim:
     text = ", ".join(f"{precision} {share:.0f} %" for precision, share in by_precision.items())
     by_model = 100 * part.groupby("model", sort=False)["amplification"].mean()
     text += "; " + ", ".join(f"{model} {share:.0f} %" for model, share in by_model.items())
+    others = [f"{100 * part[f'amplification_{reach:g}'].mean():.0f} % at {reach:g}" for reach in REACHES]
+    text += f"; with another limit of the ordinary: {', '.join(others)} deviations"
     relation = "lower" if overall < stated else "higher"
     verdict = "agrees" if abs(overall - stated) <= CLOSE else f"{relation} than stated"
     return Claim(statement, f"{stated:g} %", f"{overall:.0f} % ({text})", verdict, how)

@@ -124,7 +124,9 @@ def saturation_frame(analysis: ModelAnalysis, items: int) -> pd.DataFrame:
 def decomposition_frame(analysis: ModelAnalysis, items: int) -> pd.DataFrame:
     """A line per set of weights, precision and range rule: each cause's mean share of the error over sites.
 
-    ``sites`` counts the sites with an error, ``noise_ratio`` is the mean signal to noise ratio in dB.
+    ``sites`` counts the sites with an error, ``noise_ratio`` is the mean signal to noise ratio in dB,
+    ``amplification_4`` and so on, for min-max, the amplification's share with another limit of what is
+    ordinary, in standard deviations.
     """
     import pandas as pd
 
@@ -133,8 +135,9 @@ def decomposition_frame(analysis: ModelAnalysis, items: int) -> pd.DataFrame:
     lines = []
     for weights in analysis.weight_sets:
         groups: dict[tuple[str, str], list[ErrorSplit]] = {}
-        for _, precision, rule, parts in analysis.errors(weights):
+        for precision, rule, parts in analysis.errors(weights):
             groups.setdefault((precision, rule), []).append(ErrorSplit(**parts))
+        reaches = analysis.reaches(weights)
         for (precision, rule), splits in groups.items():
             found = [split for split in splits if split.shares is not None]
             lines.append(
@@ -147,6 +150,10 @@ def decomposition_frame(analysis: ModelAnalysis, items: int) -> pd.DataFrame:
                     "clipped": float(np.mean([split.clipped for split in splits])),
                     "noise_ratio": float(np.mean([split.noise_ratio for split in found])) if found else None,
                     "sites": len(found),
+                    **{
+                        f"amplification_{reach:g}": share if rule == "minmax" else None
+                        for reach, share in reaches[precision].items()
+                    },
                 }
             )
     return pd.DataFrame(lines)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
-from benchmark.report.analyses import REFERENCE, RULES
+from benchmark.report.analyses import REFERENCE
 from benchmark.report.canvas import COLOURS, DASHES, MARKERS, new_figure
 from benchmark.report.frames import by_layer
+from benchmark.report.site_tables import RULES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,6 +54,8 @@ def draw_outliers(frame: pd.DataFrame) -> Figure:
 
 def draw_histograms(frame: pd.DataFrame) -> Figure:
     """A panel per site; density on a logarithmic scale, values on one that is linear around zero."""
+    from matplotlib.ticker import FuncFormatter
+
     places = list(dict.fromkeys(zip(frame["model"], frame["site"], strict=True)))
     columns = min(2, len(places))
     rows = -(-len(places) // columns)
@@ -61,9 +65,14 @@ def draw_histograms(frame: pd.DataFrame) -> Figure:
         axes.set_visible(False)
     for axes, (model, site) in zip(grid.flat, places, strict=False):
         part = frame[(frame["model"] == model) & (frame["site"] == site)]
+        # linear in the bulk of the values, which would be a line otherwise, and logarithmic beyond
+        bulk = 8 * float(part["low"].abs().min())
+        axes.set_xscale("symlog", linthresh=10.0 ** round(math.log10(bulk)), subs=range(2, 10))
+        axes.margins(x=0.06)
         for index, weights in enumerate(dict.fromkeys(part["weights"])):
             _draw_density(axes, part[part["weights"] == weights], index, str(weights))
         axes.set_yscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_title(f"{model}\n{site}", loc="left", fontsize=6.5)
         axes.set_xlabel("value")
         axes.set_ylabel("density")
@@ -74,14 +83,20 @@ def draw_histograms(frame: pd.DataFrame) -> Figure:
 
 def _draw_density(axes: Axes, part: pd.DataFrame, index: int, label: str) -> None:
     style = {key: value for key, value in _line(index).items() if key in ("color", "linestyle")}
-    middle = (part["low"] + part["high"]) / 2
-    axes.plot(middle, part["density"], label=label, linewidth=0.9, drawstyle="steps-mid", **style)
-    for end, position in (("low", part["low"].min()), ("high", part["high"].max())):
+    edges, densities = [float(part["low"].iloc[0])], list[float]()
+    for line in part.to_dict("records"):
+        if line["low"] > edges[-1]:  # bins without a value are left out of the frame, and open in the drawing
+            edges.append(line["low"])
+            densities.append(math.nan)
+        edges.append(line["high"])
+        densities.append(line["density"])
+    axes.stairs(densities, edges, baseline=None, label=label, linewidth=1.0, **style)
+    for marker, position in (("<", edges[0]), (">", edges[-1])):
         axes.plot(
             [position],
             [0.04 + 0.06 * index],
             transform=axes.get_xaxis_transform(),
-            marker={"low": "<", "high": ">"}[end],
+            marker=marker,
             markersize=5,
             color=style["color"],
             fillstyle="full" if index % 2 == 0 else "none",
