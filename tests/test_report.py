@@ -170,7 +170,7 @@ def test_different_items_are_not_compared(suite: Suite, store: Store) -> None:
         (Estimate(30.0, 25.0, 35.0), 12.09, 40.0, "reached"),
         (Estimate(13.0, 11.0, 15.0), 12.09, 40.0, "open: the interval holds the stated value"),
         (Estimate(5.0, 4.0, 6.0), 12.09, 40.0, "not reached"),
-        (Estimate(5.0, 4.0, 6.0), 12.09, 6.0, "not reached; only 6.0 points are lost"),
+        (Estimate(5.0, 4.0, 6.0), 12.09, 6.0, "not reached; the rival loses only 6.0 points"),
         (Estimate(2.0, 0.5, 3.0), None, 9.0, "better"),
         (Estimate(0.0, -1.0, 1.0), None, 9.0, "no difference shown"),
         (Estimate(-2.0, -3.0, -1.0), None, 9.0, "worse"),

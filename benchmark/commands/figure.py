@@ -28,7 +28,7 @@ def analysis_options(function: _Function) -> _Function:
             type=click.IntRange(min=1),
             default=500,
             show_default=True,
-            help="Test items of the saturation sweep.",
+            help="Items of the saturation sweep.",
         ),
         click.option("--device", default="cpu", show_default=True, help="cpu or cuda."),
     ):

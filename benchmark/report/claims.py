@@ -189,7 +189,7 @@ def _verdict(gain: Estimate, stated: float | None, before: float) -> str:
     if low >= stated:
         return "reached"
     if before < stated:
-        return f"not reached; only {before:.1f} points are lost, so there is no more to gain"
+        return f"not reached; the rival loses only {before:.1f} points, so there is no more to win back"
     return "not reached" if high < stated else "open: the interval holds the stated value"
 
 

@@ -30,7 +30,7 @@ class FigureSpec:
         caption: What is drawn; the definitions are those of :mod:`quanttune.analysis`.
         draw: Draws the frame.
         of_suite: The frame, from finished cells alone.
-        of_model: The frame of one model; ``int`` is the number of test items of a sweep. Frames of all models
+        of_model: The frame of one model; ``int`` is the number of items of a sweep. Frames of all models
             are put one below the other. Exactly one of the two is given.
         preview: Whether a PNG is made, too, for pages that cannot show vectors.
     """
@@ -48,8 +48,8 @@ SPECS = (
     FigureSpec(
         "overview",
         "What is lost at each precision",
-        "Drop of the metric against FP32 on the test split. Lines: 95 % interval of the paired bootstrap "
-        "over test items; with several seeds, one standard deviation over seeds. Upright strokes: what "
+        "Drop of the metric against FP32. Lines: 95 % interval of the paired bootstrap over the items that "
+        "were measured; with several seeds, one standard deviation over seeds. Upright strokes: what "
         "training alone did to a method's own weights, before quantization.",
         draw_overview,
         of_suite=overview_frame,
@@ -69,7 +69,8 @@ SPECS = (
         "histograms",
         "The worst sites, before and after",
         "Density of the values at the sites with the largest ratio in the reference, softmax outputs aside, "
-        "on the calibration items. Triangles: smallest and largest value.",
+        "on the calibration items. The axis of values is linear in their bulk and logarithmic beyond. "
+        "Triangles: smallest and largest value.",
         panels.draw_histograms,
         of_model=frames.histogram_frame,
     ),
@@ -77,7 +78,7 @@ SPECS = (
         "saturation",
         "Saturation percentage against accuracy",
         "Every activation range of the reference is cut to (1 - s) max |x|; weights keep theirs. Evenly "
-        "spaced test items. Dotted: FP32 on the same items.",
+        "spaced items of the split that the suite measures. Dotted: FP32 on the same items.",
         panels.draw_saturation,
         of_model=frames.saturation_frame,
     ),
@@ -118,7 +119,7 @@ def make_frames(
         specs: Which figures.
         rows: The suite's finished cells.
         analyses: One per model; what a figure needs of them is measured now unless it is kept.
-        items: Test items of a sweep.
+        items: Items of a sweep.
     """
     import pandas as pd
 
