@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import timm
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from baselines.method import Batch, Context
-from quanttune.quantization import Precision, discover_sites, simulate
+from baselines import METHODS
+from baselines.curvature import output_curvature
+from baselines.method import Batch, Context, MemoryStages
+from baselines.products import capture, find_products
+from baselines.ptq4vit import first_items
+from benchmark.models.entry import get_model
+from benchmark.stages import Stages
+from benchmark.tasks.task import get_task
+from quanttune.inputs import call_model, logits_of
+from quanttune.quantization import Precision, UniformQuantizer, discover_sites, simulate
 from quanttune.seeds import torch_generator
 
 
@@ -198,3 +211,68 @@ def widen_channels(norm: nn.LayerNorm, linear: nn.Linear) -> None:
         norm.weight[channel] *= factor
         norm.bias[channel] *= factor
         linear.weight[:, channel] /= factor
+
+
+def pretrained_context(name: str, precision: str) -> Context:
+    """A model of the laptop suite; its reference is made anew unless QUANTTUNE_TEST_RESULTS names a store."""
+    model, batches = _pretrained_parts(name)
+    sites = discover_sites(model, batches[0].inputs)
+    return Context(model, sites, "matmul", Precision.parse(precision), batches)
+
+
+def rank_correlations(context: Context, gradients: Sequence[str]) -> dict[str, float]:
+    """How well an error at a product's output ranks the divergence that quantizing this product alone causes.
+
+    Every product is quantized with plain quantizers at several fractions of its operands' ranges. Returned
+    are Spearman's correlations with the measured divergence, for the error weighted by each definition of
+    ``g`` and for the ``plain`` error.
+    """
+    batch = next(first_items(context.calibration, 32))
+    products = find_products(context.model, context.sites)
+    bits = context.precision.activations
+    minmax = METHODS.get("minmax")().quantize(dataclasses.replace(context, profile="matmul")).quantizers
+    with torch.no_grad():
+        exact = torch.log_softmax(logits_of(call_model(context.model, batch.inputs)), -1)
+    errors: dict[str, list[float]] = {"plain": [], "measured": []}
+    for gradient in gradients:
+        curvature = partial(
+            output_curvature,
+            context.model,
+            gradient=gradient,
+            generator=torch_generator(0, "g"),
+            quantizers=minmax,
+        )
+        first = gradient == gradients[0]
+        for product, data in capture(context.model, products, context.sites, [batch], curvature):
+            for fraction in (0.25, 0.5, 0.75, 1.0):
+                x, w = data.left[0], data.right[0]
+                quantizers = {
+                    product.left_quantized: UniformQuantizer.symmetric(fraction * x.abs().max(), bits),
+                    product.right: UniformQuantizer.symmetric(fraction * w.abs().max(), bits),
+                }
+                other = w if product.weight is None else w.T
+                quantized = quantizers[product.right](w)
+                moved = quantizers[product.left_quantized](x) @ (
+                    quantized if product.weight is None else quantized.T
+                )
+                squared = (moved - x @ other) ** 2
+                errors.setdefault(gradient, []).append(float((data.curvature[0] * squared).sum()))
+                if first:
+                    errors["plain"].append(float(squared.sum()))
+                    with torch.no_grad(), simulate(context.model, quantizers):
+                        own = torch.log_softmax(logits_of(call_model(context.model, batch.inputs)), -1)
+                    divergence = torch.nn.functional.kl_div(own, exact, reduction="sum", log_target=True)
+                    errors["measured"].append(float(divergence))
+    measured = errors.pop("measured")
+    return {name: float(spearmanr(values, measured).statistic) for name, values in errors.items()}
+
+
+@functools.cache
+def _pretrained_parts(name: str) -> tuple[nn.Module, list[Batch]]:
+    entry = get_model(name)
+    results = os.environ.get("QUANTTUNE_TEST_RESULTS")
+    stages = MemoryStages() if results is None else Stages(Path(results) / "stages")
+    model = entry.build()
+    model.load_state_dict(entry.make_reference(stages, lambda *_: None))
+    task = get_task(entry.task)
+    return model.eval(), list(task.batches("train", entry, ids=task.calibration_ids(128, 0), batch_size=32))

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from baselines import METHODS
@@ -21,7 +20,14 @@ from quanttune.inputs import call_model, logits_of
 from quanttune.quantization import Precision, SiteKind, UniformQuantizer, discover_sites, simulate
 from quanttune.quantization.twin import TwinGeluQuantizer, TwinSoftmaxQuantizer
 from quanttune.seeds import torch_generator
-from tests.rival_models import ALL_MODELS, context_for, model_and_batches, trained_vit
+from tests.rival_models import (
+    ALL_MODELS,
+    context_for,
+    model_and_batches,
+    pretrained_context,
+    rank_correlations,
+    trained_vit,
+)
 
 FACTORS = np.linspace(0.01, 1.2, 100)
 
@@ -531,42 +537,19 @@ def test_weights_that_need_no_gradient_still_give_one():
     assert torch.allclose(with_graph, without)
 
 
-def signal(gradient: str, bits: int) -> tuple[float, float]:
-    """Rank correlation of the measured divergence with the weighted and with the plain error."""
-    trained = trained_vit()
-    context = trained.context("matmul", f"W{bits}A{bits}")
-    batch = next(first_items(context.calibration, 32))
-    products = [p for p in find_products(context.model, context.sites) if p.weight is not None]
-    data = dict(
-        (product.operation, (product, values))
-        for product, values in capture(
-            context.model, products, context.sites, [batch],
-            lambda b, outputs: output_curvature(context.model, b, outputs, gradient, torch_generator(0, "g")),
-        )
-    )  # fmt: skip
-    with torch.no_grad():
-        exact = torch.log_softmax(logits_of(call_model(context.model, batch.inputs)), -1)
-    weighted, plain, measured = [], [], []
-    for product, values in data.values():
-        x, w = values.left[0], values.right[0]
-        for factor in (0.3, 0.6, 1.0):
-            quantizers = {
-                product.left: UniformQuantizer.symmetric(factor * x.abs().max(), bits),
-                product.right: UniformQuantizer.symmetric(factor * w.abs().max(), bits),
-            }
-            difference = quantizers[product.left](x) @ quantizers[product.right](w).T - x @ w.T
-            weighted.append(float((values.curvature[0] * difference**2).sum()))
-            plain.append(float((difference**2).sum()))
-            with torch.no_grad(), simulate(context.model, quantizers):
-                moved = torch.log_softmax(logits_of(call_model(context.model, batch.inputs)), -1)
-            measured.append(float(F.kl_div(moved, exact, reduction="sum", log_target=True)))
-    return spearmanr(weighted, measured).statistic, spearmanr(plain, measured).statistic
-
-
 def test_the_weighted_error_foretells_the_change_of_the_loss_and_the_plain_error_does_not():
-    weighted, plain = signal("fisher", 6)
-    assert weighted > 0.9
-    assert weighted > plain + 0.15
+    found = rank_correlations(trained_vit().context("matmul", "W6A6"), ("fisher", "cross_entropy"))
+    assert found["fisher"] > 0.9
+    assert found["fisher"] > found["plain"] + 0.1
+    assert found["cross_entropy"] > found["plain"] + 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["W8A8", "W7A7", "W6A6"])
+def test_the_same_on_a_pretrained_vit(precision):
+    context = pretrained_context("dinov2_vits14", precision)
+    found = rank_correlations(context, ("fisher", "cross_entropy", "minmax_divergence"))
+    assert found["fisher"] > found["plain"] + 0.1
 
 
 # ---- the methods
