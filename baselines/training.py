@@ -39,6 +39,7 @@ class FineTuning(Method):
     """
 
     trains: ClassVar[bool] = True
+    version: ClassVar[int] = 2
     calibrator: str = "minmax"
     steps: int | None = None
     learning_rate: float | None = None

@@ -192,7 +192,8 @@ def _optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
         {"params": matrices, "weight_decay": schedule.weight_decay, "factor": 1.0},
         {"params": vectors, "weight_decay": 0.0, "factor": schedule.norm_rate},
     ]
-    return torch.optim.AdamW(groups, lr=schedule.learning_rate)
+    # One fused kernel: on a CPU the default loop costs a quarter of a step of a model with large embeddings.
+    return torch.optim.AdamW(groups, lr=schedule.learning_rate, fused=True)
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> None:

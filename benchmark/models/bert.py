@@ -53,7 +53,7 @@ class FineTunedBert(TextEntry):
     max_length: int = 64
     pad_id: int = 0
     family: str = "bert"
-    version: int = 1
+    version: int = 2
 
     def needs(self) -> tuple[str, ...]:
         """The pretrained encoder."""
