@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from benchmark.models.entry import ModelEntry
     from benchmark.tasks.task import Task
 
-BATCH_SIZE = 50
-"""Items per evaluation batch; fixed, because the split into batches may change the last bits of a sum."""
-
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 
@@ -92,7 +89,7 @@ def evaluate(
     predictions: list[np.ndarray] = []
     done = 0
     with torch.no_grad():
-        for batch in task.batches(split, entry, ids=ids.tolist(), batch_size=BATCH_SIZE):
+        for batch in task.batches(split, entry, ids=ids.tolist(), batch_size=task.batch_size):
             logits = logits_of(call_model(model, to_device(batch.inputs, device))).cpu()
             scores.append(task.item_scores(logits, batch.targets).double().numpy())
             if logits.dim() == 2:

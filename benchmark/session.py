@@ -114,7 +114,8 @@ class Session:
             from quanttune.inputs import to_device
 
             ids = self.task.calibration_ids(items, seed)
-            batches = self.task.batches("train", self.entry, ids=ids, batch_size=CALIBRATION_BATCH)
+            size = min(CALIBRATION_BATCH, self.task.batch_size)
+            batches = self.task.batches("train", self.entry, ids=ids, batch_size=size)
             moved = [
                 Batch(to_device(batch.inputs, self.device), batch.targets.to(self.device))
                 for batch in batches

@@ -31,7 +31,7 @@ class ModelEntry(ABC):
     Attributes:
         name: The registered name.
         title: What it is, for a person.
-        family: Architecture family: ``vit``, ``swin``, ``bert`` or ``opt``.
+        family: Architecture family: ``vit``, ``swin``, ``bert``, ``opt`` or ``llama``.
         task: Name of its task.
         source: Name of the pretrained asset, or where else the weights come from.
         recipe: Fields of ``quanttune.tuner.Schedule`` for the methods that fine-tune the reference.
@@ -93,6 +93,14 @@ class ModelEntry(ABC):
             ConfigError: If this is not a text model.
         """
         raise ConfigError(f"model {self.name} takes no text; task {self.task} needs a text model")
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a whole text, without special tokens and uncut, for a language model.
+
+        Raises:
+            ConfigError: If this is not a causal language model.
+        """
+        raise ConfigError(f"model {self.name} is no language model; task {self.task} needs a causal one")
 
     def text_inputs(self, tokens: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """What the model is called with, from the token ids of a batch.
@@ -165,6 +173,38 @@ class TextEntry(ModelEntry):
             ids[row, : len(item)] = torch.tensor(item, dtype=torch.int64)
             mask[row, : len(item)] = 1
         return {"input_ids": ids, "attention_mask": mask}
+
+
+class CausalTextEntry(TextEntry):
+    """Preprocessing of causal language models, whose logits have the shape ``(N, tokens, vocabulary)``.
+
+    Attributes:
+        begin: Special tokens that the model's own tokenizer puts before a text.
+    """
+
+    begin: tuple[int, ...] = ()
+
+    @abstractmethod
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a whole text, without special tokens and uncut."""
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Begin tokens, then the text; of one that is too long the end is kept, where the prediction is."""
+        room = self.max_length - len(self.begin)
+        return [[*self.begin, *self.tokenize(text)[-room:]] for text in texts]
+
+    def text_inputs(self, tokens: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask``, both int64 of shape ``(N, longest)``, padded on the right.
+
+        Raises:
+            ConfigError: If an item has more tokens than the model has positions.
+        """
+        longest = max(map(len, tokens))
+        if longest > self.max_length:
+            raise ConfigError(
+                f"task {self.task} gives items of {longest} tokens, model {self.name} takes {self.max_length}"
+            )
+        return super().text_inputs(tokens)
 
 
 @contextlib.contextmanager
