@@ -21,13 +21,14 @@ class Hub:
     Attributes:
         repo: ``owner/name``.
         files: What to take: paths in the repository.
-        convert: ``module:function`` from ``{file name: path}`` to tensors.
+        convert: ``module:function`` from ``{file name: path}`` to tensors; empty where the files are used as
+            they are.
         revision: Branch, tag or commit. A branch may move: the digest decides, not the revision.
     """
 
     repo: str
     files: tuple[str, ...]
-    convert: str
+    convert: str = ""
     revision: str = "main"
 
 

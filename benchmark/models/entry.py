@@ -15,9 +15,13 @@ from quanttune.errors import ConfigError
 from quanttune.registry import Registry
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from PIL.Image import Image
     from torch import Tensor, nn
 
     from baselines.method import StageCache
+    from benchmark.obstacles import Obstacle
     from benchmark.tasks.task import Task
 
 Progress = Callable[[str, int, int], None]
@@ -78,6 +82,34 @@ class ModelEntry(ABC):
         """Names of the assets that must be fetched before the reference can be made."""
         return ()
 
+    def fetch(self, say: Callable[[str], None]) -> list[tuple[Path, bool]]:
+        """Bring what the reference is made of to this machine.
+
+        Args:
+            say: Called with one line for each thing that happens.
+
+        Returns:
+            For each thing its folder, and whether this call brought it.
+
+        Raises:
+            AssetError: If something cannot be had; the message says what to do.
+        """
+        from benchmark.assets.fetch import fetch
+
+        fetched = [fetch(asset, say) for asset in self.needs()]
+        return [(item.folder, item.fresh) for item in fetched]
+
+    def obstacle(self) -> Obstacle | None:
+        """Why the reference cannot be made on this machine, None if nothing known is in the way; quick."""
+        return None
+
+    def pins(self) -> dict[str, Any]:
+        """What the lock file pins about pretrained weights that :meth:`identity` cannot know; may read them.
+
+        Empty for a model whose identity holds the digests of all it is made of.
+        """
+        return {}
+
     def image_inputs(self, images: Tensor) -> Tensor:
         """What the model is called with, from uint8 images ``(N, 1 or 3, height, width)``.
 
@@ -85,6 +117,14 @@ class ModelEntry(ABC):
             ConfigError: If this is not an image model.
         """
         raise ConfigError(f"model {self.name} takes no images; task {self.task} needs an image model")
+
+    def image_batch(self, images: Sequence[Image]) -> Tensor:
+        """What the model is called with, from pictures of any size in RGB, as its checkpoint was evaluated.
+
+        Raises:
+            ConfigError: If this is not a model of such pictures.
+        """
+        raise ConfigError(f"model {self.name} takes no pictures; task {self.task} needs a model that does")
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of every text, with the special tokens, cut to the model's length.

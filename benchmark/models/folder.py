@@ -8,7 +8,7 @@ checkpoint must already be trained for the task.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -45,8 +45,8 @@ def entry_from_folder(name: str) -> ModelEntry:
     if not mark or not path or not task:
         raise ConfigError(f"model {name!r} should read folder:PATH@TASK, e.g. folder:my-bert@movie_reviews")
     folder = Path(path).expanduser().resolve()
-    config = _config(folder)
-    _weight_files(folder)
+    config = read_config(folder)
+    weight_files(folder)
     common: dict[str, Any] = {
         "name": name,
         "task": task,
@@ -85,7 +85,7 @@ class FolderEntry(ModelEntry):
     def identity(self) -> dict[str, Any]:
         """The sha256 of every file that decides the model, and the data; not the folder's place."""
         texts = [path for pattern in ("*.json", "*.txt") for path in sorted(self.folder.glob(pattern))]
-        files = [*_weight_files(self.folder), *texts]
+        files = [*weight_files(self.folder), *texts]
         return {
             "kind": type(self).__name__,
             "version": self.version,
@@ -104,15 +104,6 @@ class FolderEntry(ModelEntry):
                 "give a checkpoint that was trained for the task"
             )
 
-    def _complete(self, absent: Sequence[str], unknown: Sequence[str]) -> None:
-        """Refuse a checkpoint that would leave a part of the model random, or that is of another model."""
-        for names, fault in ((absent, "has no weights for"), (unknown, "has weights without a place:")):
-            if names:
-                some = ", ".join(sorted(names)[:3]) + (
-                    f" and {len(names) - 3} more" if len(names) > 3 else ""
-                )
-                raise AssetError(f"{self.folder} {fault} {some}; give a complete checkpoint of this model")
-
 
 @dataclass(frozen=True, kw_only=True)
 class TransformersFolder(TextEntry, FolderEntry):
@@ -129,23 +120,7 @@ class TransformersFolder(TextEntry, FolderEntry):
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        if not any((self.folder / name).is_file() for name in _TOKENIZERS):  # else an empty one would be made
-            raise AssetError(
-                f"{self.folder} has no tokenizer ({', '.join(_TOKENIZERS)}); save it there as well"
-            )
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise AssetError(
-                f"the tokenizer in {self.folder} cannot be read: {str(error).splitlines()[0]}"
-            ) from error
-        if tokenizer.pad_token_id is None:
-            raise AssetError(
-                f"the tokenizer in {self.folder} has no padding token; set one and save it again"
-            )
-        return tokenizer
+        return read_tokenizer(self.folder)
 
     @property
     def pad_id(self) -> int:  # type: ignore[override]
@@ -169,23 +144,12 @@ class TransformersFolder(TextEntry, FolderEntry):
         return model.eval()
 
     def _reference(self, progress: Progress) -> dict[str, Tensor]:
-        from safetensors import SafetensorError
         from transformers import AutoConfig, AutoModelForSequenceClassification
 
         self._check_classes(AutoConfig.from_pretrained(self.folder, local_files_only=True).num_labels)
         progress("reading weights", 0, 1)
-        try:
-            with own_random_state(0):
-                model, found = AutoModelForSequenceClassification.from_pretrained(
-                    self.folder,
-                    local_files_only=True,
-                    use_safetensors=True,
-                    dtype="float32",
-                    output_loading_info=True,
-                )
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise AssetError(f"the weights in {self.folder} cannot be loaded: {error}") from error
-        self._complete(found["missing_keys"], found["unexpected_keys"])
+        model, absent, unknown = read_transformers(AutoModelForSequenceClassification, self.folder)
+        require_complete(self.folder, absent, unknown)
         progress("reading weights", 1, 1)
         return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
@@ -209,7 +173,7 @@ class TimmFolder(ImageEntry, FolderEntry):
         """The architecture of ``config.json`` with its classifier."""
         import timm
 
-        config = _config(self.folder)
+        config = read_config(self.folder)
         self._check_classes(int(config["num_classes"]))
         settings = {"num_classes": config["num_classes"], **config.get("model_args", {})}
         with own_random_state(0):
@@ -227,18 +191,87 @@ class TimmFolder(ImageEntry, FolderEntry):
         progress("reading weights", 0, 1)
         tensors: dict[str, Tensor] = {}
         try:
-            for path in _weight_files(self.folder):
+            for path in weight_files(self.folder):
                 tensors.update(load_file(path))
             floats = {name: tensor.float() for name, tensor in tensors.items()}
             found = model.load_state_dict(floats, strict=False)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise AssetError(f"the weights in {self.folder} cannot be loaded: {error}") from error
-        self._complete(found.missing_keys, found.unexpected_keys)
+        require_complete(self.folder, found.missing_keys, found.unexpected_keys)
         progress("reading weights", 1, 1)
         return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_transformers(kind: Any, folder: Path, **settings: Any) -> tuple[nn.Module, set[str], set[str]]:
+    """Load a checkpoint of transformers in float32 from safetensors.
+
+    Args:
+        kind: Class of transformers with ``from_pretrained``.
+        folder: Holds configuration and weights.
+        settings: Further arguments of the configuration.
+
+    Returns:
+        The model in evaluation mode, what the checkpoint has no weights for (drawn from torch's global
+        generator), and the weights that have no place in the model.
+
+    Raises:
+        AssetError: If the weights cannot be read.
+    """
+    from safetensors import SafetensorError
+
+    weight_files(folder)
+    try:
+        with own_random_state(0):
+            model, found = kind.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                dtype="float32",
+                output_loading_info=True,
+                **settings,
+            )
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise AssetError(f"the weights in {folder} cannot be loaded: {error}") from error
+    return model.eval(), set(found["missing_keys"]), set(found["unexpected_keys"])
+
+
+def require_complete(folder: Path, absent: Collection[str], unknown: Collection[str]) -> None:
+    """Refuse a checkpoint that would leave a part of the model random, or that is of another model.
+
+    Raises:
+        AssetError: If a name is given.
+    """
+    for names, fault in ((absent, "has no weights for"), (unknown, "has weights without a place:")):
+        if names:
+            some = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise AssetError(f"{folder} {fault} {some}; give a complete checkpoint of this model")
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint of transformers.
+
+    Raises:
+        AssetError: If there is none, it cannot be read or has no padding token.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in _TOKENIZERS):  # else an empty one would be made
+        raise AssetError(f"{folder} has no tokenizer ({', '.join(_TOKENIZERS)}); save it there as well")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise AssetError(f"the tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}") from error
+    if tokenizer.pad_token_id is None:
+        raise AssetError(f"the tokenizer in {folder} has no padding token; set one and save it again")
+    return tokenizer
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a checkpoint.
+
+    Raises:
+        AssetError: If it is not there or holds no JSON object.
+    """
     if not folder.is_dir():
         raise AssetError(f"there is no folder {folder}")
     path = folder / "config.json"
@@ -251,8 +284,12 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, whole or in shards, by name."""
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, whole or in shards, by name.
+
+    Raises:
+        AssetError: If there are none; pickled ones are refused.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if files:
         return files

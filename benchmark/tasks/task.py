@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from baselines.method import Batch
     from benchmark.models.entry import ModelEntry
+    from benchmark.obstacles import Obstacle
 
 SPLITS = ("train", "validation", "test")
 
@@ -64,6 +65,10 @@ class Task(ABC):
     def protocol(self) -> dict[str, Any]:
         """What decides the items or the metric beside the data and the task's code, as plain JSON values."""
         return {}
+
+    def obstacle(self) -> Obstacle | None:
+        """Why the data cannot be read on this machine, None if nothing known stands in the way; quick."""
+        return None
 
     def _data_fingerprint(self) -> str:
         """A digest of the data and its splits."""
