@@ -38,6 +38,8 @@ class ModelEntry(ABC):
         expected: The reference's metric on the whole test split, or None if any value will do.
         tolerance: How far from ``expected`` the measured metric may be, in the metric's unit.
         version: Raised when the entry's code changes the reference; part of every cell's identity.
+        checkpoint: Canonical name of the released weights (timm's tag, or the name on the Hub) that published
+            values belong to; None if the reference is not a released checkpoint as it is.
     """
 
     name: str
@@ -49,6 +51,7 @@ class ModelEntry(ABC):
     expected: float | None = None
     tolerance: float = 1.0
     version: int = 1
+    checkpoint: str | None = None
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:

@@ -38,6 +38,8 @@ class Task(ABC):
         higher_is_better: Whether a larger metric is better.
         n_classes: Number of classes, or None where the task has none.
         version: Raised when the task's code changes what it measures; part of every cell's identity.
+        benchmark: Name of the public benchmark that this is, so that published values may stand beside ours
+            (``ImageNet-1k``, ``LAMBADA``); None if it is none.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Task(ABC):
     higher_is_better: bool = True
     n_classes: int | None = None
     version: int = 1
+    benchmark: str | None = None
 
     def fingerprint(self) -> str:
         """A digest of what decides the items, their order and the metric; read from the manifest only."""
