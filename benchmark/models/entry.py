@@ -15,6 +15,7 @@ from quanttune.errors import ConfigError
 from quanttune.registry import Registry
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from baselines.method import StageCache
@@ -62,20 +63,26 @@ class ModelEntry(ABC):
         """The architecture with its task head, in evaluation mode; weights are yet to be loaded."""
 
     @abstractmethod
-    def _reference(self, progress: Progress) -> dict[str, Tensor]:
-        """Make the reference's state dict; deterministic."""
+    def _reference(self, progress: Progress, device: torch.device) -> dict[str, Tensor]:
+        """Make the reference's state dict, computing on ``device``; deterministic on one kind of device."""
 
-    def make_reference(self, stages: StageCache, progress: Progress) -> dict[str, Tensor]:
+    def make_reference(
+        self, stages: StageCache, progress: Progress, device: torch.device | None = None
+    ) -> dict[str, Tensor]:
         """The reference's state dict, made once and kept as a stage.
 
         Args:
             stages: Where it is kept, under :meth:`identity`.
             progress: Told of the work.
+            device: Where to compute if it is not kept yet; the CPU by default.
 
         Raises:
             AssetError: If the pretrained weights cannot be had.
         """
-        return stages.tensors("reference", self.identity(), lambda: self._reference(progress))
+        import torch
+
+        chosen = device or torch.device("cpu")
+        return stages.tensors("reference", self.identity(), lambda: self._reference(progress, chosen))
 
     def needs(self) -> tuple[str, ...]:
         """Names of the assets that must be fetched before the reference can be made."""

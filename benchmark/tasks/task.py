@@ -37,6 +37,8 @@ class Task(ABC):
         metric: What is reported, e.g. ``"accuracy"`` in percent.
         higher_is_better: Whether a larger metric is better.
         n_classes: Number of classes, or None where the task has none.
+        batch_size: Items per evaluation batch; fixed, because the split into batches may change the last bits
+            of a sum. Calibration batches are no larger.
         version: Raised when the task's code changes what it measures; part of every cell's identity.
         benchmark: Name of the public benchmark that this is, so that published values may stand beside ours
             (``ImageNet-1k``, ``LAMBADA``); None if it is none.
@@ -48,6 +50,7 @@ class Task(ABC):
     metric: str
     higher_is_better: bool = True
     n_classes: int | None = None
+    batch_size: int = 50
     version: int = 1
     benchmark: str | None = None
 
