@@ -112,6 +112,7 @@ class Context:
         device: Where to compute.
         stages: Keeps what several cells share.
         identity: What decides the reference weights and the data, for the keys of stages.
+        autocast: Mixed-precision type of fine-tuning; ``None`` for full precision.
         progress: Report of long work.
     """
 
@@ -128,6 +129,7 @@ class Context:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     stages: StageCache = field(default_factory=MemoryStages)
     identity: Mapping[str, Any] = field(default_factory=dict)
+    autocast: torch.dtype | None = None
     progress: Progress = _silent
 
     @property

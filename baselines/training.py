@@ -71,6 +71,8 @@ class FineTuning(Method):
             "schedule": dataclasses.asdict(schedule),
             "seed": context.seed,
         }
+        if context.autocast is not None:
+            key["autocast"] = str(context.autocast)
         weights = context.stages.tensors("tuning", key, lambda: self._tune(context, schedule, key))
         model = copy.deepcopy(context.model)
         model.load_state_dict(weights)
@@ -111,6 +113,7 @@ class FineTuning(Method):
             outliers=outliers,
             seed=derive_seed(context.seed, "tuning"),
             device=context.device,
+            autocast=context.autocast,
             checkpoint=context.stages.checkpoint("tuning", key),
             progress=lambda done, total, _: context.progress(f"{self.name} fine-tuning", done, total),
         )

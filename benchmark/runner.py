@@ -152,7 +152,7 @@ class CellRunner:
             session = Session(cell.model, stages, self.device, self.progress)
             self.store.save_reference_digest(cell.model, session.model_identity, session.reference_digest)
             try:
-                session.check_gate()
+                session.check_gate(cell.autocast)
             except GateError as error:
                 self._broken[cell.model] = str(error)
                 raise
@@ -162,7 +162,9 @@ class CellRunner:
     def _measure(self, cell: Cell, started: float) -> tuple[Record, Items | None]:
         session = self._open(cell)
         method = cell.make_method()
-        reference = session.fp32_items(session.model, session.reference_digest, cell.limit, cell.split)
+        reference = session.fp32_items(
+            session.model, session.reference_digest, cell.limit, cell.split, cell.autocast
+        )
         if cell.is_reference:
             return self._record(
                 cell, session, started, reference, reference, session.reference_digest
@@ -192,7 +194,9 @@ class CellRunner:
         from quanttune.quantization import simulate
 
         model, digest = session.with_weights(quantized.weights)
-        own = None if quantized.weights is None else session.fp32_items(model, digest, cell.limit, cell.split)
+        own = None
+        if quantized.weights is not None:
+            own = session.fp32_items(model, digest, cell.limit, cell.split, cell.autocast)
         with simulate(model, quantized.quantizers):
             items = evaluate(
                 model,
@@ -241,7 +245,7 @@ class CellRunner:
             result=result,
             reference_digest=session.reference_digest,
             weights_digest=weights_digest,
-            details=plain(details or {}),
+            details=plain({**(details or {}), "evaluation_batch": items.batch_size}),
             sites=plain(sites or []),
             provenance=provenance(self.settings.threads, self.settings.device),
         )

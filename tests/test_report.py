@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from benchmark.cells import Cell, expand
 from benchmark.cli import cli
 from benchmark.measure import drop_interval
+from benchmark.models.entry import MODELS
 from benchmark.record import Record, Result
 from benchmark.report.claims import ABSENT, Claim, _verdict, claims
 from benchmark.report.comparison import Comparison, Estimate, comparison_frame
@@ -24,6 +25,7 @@ from benchmark.report.html import inline, make_report
 from benchmark.report.rows import SuiteRows, collect_rows
 from benchmark.store import Store
 from benchmark.suite import Suite, parse_suite
+from benchmark.tasks.task import get_task
 from quanttune.errors import StoreError
 from quanttune.seeds import numpy_generator
 
@@ -332,6 +334,22 @@ def test_a_partial_report_says_so(suite: Suite, store: Store) -> None:
     text = " ".join(" ".join(Page(make_report(rows, store, NO_FRAMES)).words).split())
     assert f"Partial: {len(cells) // 2} of {len(cells)} cells are finished" in text
     assert "1 failed, 10 missing" in text
+
+
+def test_published_values_stand_in_the_page(
+    rows: SuiteRows, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def words_of() -> str:
+        page = Page(make_report(rows, store, NO_FRAMES))
+        assert page.open == []
+        return " ".join(" ".join(page.words).split())
+
+    assert "tiny_vit: no published value of its weights is known." in words_of()
+    monkeypatch.setattr(type(MODELS.get("tiny_vit")), "checkpoint", "deit_base_patch16_224.fb_in1k")
+    monkeypatch.setattr(type(get_task("fashion_mnist")), "benchmark", "ImageNet-1k")
+    words = words_of()
+    assert "90.00 +8.15" in words  # the reference of 90 beside 81.85
+    assert "78.02 (3.83) -- -- activation ranges published asymmetric, here symmetric" in words
 
 
 def test_inlined_figures_do_not_share_ids() -> None:

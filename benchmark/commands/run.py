@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from benchmark.cli import EXIT_FAILED, EXIT_INTERRUPTED, cli, results_option, suite_option
+from benchmark.environment import AUTOCAST
 from quanttune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,6 +44,12 @@ _ORDER = ("done", "cached", "skipped", "failed", "interrupted", "missing")
     help="PyTorch threads per process (default 2); may change last digits.",
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option(
+    "--autocast",
+    type=click.Choice(AUTOCAST),
+    default=None,
+    help="Mixed precision of references and fine-tuning in place of the suite's; such cells are others.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the grid with the status of each cell and do nothing.")
 @click.option(
     "--limit", type=int, default=None, help="Only N test items; such cells are kept apart from tables."
@@ -68,6 +75,7 @@ def run(
     jobs: int | None,
     threads: int | None,
     device: str,
+    autocast: str | None,
     dry_run: bool,
     limit: int | None,
     overwrite: str,
@@ -96,7 +104,7 @@ def run(
         if value is not None and value < 1:
             raise ConfigError(f"{option} {value}: it must be at least 1")
     selection = Selection(models, methods, precisions, profiles, seeds)
-    cells = expand(load_suite(suite), selection, limit)
+    cells = expand(load_suite(suite), selection, limit, autocast)
     store = Store(results)
     settings = Settings(results.absolute(), threads or DEFAULT_THREADS, device, overwrite)
     known = {cell.cell_id: stored_outcome(store, cell, overwrite) for cell in cells}

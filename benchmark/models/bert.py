@@ -15,6 +15,7 @@ from quanttune.seeds import derive_seed, torch_generator
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from torch import Tensor, nn
 
 REFERENCE_SEED = 0
@@ -117,7 +118,7 @@ class FineTunedBert(TextEntry):
             )
         return model
 
-    def _reference(self, progress: Progress) -> dict[str, Tensor]:
+    def _reference(self, progress: Progress, device: torch.device) -> dict[str, Tensor]:
         from quanttune.tuner import Schedule, tune
 
         model = self.pretrained()
@@ -130,9 +131,10 @@ class FineTunedBert(TextEntry):
             data.loss,
             schedule,
             seed=derive_seed(REFERENCE_SEED, "reference", self.name),
+            device=device,
             progress=lambda done, total, _loss: progress("reference fine-tuning", done, total),
         )
-        return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 
 MODELS.register("minilm_l6")(

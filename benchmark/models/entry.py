@@ -17,6 +17,7 @@ from quanttune.registry import Registry
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from PIL.Image import Image
     from torch import Tensor, nn
 
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 FOLDER_PREFIX = "folder:"
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Of the red, green and blue values of ImageNet's training images, as most models are trained with."""
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class ModelEntry(ABC):
@@ -42,6 +47,8 @@ class ModelEntry(ABC):
         expected: The reference's metric on the whole test split, or None if any value will do.
         tolerance: How far from ``expected`` the measured metric may be, in the metric's unit.
         version: Raised when the entry's code changes the reference; part of every cell's identity.
+        checkpoint: Canonical name of the released weights (timm's tag, or the name on the Hub) that published
+            values belong to; None if the reference is not a released checkpoint as it is.
     """
 
     name: str
@@ -53,6 +60,7 @@ class ModelEntry(ABC):
     expected: float | None = None
     tolerance: float = 1.0
     version: int = 1
+    checkpoint: str | None = None
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -63,20 +71,26 @@ class ModelEntry(ABC):
         """The architecture with its task head, in evaluation mode; weights are yet to be loaded."""
 
     @abstractmethod
-    def _reference(self, progress: Progress) -> dict[str, Tensor]:
-        """Make the reference's state dict; deterministic."""
+    def _reference(self, progress: Progress, device: torch.device) -> dict[str, Tensor]:
+        """Make the reference's state dict, computing on ``device``; deterministic on one kind of device."""
 
-    def make_reference(self, stages: StageCache, progress: Progress) -> dict[str, Tensor]:
+    def make_reference(
+        self, stages: StageCache, progress: Progress, device: torch.device | None = None
+    ) -> dict[str, Tensor]:
         """The reference's state dict, made once and kept as a stage.
 
         Args:
             stages: Where it is kept, under :meth:`identity`.
             progress: Told of the work.
+            device: Where to compute if it is not kept yet; the CPU by default.
 
         Raises:
             AssetError: If the pretrained weights cannot be had.
         """
-        return stages.tensors("reference", self.identity(), lambda: self._reference(progress))
+        import torch
+
+        chosen = device or torch.device("cpu")
+        return stages.tensors("reference", self.identity(), lambda: self._reference(progress, chosen))
 
     def needs(self) -> tuple[str, ...]:
         """Names of the assets that must be fetched before the reference can be made."""
@@ -172,8 +186,8 @@ class ImageEntry(ModelEntry):
     """
 
     image_size: int
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
 
     def image_inputs(self, images: Tensor) -> Tensor:
         """Float32 ``(N, 3, size, size)`` from uint8 ``(N, 1 or 3, height, width)``.

@@ -26,6 +26,7 @@ from benchmark.models.entry import (
 from quanttune.errors import AssetError, ConfigError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 RECIPE = {"steps": 300, "learning_rate": 3e-5, "batch_size": 32}
@@ -93,9 +94,13 @@ class FolderEntry(ModelEntry):
             "task": self._task().fingerprint(),
         }
 
-    def make_reference(self, stages: object, progress: Progress) -> dict[str, Tensor]:
+    def make_reference(
+        self, stages: object, progress: Progress, device: torch.device | None = None
+    ) -> dict[str, Tensor]:
         """The folder's tensors in float32; they are already on disk, so no stage keeps a second copy."""
-        return self._reference(progress)
+        import torch
+
+        return self._reference(progress, device or torch.device("cpu"))
 
     def _check_classes(self, found: int) -> None:
         if found != self._classes():
@@ -143,7 +148,7 @@ class TransformersFolder(TextEntry, FolderEntry):
             model: nn.Module = AutoModelForSequenceClassification.from_config(config, dtype="float32")
         return model.eval()
 
-    def _reference(self, progress: Progress) -> dict[str, Tensor]:
+    def _reference(self, progress: Progress, device: torch.device) -> dict[str, Tensor]:
         from transformers import AutoConfig, AutoModelForSequenceClassification
 
         self._check_classes(AutoConfig.from_pretrained(self.folder, local_files_only=True).num_labels)
@@ -183,7 +188,7 @@ class TimmFolder(ImageEntry, FolderEntry):
                 raise ConfigError(f"timm cannot build {config['architecture']!r}: {error}") from error
         return model.eval()
 
-    def _reference(self, progress: Progress) -> dict[str, Tensor]:
+    def _reference(self, progress: Progress, device: torch.device) -> dict[str, Tensor]:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 

@@ -1,4 +1,4 @@
-"""What models of Hub repositories share: finding the checkpoint, what is pinned about it, what is in the way."""
+"""What models of Hub repositories share: finding the checkpoint, what is pinned of it, what is in the way."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from benchmark.models.entry import MODELS, ImageEntry, ModelEntry, Progress, Tex
 from quanttune.seeds import derive_seed
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 RECIPE = {"steps": 12, "learning_rate": 1e-3, "batch_size": 16}
@@ -59,7 +60,7 @@ class RandomEntry(ModelEntry):
             model = self._construct(self._classes())
         return model.eval()
 
-    def _reference(self, progress: Progress) -> dict[str, Tensor]:
+    def _reference(self, progress: Progress, device: torch.device) -> dict[str, Tensor]:
         progress("reference", 0, 1)
         state = {name: tensor.detach().clone() for name, tensor in self.build().state_dict().items()}
         progress("reference", 1, 1)

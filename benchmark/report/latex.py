@@ -13,12 +13,14 @@ def to_latex(table: Table, label: str) -> str:
     import pandas as pd
 
     cells = [[_latex_cell(table, row, method) for method in table.methods] for row in table.rows]
-    names = [_latex(name) for _, name in table.rows]
-    frame = pd.DataFrame(cells, index=pd.Index(names), columns=[_latex(method) for method in table.methods])
+    names = [escape_latex(name) for _, name in table.rows]
+    frame = pd.DataFrame(
+        cells, index=pd.Index(names), columns=[escape_latex(method) for method in table.methods]
+    )
     body = frame.style.to_latex(
         hrules=True,
         column_format="l" + "r" * len(table.methods),
-        caption=_latex(table.caption),
+        caption=escape_latex(table.caption),
         label=label,
         position="htbp",
         position_float="centering",
@@ -32,7 +34,7 @@ def to_latex(table: Table, label: str) -> str:
         if model != before[0]:
             lines += [rule] * bool(lines)
             lines.append(
-                f"\\multicolumn{{{len(table.methods) + 1}}}{{l}}{{\\textit{{{_latex(model)}}}}} \\\\\n"
+                f"\\multicolumn{{{len(table.methods) + 1}}}{{l}}{{\\textit{{{escape_latex(model)}}}}} \\\\\n"
             )
         lines.append(line)
     size = "\\footnotesize\n\\setlength{\\tabcolsep}{3pt}\n"
@@ -42,7 +44,7 @@ def to_latex(table: Table, label: str) -> str:
 
 
 def _latex_cell(table: Table, row: RowKey, method: str) -> str:
-    first, second = (_latex(line) for line in text_of(table, row, method))
+    first, second = (escape_latex(line) for line in text_of(table, row, method))
     if method in table.best(row):
         first = f"\\textbf{{{first}}}"
     drop, _, interval = second.partition(" ")
@@ -65,5 +67,6 @@ _LATEX = {
 }
 
 
-def _latex(text: str) -> str:
+def escape_latex(text: str) -> str:
+    """The text with what LaTeX gives a meaning to written out."""
     return "".join(_LATEX.get(character, character) for character in text)

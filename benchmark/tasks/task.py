@@ -41,6 +41,8 @@ class Task(ABC):
         batch_size: Items per evaluation batch; fixed, because the split into batches may change the last bits
             of a sum. Calibration batches are no larger.
         version: Raised when the task's code changes what it measures; part of every cell's identity.
+        benchmark: Name of the public benchmark that this is, so that published values may stand beside ours
+            (``ImageNet-1k``, ``LAMBADA``); None if it is none.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Task(ABC):
     n_classes: int | None = None
     batch_size: int = 50
     version: int = 1
+    benchmark: str | None = None
 
     def fingerprint(self) -> str:
         """A digest of what decides the items, their order and the metric; read from the manifest only."""

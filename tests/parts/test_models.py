@@ -146,7 +146,7 @@ class _Images(ImageEntry):
     def build(self) -> torch.nn.Module:
         raise NotImplementedError
 
-    def _reference(self, progress: object) -> dict[str, torch.Tensor]:
+    def _reference(self, progress: object, device: torch.device) -> dict[str, torch.Tensor]:
         raise NotImplementedError
 
 
