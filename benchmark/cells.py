@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmark.environment import AUTOCAST, FULL_PRECISION
 from benchmark.models.entry import FOLDER_PREFIX, get_model
-from benchmark.suite import Suite
+from benchmark.suite import MethodSpec, Suite
 from benchmark.tasks.task import get_task
 from quanttune.digests import canonical_json, json_digest
 from quanttune.errors import ConfigError, UnknownNameError
@@ -160,7 +160,7 @@ def expand(
         raise ConfigError(f"--limit {limit}: it must be at least 1 test item")
     models = _choose("model", suite.models, selection.models, suite.name)
     names = _choose("method", [spec.name for spec in suite.methods], selection.methods, suite.name)
-    methods = [_instance(spec.name, spec.parameters) for spec in suite.methods if spec.name in names]
+    methods = [(spec, _instance(spec)) for spec in suite.methods if spec.name in names]
     precisions = [str(Precision.parse(text)) for text in selection.precisions or suite.precisions]
     profiles = selection.profiles or suite.profiles
     for profile in profiles:
@@ -192,25 +192,27 @@ def expand(
 
 def _model_cells(
     base: dict[str, Any],
-    methods: list[tuple[str, Method]],
+    methods: list[tuple[MethodSpec, Method]],
     suite: Suite,
     precisions: Iterable[str],
     profiles: Iterable[str],
     seeds: Iterable[int],
 ) -> Iterator[Cell]:
     precisions, profiles, seeds = list(precisions), list(profiles), list(seeds)
-    for name, method in methods:
-        if name == REFERENCE_METHOD:
-            yield _cell(base, name, method, "none", REFERENCE_PRECISION, "none", True, 0)
+    for spec, method in methods:
+        if spec.name == REFERENCE_METHOD:
+            yield _cell(base, spec.name, method, "none", REFERENCE_PRECISION, "none", True, 0)
     for seed in seeds:
         for profile in profiles:
-            for name, method in methods:
-                if name == REFERENCE_METHOD:
+            for spec, method in methods:
+                if spec.name == REFERENCE_METHOD or (spec.profiles and profile not in spec.profiles):
                     continue
                 for granularity in suite.weight_granularity:
                     for symmetric in suite.symmetric:
                         for precision in precisions:
-                            yield _cell(base, name, method, profile, precision, granularity, symmetric, seed)
+                            yield _cell(
+                                base, spec.name, method, profile, precision, granularity, symmetric, seed
+                            )
 
 
 def _cell(
@@ -253,16 +255,16 @@ def _model_fields(name: str) -> dict[str, Any]:
     }
 
 
-def _instance(name: str, parameters: Mapping[str, Any]) -> tuple[str, Method]:
+def _instance(spec: MethodSpec) -> Method:
     """The method, with errors that name a parameter it does not have."""
     from baselines import METHODS
 
-    kind = METHODS.get(name)
+    kind = METHODS.get(spec.name)
     known = kind().parameters()
-    for key in parameters:
+    for key in spec.parameters:
         if key not in known:
-            raise UnknownNameError(f"parameter of method {name}:", key, known)
-    return name, kind(**parameters)
+            raise UnknownNameError(f"parameter of method {spec.name}:", key, known)
+    return kind(**spec.parameters)
 
 
 def _choose(kind: str, available: Iterable[str], patterns: tuple[str, ...], suite: str) -> list[str]:

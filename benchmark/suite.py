@@ -21,10 +21,15 @@ GRANULARITIES = ("per_channel", "per_tensor")
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A method of a suite with the parameters the suite sets; the rest are the method's defaults."""
+    """A method of a suite with the parameters the suite sets; the rest are the method's defaults.
+
+    Attributes:
+        profiles: Those of the suite's profiles the method is measured in; empty for all of them.
+    """
 
     name: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    profiles: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,14 @@ def parse_suite(name: str, text: str, origin: str) -> Suite:
         for value in values.get(key, ()):
             if value not in allowed:
                 raise ConfigError(f"{what}: {key} holds {value!r}; known: {', '.join(allowed)}")
+    of_suite = values.get("profiles", Suite.profiles)
+    for spec in methods:
+        for profile in spec.profiles:
+            if profile not in of_suite:
+                raise ConfigError(
+                    f"{what}: method {spec.name} asks for profile {profile!r}, the suite has "
+                    f"{', '.join(of_suite)}; add it to the suite's profiles"
+                )
     if values.get("split", "test") not in SPLITS:
         raise ConfigError(f"{what}: split = {values['split']!r}; known: {', '.join(SPLITS)}")
     if values.get("autocast", FULL_PRECISION) not in AUTOCAST:
@@ -151,10 +164,13 @@ def _methods(origin: str, item: Any) -> Iterator[MethodSpec]:
         raise ConfigError(
             f'{origin}: every [[methods]] table needs a name, e.g. name = "minmax"; got {item!r}'
         )
-    parameters = {key: value for key, value in item.items() if key != "name"}
+    profiles = item.get("profiles", [])
+    if not isinstance(profiles, list):
+        raise ConfigError(f"{origin}: profiles = {profiles!r} of method {item['name']}; expected a list")
+    parameters = {key: value for key, value in item.items() if key not in ("name", "profiles")}
     axes = [[(key, choice) for choice in _choices(value)] for key, value in parameters.items()]
     for combination in itertools.product(*axes):
-        yield MethodSpec(item["name"], dict(combination))
+        yield MethodSpec(item["name"], dict(combination), tuple(profiles))
 
 
 def _choices(value: Any) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmark.report.tables import RowKey, Table, text_of
+from benchmark.report.tables import RowKey, Table, arrange, text_of
 
 
 def to_latex(table: Table, label: str) -> str:
@@ -12,14 +12,14 @@ def to_latex(table: Table, label: str) -> str:
     """
     import pandas as pd
 
-    cells = [[_latex_cell(table, row, method) for method in table.methods] for row in table.rows]
-    names = [escape_latex(name) for _, name in table.rows]
-    frame = pd.DataFrame(
-        cells, index=pd.Index(names), columns=[escape_latex(method) for method in table.methods]
-    )
+    layout = arrange(table)
+    cells = [[_latex_cell(table, *place) for place in places] for _, _, places in layout.lines]
+    names = [escape_latex(name) for _, name, _ in layout.lines]
+    columns = [escape_latex(name) for name in layout.columns]
+    frame = pd.DataFrame(cells, index=pd.Index(names), columns=columns)
     body = frame.style.to_latex(
         hrules=True,
-        column_format="l" + "r" * len(table.methods),
+        column_format="l" + "r" * len(columns),
         caption=escape_latex(table.caption),
         label=label,
         position="htbp",
@@ -28,14 +28,14 @@ def to_latex(table: Table, label: str) -> str:
     head, rule, rest = body.partition("\\midrule\n")
     rows, bottom, tail = rest.partition("\\bottomrule")
     lines: list[str] = []
-    for (model, _), line, before in zip(
-        table.rows, rows.splitlines(keepends=True), [("", ""), *table.rows], strict=False
-    ):
-        if model != before[0]:
+    last = ""
+    for (model, _, _), line in zip(layout.lines, rows.splitlines(keepends=True), strict=False):
+        if model != last:
             lines += [rule] * bool(lines)
             lines.append(
-                f"\\multicolumn{{{len(table.methods) + 1}}}{{l}}{{\\textit{{{escape_latex(model)}}}}} \\\\\n"
+                f"\\multicolumn{{{len(columns) + 1}}}{{l}}{{\\textit{{{escape_latex(model)}}}}} \\\\\n"
             )
+            last = model
         lines.append(line)
     size = "\\footnotesize\n\\setlength{\\tabcolsep}{3pt}\n"
     head = head.replace("\\begin{tabular}", size + "\\begin{tabular}")

@@ -18,6 +18,8 @@ OWN_ROW = "FP32"
 """The row that shows what training alone did to a model: the FP32 metric of each method's own weights."""
 
 _ABSENT = "--"
+_WIDEST = 8
+"""Methods that stand side by side; more of them stand one below the other, with precisions across."""
 
 RowKey = tuple[str, str]  # model, and precision with whatever else varies
 
@@ -76,6 +78,41 @@ class Table:
         first = next(self.entries[row, method] for method in rivals)
         top = max(rivals.values()) if first.higher_is_better else min(rivals.values())
         return {method for method, value in rivals.items() if value == top}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A table's entries as they stand on the page: precisions down and methods across, or turned round.
+
+    Attributes:
+        stub: What the lines are: ``precision`` or ``method``.
+        columns: Heads of the other columns.
+        lines: Each line's model, its name, and the row and method of every place in it.
+    """
+
+    stub: str
+    columns: list[str]
+    lines: list[tuple[str, str, list[tuple[RowKey, str]]]]
+
+
+def arrange(table: Table) -> Layout:
+    """Lay a table out so that its columns fit a page."""
+    if len(table.methods) <= _WIDEST:
+        return Layout(
+            "precision",
+            table.methods,
+            [(*row, [(row, method) for method in table.methods]) for row in table.rows],
+        )
+    columns = list(dict.fromkeys(name for _, name in table.rows))
+    return Layout(
+        "method",
+        columns,
+        [
+            (model, method, [((model, name), method) for name in columns])
+            for model in dict.fromkeys(model for model, _ in table.rows)
+            for method in table.methods
+        ],
+    )
 
 
 def make_table(rows: SuiteRows) -> Table:
@@ -195,7 +232,7 @@ def _caption(rows: SuiteRows) -> str:
         f"weights {', '.join(suite.weight_granularity).replace('_', ' ')}, activations "
         f"{' and '.join('symmetric' if value else 'asymmetric' for value in suite.symmetric)} per tensor; "
         f"{suite.calibration_items} calibration items, seed {', '.join(map(str, suite.seeds))}. "
-        f"{own}Best of a row in bold.{random}{partial}"
+        f"{own}Best at a precision in bold.{random}{partial}"
     )
 
 
@@ -212,19 +249,20 @@ def to_grid(table: Table, style: str) -> str:
     from tabulate import tabulate
 
     markdown = style == "github"
+    layout = arrange(table)
     body = []
-    for row in table.rows:
-        line = list(row)
-        for method in table.methods:
+    for model, name, places in layout.lines:
+        line = [model, name]
+        for row, method in places:
             first, second = text_of(table, row, method)
             if method in table.best(row):
                 first = f"**{first}**" if markdown else f"{first} *"
             line.append(f"{first}<br>{second}" if markdown and second else f"{first}\n{second}".strip())
         body.append(line)
-    headers = ["model", "precision", *table.methods]
-    align = ["left", "left", *["right"] * len(table.methods)]
+    headers = ["model", layout.stub, *layout.columns]
+    align = ["left", "left", *["right"] * len(layout.columns)]
     text = tabulate(body, headers=headers, tablefmt=style, colalign=align, disable_numparse=True)
-    best = "" if markdown else "\n* best of its row"
+    best = "" if markdown else "\n* best at its precision"
     return f"{table.caption}{best}\n\n{text}\n"
 
 

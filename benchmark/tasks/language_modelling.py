@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from benchmark.tasks.task import SPLITS, Task
+from benchmark.data.loader import load_bundled
+from benchmark.data.manifest import split_ids
+from benchmark.tasks.task import SPLITS, TASKS, Task
 from quanttune.errors import ConfigError, QuantTuneError
 
 if TYPE_CHECKING:
@@ -214,3 +216,42 @@ class LastToken(NextToken):
     def metric_value(self, scores: np.ndarray) -> float:
         """Percentage of passages that are right."""
         return 100.0 * float(scores.mean())
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundledText(SlidingWindowPerplexity):
+    """A bundled data set with columns ``id`` and ``text``: the rows of a split, in its order, are its text.
+
+    Args:
+        dataset: Name in the manifest.
+    """
+
+    dataset: str
+
+    def text(self, split: str) -> str:
+        """The rows of a split with a blank line between them."""
+        data = load_bundled(self.dataset)
+        rows = dict(zip(data["id"], data["text"], strict=True))
+        return "\n".join(rows[item] for item in split_ids(self.dataset)[split])
+
+
+for _task in (
+    BundledText(
+        name="moby_dick",
+        title="Moby Dick: the last eighth of the novel, in windows of 256 tokens",
+        dataset="moby_dick",
+        length=256,
+        stride=256,
+        windows={"train": 1180, "validation": 115, "test": 180},
+    ),
+    BundledText(
+        name="moby_dick_excerpt",
+        title="Moby Dick: 32 windows of 256 tokens, for models that are large for two cores",
+        dataset="moby_dick",
+        length=256,
+        stride=256,
+        windows={"train": 900, "validation": 16, "test": 32},
+        batch_size=4,
+    ),
+):
+    TASKS.register(_task.name)(_task)

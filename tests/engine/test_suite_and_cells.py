@@ -163,3 +163,30 @@ def test_a_folder_model_joins_any_suite(suite: Suite, monkeypatch: pytest.Monkey
     monkeypatch.setattr("benchmark.cells.get_model", lambda name: MODELS.get("toy"))
     cells = expand(suite, Selection(models=("folder:/somewhere@toy_task",)))
     assert {cell.model for cell in cells} == {"folder:/somewhere@toy_task"}
+
+
+PROFILED = """
+models = ["toy"]
+precisions = ["W8A8"]
+profiles = ["full", "matmul"]
+[[methods]]
+name = "minmax"
+profiles = ["matmul"]
+[[methods]]
+name = "mse"
+"""
+
+
+def test_a_method_can_be_measured_in_some_of_the_profiles_only() -> None:
+    suite = parse_suite("s", PROFILED, "s")
+    found = [(cell.method, cell.profile) for cell in expand(suite)]
+    assert found == [("mse", "full"), ("minmax", "matmul"), ("mse", "matmul")]
+    assert [cell.method for cell in expand(suite, Selection(profiles=("full",)))] == ["mse"]
+
+
+@pytest.mark.parametrize(
+    ("profiles", "told"), [('["ful"]', "asks for profile 'ful'"), ('"matmul"', "expected a list")]
+)
+def test_a_methods_profiles_are_those_of_the_suite(profiles: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        parse_suite("s", PROFILED.replace('["matmul"]', profiles), "s")

@@ -15,7 +15,7 @@ from benchmark.record import Record, Result
 from benchmark.report.latex import to_latex
 from benchmark.report.reference import load_published, published_names
 from benchmark.report.rows import SuiteRows, collect_rows
-from benchmark.report.tables import OWN_ROW, Table, make_table, to_frame, to_grid
+from benchmark.report.tables import OWN_ROW, Table, arrange, make_table, text_of, to_frame, to_grid
 from benchmark.store import Store
 from benchmark.suite import MethodSpec, Suite
 from quanttune.errors import ConfigError, UnknownNameError
@@ -116,6 +116,22 @@ def test_latex_compiles_and_seven_methods_fit_a_page(full: SuiteRows, tmp_path: 
     assert done.returncode == 0, done.stdout[-2000:]
     assert "Overfull" not in done.stdout
     assert (tmp_path / "t.pdf").stat().st_size > 1000
+
+
+def test_many_methods_stand_one_below_the_other(full: SuiteRows) -> None:
+    table = make_table(full)
+    many = dataclasses.replace(table, methods=[*table.methods, *(f"other {i}" for i in range(8))])
+    assert arrange(table).stub == "precision"
+    layout = arrange(many)
+    assert (layout.stub, layout.columns) == ("method", [name for _, name in table.rows])
+    (places,) = (places for _, name, places in layout.lines if name == "minmax")
+    assert places == [(row, "minmax") for row in table.rows]
+    check_latex(to_latex(many, "x"))
+    grid = to_grid(many, "github")
+    (line,) = (line for line in grid.splitlines() if line.startswith("| toy") and "| minmax" in line)
+    assert all(text_of(many, row, "minmax")[0] in line for row in table.rows)
+    (best,) = (line for line in grid.splitlines() if "| toy_trained" in line)
+    assert "**60.0**" in best
 
 
 @pytest.mark.parametrize("style", ["github", "simple_grid"])
