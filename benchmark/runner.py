@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from benchmark.cells import Cell
 from benchmark.environment import DEFAULT_THREADS, prepare_torch, provenance
+from benchmark.lock import Lock, LockError
+from benchmark.obstacles import ObstacleError, obstacles_of
 from benchmark.record import DONE, SKIPPED, Record, Result, plain
 from benchmark.stages import Stages
 from benchmark.store import Store
-from quanttune.errors import QuantTuneError, StoreError
+from quanttune.errors import AssetError, QuantTuneError, StoreError
 
 if TYPE_CHECKING:
     from baselines.method import Quantized
@@ -101,7 +103,8 @@ class CellRunner:
         self.store = Store(settings.results)
         self.device = prepare_torch(settings.threads, settings.device)
         self._session: Session | None = None
-        self._broken: dict[str, str] = {}
+        self._lock = Lock(settings.results)
+        self._broken: dict[str, QuantTuneError] = {}
 
     def run(self, cell: Cell) -> Outcome:
         """Measure one cell and keep its record, or keep why it failed.
@@ -145,18 +148,24 @@ class CellRunner:
         from benchmark.session import GateError, Session
 
         if cell.model in self._broken:
-            raise GateError(self._broken[cell.model])
+            raise self._broken[cell.model].with_traceback(None)
         if self._session is None or self._session.name != cell.model:
             self._session = None
-            stages = Stages(self.store.root / "stages")
-            session = Session(cell.model, stages, self.device, self.progress)
-            self.store.save_reference_digest(cell.model, session.model_identity, session.reference_digest)
             try:
+                obstacles = obstacles_of(cell.model)
+                if obstacles:
+                    raise ObstacleError("; ".join(map(str, obstacles)))
+                stages = Stages(self.store.root / "stages")
+                session = Session(cell.model, stages, self.device, self.progress)
+                self._lock.check(cell.model, session.pins)  # before the weights are trusted with any work
+                self.store.save_reference_digest(cell.model, session.model_identity, session.reference_digest)
                 session.check_gate(cell.autocast)
-            except GateError as error:
-                self._broken[cell.model] = str(error)
+            except (AssetError, GateError, LockError, ObstacleError) as error:
+                self._broken[cell.model] = error
                 raise
             self._session = session
+        if self._session.pins and not cell.is_reference:
+            self._lock.check(cell.model, self._session.calibration_pin(cell.calibration_items, cell.seed))
         return self._session
 
     def _measure(self, cell: Cell, started: float) -> tuple[Record, Items | None]:

@@ -59,6 +59,18 @@ class Session:
         return json_digest(self.entry.identity())
 
     @cached_property
+    def pins(self) -> dict[str, Any]:
+        """What the lock file pins of this model and its data; empty where the identity holds every digest."""
+        pins = self.entry.pins()
+        data = self.task.content_fingerprints()
+        return {**pins, **({"data": data} if data else {})}
+
+    def calibration_pin(self, items: int, seed: int) -> dict[str, Any]:
+        """Digest of the ids of a calibration draw, for the lock file."""
+        ids = self.task.calibration_ids(items, seed)
+        return {"calibration": {f"{items} items, seed {seed}": json_digest(ids)}}
+
+    @cached_property
     def _weights(self) -> dict[str, Tensor]:
         return self.entry.make_reference(self._stages, self.progress, self.device)
 

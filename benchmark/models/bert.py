@@ -92,11 +92,15 @@ class FineTunedBert(TextEntry):
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 
+    def _outputs(self) -> int:
+        """Width of the head."""
+        return self._classes()
+
     def build(self) -> nn.Module:
         """The encoder with a classifier of the task's classes, whose first values come from a fixed seed."""
         from transformers import BertConfig, BertForSequenceClassification
 
-        config = BertConfig.from_pretrained(self._folder, local_files_only=True, num_labels=self._classes())
+        config = BertConfig.from_pretrained(self._folder, local_files_only=True, num_labels=self._outputs())
         with own_random_state(derive_seed(REFERENCE_SEED, "initial head", self.name)):
             model = BertForSequenceClassification(config)
         return model.eval()

@@ -13,6 +13,7 @@ from benchmark.models.entry import CausalTextEntry, Progress, own_random_state
 from quanttune.errors import AssetError
 
 if TYPE_CHECKING:
+    import torch
     from tokenizers import Tokenizer
     from torch import Tensor, nn
 
@@ -103,7 +104,7 @@ class DecoderEntry(CausalTextEntry):
             model: nn.Module = kind(config)
         return model.eval()
 
-    def _reference(self, progress: Progress) -> dict[str, Tensor]:
+    def _reference(self, progress: Progress, device: torch.device) -> dict[str, Tensor]:
         model = self.build()
         progress("reading weights", 0, 1)
         found = model.load_state_dict(self.weights(), strict=False)

@@ -148,6 +148,14 @@ class ModelEntry(ABC):
         """
         raise ConfigError(f"model {self.name} takes no text; task {self.task} needs a text model")
 
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """Token ids of every pair of texts as one input, with the special tokens, cut to the model's length.
+
+        Raises:
+            ConfigError: If this is not a model of pairs.
+        """
+        raise ConfigError(f"model {self.name} takes no pairs; task {self.task} needs a model that does")
+
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a whole text, without special tokens and uncut, for a language model.
 

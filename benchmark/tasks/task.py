@@ -7,7 +7,7 @@ imported when it is registered, so listing tasks stays quick.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmark.data.manifest import data_fingerprint, split_ids
@@ -72,6 +72,24 @@ class Task(ABC):
     def obstacle(self) -> Obstacle | None:
         """Why the data cannot be read on this machine, None if nothing known stands in the way; quick."""
         return None
+
+    def fetch(self, say: Callable[[str], None]) -> list[tuple[str, str]]:
+        """Bring the data to this machine; nothing to do for what comes with the package.
+
+        Args:
+            say: Called with one line for each thing that happens.
+
+        Returns:
+            Each part and where it is.
+
+        Raises:
+            AssetError: If it cannot be had; the message says what to do.
+        """
+        return []
+
+    def content_fingerprints(self) -> dict[str, str]:
+        """Digests of the data's content by split, where :meth:`fingerprint` cannot know it; may read it."""
+        return {}
 
     def _data_fingerprint(self) -> str:
         """A digest of the data and its splits."""
