@@ -50,6 +50,7 @@ class Session:
         self.device = device
         self.progress = progress
         self._stages = stages
+        self._draws: dict[tuple[int, int], list[int]] = {}
         self._calibration: tuple[tuple[int, int], list[Batch]] | None = None
         self._tuned: tuple[str, nn.Module] | None = None
 
@@ -65,9 +66,14 @@ class Session:
         data = self.task.content_fingerprints()
         return {**pins, **({"data": data} if data else {})}
 
+    def _calibration_ids(self, items: int, seed: int) -> list[int]:
+        if (items, seed) not in self._draws:  # among a million training items a draw takes seconds
+            self._draws[items, seed] = self.task.calibration_ids(items, seed)
+        return self._draws[items, seed]
+
     def calibration_pin(self, items: int, seed: int) -> dict[str, Any]:
         """Digest of the ids of a calibration draw, for the lock file."""
-        ids = self.task.calibration_ids(items, seed)
+        ids = self._calibration_ids(items, seed)
         return {"calibration": {f"{items} items, seed {seed}": json_digest(ids)}}
 
     @cached_property
@@ -123,7 +129,7 @@ class Session:
     def calibration(self, items: int, seed: int) -> list[Batch]:
         """The calibration draw of a seed, the same for every method; a device holds one batch at a time."""
         if self._calibration is None or self._calibration[0] != (items, seed):
-            ids = self.task.calibration_ids(items, seed)
+            ids = self._calibration_ids(items, seed)
             size = min(CALIBRATION_BATCH, self.task.batch_size)
             batches = self.task.batches("train", self.entry, ids=ids, batch_size=size)
             self._calibration = ((items, seed), list(batches))

@@ -50,7 +50,11 @@ _ORDER = ("done", "cached", "skipped", "failed", "interrupted", "missing")
     default=None,
     help="Mixed precision of references and fine-tuning in place of the suite's; such cells are others.",
 )
-@click.option("--dry-run", is_flag=True, help="Print the grid with the status of each cell and do nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print the grid, the status of each cell and what keeps it from running here; do nothing.",
+)
 @click.option(
     "--limit", type=int, default=None, help="Only N test items; such cells are kept apart from tables."
 )
@@ -87,10 +91,10 @@ def run(
     \b
     Examples:
       python -m benchmark run --all
-      python -m benchmark run --all --dry-run
+      python -m benchmark run --suite paper --dry-run
       python -m benchmark run --model dinov2_vits14 --method '*tune' --precision W6A6 --limit 200
     """
-    if not (everything or models or methods or precisions or profiles or seeds):
+    if not (everything or dry_run or models or methods or precisions or profiles or seeds):
         raise ConfigError(
             "nothing is selected; give --all, or --model, --method, --precision, --profile or --seed"
         )
