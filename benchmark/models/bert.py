@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from benchmark.assets.catalogue import get_asset
-from benchmark.models.entry import MODELS, Progress, TextEntry, own_random_state
+from benchmark.models.entry import MODELS, Progress, Text, TextEntry, own_random_state
 from quanttune.errors import AssetError
 from quanttune.seeds import derive_seed, torch_generator
 
@@ -86,21 +86,17 @@ class FineTunedBert(TextEntry):
 
         return AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """WordPiece ids with ``[CLS]`` and ``[SEP]``, cut to ``max_length``."""
+    def encode(self, texts: Sequence[Text]) -> list[list[int]]:
+        """WordPiece ids with ``[CLS]`` and ``[SEP]``, cut to ``max_length``; of a pair the longer is cut."""
         encoded = self._tokenizer(list(texts), truncation=True, max_length=self.max_length, padding=False)
         ids: list[list[int]] = encoded["input_ids"]
         return ids
-
-    def _outputs(self) -> int:
-        """Width of the head."""
-        return self._classes()
 
     def build(self) -> nn.Module:
         """The encoder with a classifier of the task's classes, whose first values come from a fixed seed."""
         from transformers import BertConfig, BertForSequenceClassification
 
-        config = BertConfig.from_pretrained(self._folder, local_files_only=True, num_labels=self._outputs())
+        config = BertConfig.from_pretrained(self._folder, local_files_only=True, num_labels=self._classes())
         with own_random_state(derive_seed(REFERENCE_SEED, "initial head", self.name)):
             model = BertForSequenceClassification(config)
         return model.eval()

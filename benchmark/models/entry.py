@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 
+Text = str | tuple[str, str]
+"""What a text model reads as one item: a text, or a pair of texts such as question and answer."""
+
 FOLDER_PREFIX = "folder:"
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -140,21 +143,13 @@ class ModelEntry(ABC):
         """
         raise ConfigError(f"model {self.name} takes no pictures; task {self.task} needs a model that does")
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of every text, with the special tokens, cut to the model's length.
+    def encode(self, texts: Sequence[Text]) -> list[list[int]]:
+        """Token ids of every text or pair of texts, with the special tokens, cut to the model's length.
 
         Raises:
             ConfigError: If this is not a text model.
         """
         raise ConfigError(f"model {self.name} takes no text; task {self.task} needs a text model")
-
-    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
-        """Token ids of every pair of texts as one input, with the special tokens, cut to the model's length.
-
-        Raises:
-            ConfigError: If this is not a model of pairs.
-        """
-        raise ConfigError(f"model {self.name} takes no pairs; task {self.task} needs a model that does")
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a whole text, without special tokens and uncut, for a language model.

@@ -95,10 +95,6 @@ class GlueBert(HubEntry, FineTunedBert):
             )
         return tokenizer
 
-    def _outputs(self) -> int:
-        """One for each class, or one score."""
-        return self._task().n_classes or 1
-
     def pretrained(self) -> nn.Module:
         """The model as fine-tuning finds it: pretrained encoder and pooler, new head.
 
@@ -108,7 +104,7 @@ class GlueBert(HubEntry, FineTunedBert):
         from transformers import BertForSequenceClassification
 
         loaded, absent, unknown = read_transformers(
-            BertForSequenceClassification, self._folder, num_labels=self._outputs()
+            BertForSequenceClassification, self._folder, num_labels=self._classes()
         )
         strangers = {name for name in unknown if not name.startswith(_PRETRAINING_HEAD)}
         strangers |= {name for name in absent if not name.startswith("classifier.")}
@@ -122,13 +118,6 @@ class GlueBert(HubEntry, FineTunedBert):
         }
         model.load_state_dict(encoder, strict=False)
         return model
-
-    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
-        """WordPiece ids ``[CLS] first [SEP] second [SEP]``; the longer text is cut first."""
-        first, second = ([pair[side] for pair in pairs] for side in (0, 1))
-        encoded = self._tokenizer(first, second, truncation=True, max_length=self.max_length, padding=False)
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
 
     def text_inputs(self, tokens: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask`` and ``token_type_ids``, int64 of shape ``(N, longest)``."""

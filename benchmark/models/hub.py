@@ -110,7 +110,11 @@ class HubEntry(ModelEntry):
 def tokenizer_digest(tokenizer: Any) -> str:
     """A digest of a tokenizer by what it does, whatever files it was read from.
 
+    The text of every token of the vocabulary is encoded, so that rules that build tokens count, too.
+
     Args:
         tokenizer: Of transformers.
     """
-    return json_digest([tokenizer.get_vocab(), tokenizer(_PROBE)["input_ids"]])
+    vocabulary = tokenizer.get_vocab()
+    texts = [tokenizer.convert_tokens_to_string([token]) for token in sorted(vocabulary)]
+    return json_digest([vocabulary, tokenizer([_PROBE, *texts])["input_ids"]])
