@@ -7,8 +7,9 @@ checkpoint must already be trained for the task.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -226,7 +227,7 @@ def read_transformers(kind: Any, folder: Path, **settings: Any) -> tuple[nn.Modu
 
     weight_files(folder)
     try:
-        with own_random_state(0):
+        with own_random_state(0), _no_report():
             model, found = kind.from_pretrained(
                 folder,
                 local_files_only=True,
@@ -238,6 +239,19 @@ def read_transformers(kind: Any, folder: Path, **settings: Any) -> tuple[nn.Modu
     except (SafetensorError, OSError, RuntimeError) as error:
         raise AssetError(f"the weights in {folder} cannot be loaded: {error}") from error
     return model.eval(), set(found["missing_keys"]), set(found["unexpected_keys"])
+
+
+@contextlib.contextmanager
+def _no_report() -> Iterator[None]:
+    """Keep transformers from printing what it found: the caller is told, and refuses what is wrong."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def require_complete(folder: Path, absent: Collection[str], unknown: Collection[str]) -> None:

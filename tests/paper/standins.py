@@ -1,13 +1,17 @@
-"""Folders that stand in for the Hub: the real classes and file formats, tiny sizes, random weights."""
+"""Folders that stand in for the Hub and for data sets: the real classes and file formats, tiny sizes, random weights."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from benchmark.models.entry import own_random_state
+from quanttune.seeds import derive_seed
 
 WORDS = [
     "the",
@@ -124,3 +128,79 @@ def as_hub_cache(folder: Path, cache: Path, repo: str, commit: str, reference: s
     pointer.parent.mkdir(parents=True, exist_ok=True)
     pointer.write_text(commit)
     return snapshot
+
+
+def save_data(root: Path) -> Path:
+    """Every data set of the paper suite, small, in the forms that a user may have."""
+    save_photos(root / "imagenet", {"train": 48, "validation": 12}, classes=4)
+    for name, columns in (
+        ("glue_sst2", ("sentence",)),
+        ("glue_mrpc", ("sentence1", "sentence2")),
+        ("glue_qnli", ("question", "sentence")),
+        ("glue_stsb", ("sentence1", "sentence2")),
+    ):
+        save_glue(root / name, columns, {"train": 48, "validation": 16}, scores=name == "glue_stsb")
+    lines = {"train": 160, "validation": 60, "test": 60}
+    for split, number in lines.items():
+        save_text(root / "wikitext2" / f"{split}.txt", number)
+    declare(root / "wikitext2", lines)
+    passages = {"validation": 40, "test": 12}
+    for split, number in passages.items():
+        rows = [{"text": sentence(f"lambada {split} {row}", 12)} for row in range(number)]
+        save_parquet(root / "lambada" / f"{split}.parquet", rows)
+    declare(root / "lambada", passages)
+    return root
+
+
+def sentence(seed: str, length: int = 6) -> str:
+    """Words drawn by a hash of ``seed``."""
+    return " ".join(WORDS[derive_seed(0, seed, place) % len(WORDS)] for place in range(length))
+
+
+def declare(folder: Path, rows: dict[str, int], **facts: int) -> None:
+    """Say that a copy of a data set is smaller than the whole."""
+    (folder / "dataset.json").write_text(json.dumps({"rows": rows, **facts}))
+
+
+def save_photos(folder: Path, rows: dict[str, int], classes: int) -> None:
+    """JPEG files of several sizes, one folder a class."""
+    generator = np.random.default_rng(0)
+    for split, number in rows.items():
+        for item in range(number):
+            path = folder / split / f"n{item % classes:08d}" / f"{split}_{item:08d}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shape = (40 + item % 7, 40 + item % 5, 3)
+            Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)).save(path, quality=90)
+    declare(folder, rows, classes=classes)
+
+
+def save_glue(folder: Path, columns: tuple[str, ...], rows: dict[str, int], scores: bool) -> None:
+    """Parquet with the columns of GLUE on the Hub, ``idx`` included."""
+    for split, number in rows.items():
+        content = [
+            {column: sentence(f"{folder.name} {split} {row} {column}") for column in columns}
+            | {"label": (row % 11) / 2 if scores else row % 2, "idx": row}
+            for row in range(number)
+        ]
+        save_parquet(folder / f"{split}-00000-of-00001.parquet", content)
+    declare(folder, rows)
+
+
+def save_text(path: Path, lines: int) -> None:
+    """A text with headings and blank lines, as WikiText has them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kinds = (
+        lambda row: "",
+        lambda row: f" = {sentence(str(row), 2)} =",
+        lambda row: f" {sentence(str(row), 9)} .",
+    )
+    path.write_text("".join(f"{kinds[row % 3](row)}\n" for row in range(lines)))
+
+
+def save_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows as one Parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
