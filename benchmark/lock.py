@@ -94,6 +94,6 @@ class Lock:
         elif pinned[name] != value and name not in _ADVISORY:
             raise LockError(
                 f"{what} of model {model} is {value}, pinned in {self.path} is {pinned[name]}: not what "
-                f"earlier cells were measured with. Bring back the pinned one; or, to accept this one, delete "
-                f"entry {model!r} from that file and run with --overwrite always"
+                "earlier cells were measured with. Bring back the pinned one; or, to accept this one, "
+                f"delete entry {model!r} from that file and run with --overwrite always"
             )

@@ -95,8 +95,8 @@ def _absent(hub: Hub, why: str) -> Obstacle:
     command = ["hf", "download", hub.repo, *hub.files, "--revision", hub.revision, "--local-dir", str(target)]
     return Obstacle(
         f"the weights of {hub.repo} are not on this machine ({places}; {why})",
-        f"`{shlex.join(command)}` where the Hub answers, then set {VARIABLE}={root or 'models'}; or mount the "
-        "HF_HOME of a machine on which `python -m benchmark fetch` was run",
+        f"`{shlex.join(command)}` where the Hub answers, then set {VARIABLE}={root or 'models'}; or mount "
+        "the HF_HOME of a machine on which `python -m benchmark fetch` was run",
     )
 
 

@@ -72,7 +72,8 @@ def suite_file(folder: Path, models: tuple[str, ...], methods: tuple[str, ...]) 
 def test_the_suite_holds_the_models_methods_and_widths_of_the_paper() -> None:
     assert len(SUITE.models) == 13
     assert {spec.name for spec in SUITE.methods} == {
-        "fp32", "minmax", "percentile", "mse", "omse", "fq_vit", "ptq4vit", "base_ptq", "finetune", "quanttune",
+        "fp32", "minmax", "percentile", "mse", "omse",
+        "fq_vit", "ptq4vit", "base_ptq", "finetune", "quanttune",
     }  # fmt: skip
     assert SUITE.precisions == ("W8A8", "W7A7", "W6A6")
     assert len(expand(SUITE)) == 13 * (1 + 9 * 3 * len(SUITE.profiles) * len(SUITE.seeds))
