@@ -90,7 +90,7 @@ def _inputs_digest(inputs: ModelInputs) -> str:
     return tensor_digest(inputs if isinstance(inputs, Mapping) else {"": inputs})
 
 
-def _silent(stage: str, done: int, total: int) -> None:
+def silent(stage: str, done: int, total: int) -> None:
     """Report nothing."""
 
 
@@ -113,6 +113,7 @@ class Context:
         stages: Keeps what several cells share.
         identity: What decides the reference weights and the data, for the keys of stages.
         autocast: Mixed-precision type of fine-tuning; ``None`` for full precision.
+        processes: How many processes share a fine-tuning, each on a device of its own.
         progress: Report of long work.
     """
 
@@ -130,7 +131,8 @@ class Context:
     stages: StageCache = field(default_factory=MemoryStages)
     identity: Mapping[str, Any] = field(default_factory=dict)
     autocast: torch.dtype | None = None
-    progress: Progress = _silent
+    processes: int = 1
+    progress: Progress = silent
 
     @property
     def profile_sites(self) -> SiteTable:

@@ -38,12 +38,19 @@ class Settings:
         device: ``cpu`` or ``cuda``.
         overwrite: ``never`` leaves every cell that has a record or a failure, ``failed`` tries failed cells
             again, ``always`` measures every cell again.
+        processes: How many processes share one fine-tuning, each on a device of its own.
     """
 
     results: Path
     threads: int = DEFAULT_THREADS
     device: str = "cpu"
     overwrite: str = "failed"
+    processes: int = 1
+
+    def provenance(self) -> dict[str, Any]:
+        """What a record says about where it was made."""
+        several = {"processes": self.processes} if self.processes > 1 else {}
+        return provenance(self.threads, self.device) | several
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,7 @@ class CellRunner:
             "traceback": "".join(traceback.format_exception(error)),
             "failed_at": _now(),
             "duration_s": round(seconds, 3),
-            "provenance": provenance(self.settings.threads, self.settings.device),
+            "provenance": self.settings.provenance(),
         }
         self.store.save_failure(cell, failure)
         return Outcome(cell, "failed", message.splitlines()[0] if message else "unknown error", seconds)
@@ -156,7 +163,7 @@ class CellRunner:
                 if obstacles:
                     raise ObstacleError("; ".join(map(str, obstacles)))
                 stages = Stages(self.store.root / "stages")
-                session = Session(cell.model, stages, self.device, self.progress)
+                session = Session(cell.model, stages, self.device, self.progress, self.settings.processes)
                 self._lock.check(cell.model, session.pins)  # before the weights are trusted with any work
                 self.store.save_reference_digest(cell.model, session.model_identity, session.reference_digest)
                 session.check_gate(cell.autocast)
@@ -187,7 +194,7 @@ class CellRunner:
                 round(time.monotonic() - started, 3),
                 reason=reason,
                 reference_digest=session.reference_digest,
-                provenance=provenance(self.settings.threads, self.settings.device),
+                provenance=self.settings.provenance(),
             )
             return record, None
         quantized = method.quantize(session.context(cell))
@@ -256,7 +263,7 @@ class CellRunner:
             weights_digest=weights_digest,
             details=plain({**(details or {}), "evaluation_batch": items.batch_size}),
             sites=plain(sites or []),
-            provenance=provenance(self.settings.threads, self.settings.device),
+            provenance=self.settings.provenance(),
         )
 
 

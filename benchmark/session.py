@@ -39,16 +39,23 @@ class Session:
         stages: Where expensive results are kept.
         device: Where to compute.
         progress: Report of long work.
+        processes: How many processes share a fine-tuning.
     """
 
     def __init__(
-        self, model: str, stages: Stages, device: torch.device, progress: Callable[[str, int, int], None]
+        self,
+        model: str,
+        stages: Stages,
+        device: torch.device,
+        progress: Callable[[str, int, int], None],
+        processes: int = 1,
     ) -> None:
         self.name = model
         self.entry = get_model(model)
         self.task = get_task(self.entry.task)
         self.device = device
         self.progress = progress
+        self.processes = processes
         self._stages = stages
         self._draws: dict[tuple[int, int], list[int]] = {}
         self._calibration: tuple[tuple[int, int], list[Batch]] | None = None
@@ -155,6 +162,7 @@ class Session:
             stages=self.stages,
             identity=self.identity,
             autocast=autocast_type(cell.autocast),
+            processes=self.processes,
             progress=self.progress,
         )
 

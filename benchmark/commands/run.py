@@ -45,6 +45,13 @@ _ORDER = ("done", "cached", "skipped", "failed", "interrupted", "missing")
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option(
+    "--processes",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Processes that share each fine-tuning, each on a GPU of its own (with --device cuda).",
+)
+@click.option(
     "--autocast",
     type=click.Choice(AUTOCAST),
     default=None,
@@ -79,6 +86,7 @@ def run(
     jobs: int | None,
     threads: int | None,
     device: str,
+    processes: int,
     autocast: str | None,
     dry_run: bool,
     limit: int | None,
@@ -104,13 +112,13 @@ def run(
     from benchmark.store import Store
     from benchmark.suite import load_suite
 
-    for option, value in (("--jobs", jobs), ("--threads", threads)):
+    for option, value in (("--jobs", jobs), ("--threads", threads), ("--processes", processes)):
         if value is not None and value < 1:
             raise ConfigError(f"{option} {value}: it must be at least 1")
     selection = Selection(models, methods, precisions, profiles, seeds)
     cells = expand(load_suite(suite), selection, limit, autocast)
     store = Store(results)
-    settings = Settings(results.absolute(), threads or DEFAULT_THREADS, device, overwrite)
+    settings = Settings(results.absolute(), threads or DEFAULT_THREADS, device, overwrite, processes)
     known = {cell.cell_id: stored_outcome(store, cell, overwrite) for cell in cells}
     outcomes = {cell_id: outcome for cell_id, outcome in known.items() if outcome is not None}
     if dry_run:
@@ -119,6 +127,10 @@ def run(
         echo_cells(store, cells)
         return
     name, count = _choose_executor(executor, jobs, settings.threads)
+    if processes > 1 and name != "serial":
+        raise ConfigError(
+            f"--processes {processes} share one fine-tuning and so need --executor serial, not {name}"
+        )
     tracked = None if no_tracking else suite
     for _ in range(
         2

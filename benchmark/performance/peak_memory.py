@@ -39,7 +39,7 @@ def saved_bytes(model: nn.Module, inputs: ModelInputs) -> int:
 class PeakMemory:
     """The most memory in use since this was made, above what was in use then.
 
-    On a CPU that is the process's resident memory, on a GPU what PyTorch has allocated there. Where Linux does
+    On a CPU that is the resident memory of the process, on a GPU what PyTorch has allocated. Where Linux does
     not let a process forget its peak so far, and elsewhere, an earlier and higher peak counts, too.
 
     Args:

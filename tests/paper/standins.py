@@ -1,4 +1,4 @@
-"""Folders that stand in for the Hub and for data: real classes and file formats, tiny sizes, random weights."""
+"""Folders that stand in for the Hub and for data: real classes and formats, tiny sizes, random weights."""
 
 from __future__ import annotations
 
