@@ -233,7 +233,13 @@ def frames_of_figures() -> dict[str, pd.DataFrame]:
     ]
     sweep = [
         {"model": "one", "precision": "W8A8", "saturation_percent": percent, "value": value}
+        | {"metric": "accuracy"}
         for percent, value in ((0.0, 50.0), (10.0, 80.0), (20.0, 70.0))
+    ]
+    sweep += [  # perplexity takes no part in claims about accuracy
+        {"model": "two", "precision": "W8A8", "saturation_percent": percent, "value": value}
+        | {"metric": "perplexity"}
+        for percent, value in ((0.0, 50.0), (10.0, 80.0), (20.0, 40.0))
     ]
     outliers = [
         {"model": model, "weights": "reference", "layer": f"blocks.{layer}", "site": f"s{layer}", "kind": "k"}
@@ -262,6 +268,22 @@ def test_claims_of_the_figures(rows: SuiteRows, store: Store) -> None:
     depth = by_statement(found, "The range grows")
     assert depth.measured == "one 1.00, two -1.00"
     assert depth.verdict == "holds for 1 of 2 models"
+
+
+def test_points_are_compared_of_models_measured_in_accuracy_alone(rows: SuiteRows, store: Store) -> None:
+    records = {
+        cell_id: record
+        if record.cell.model == "tiny_vit" or record.result is None
+        else dataclasses.replace(record, result=dataclasses.replace(record.result, metric="perplexity"))
+        for cell_id, record in rows.records.items()
+    }
+    mixed = dataclasses.replace(rows, records=records)
+    comparison = Comparison(mixed, store)
+    assert comparison.models == ["tiny_vit"]
+    assert set(comparison_frame(comparison)["model"]) == {"tiny_vit"}
+    kept = by_statement(claims(mixed, comparison, NO_FRAMES), "Accuracy is kept")
+    assert "tiny_vit" in kept.measured
+    assert "tiny_bert" not in kept.measured
 
 
 class Page(HTMLParser):
