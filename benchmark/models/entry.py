@@ -245,10 +245,10 @@ class CausalTextEntry(TextEntry):
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a whole text, without special tokens and uncut."""
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[Text]) -> list[list[int]]:
         """Begin tokens, then the text; of one that is too long the end is kept, where the prediction is."""
         room = self.max_length - len(self.begin)
-        return [[*self.begin, *self.tokenize(text)[-room:]] for text in texts]
+        return [[*self.begin, *self.tokenize(as_one(text))[-room:]] for text in texts]
 
     def text_inputs(self, tokens: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask``, both int64 of shape ``(N, longest)``, padded on the right.
@@ -262,6 +262,11 @@ class CausalTextEntry(TextEntry):
                 f"task {self.task} gives items of {longest} tokens, model {self.name} takes {self.max_length}"
             )
         return super().text_inputs(tokens)
+
+
+def as_one(text: Text) -> str:
+    """A pair joined by a space, for a model that has no way of its own to tell the two apart."""
+    return text if isinstance(text, str) else " ".join(text)
 
 
 @contextlib.contextmanager

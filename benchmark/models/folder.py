@@ -21,6 +21,7 @@ from benchmark.models.entry import (
     ImageEntry,
     ModelEntry,
     Progress,
+    Text,
     TextEntry,
     own_random_state,
 )
@@ -133,7 +134,7 @@ class TransformersFolder(TextEntry, FolderEntry):
         """The tokenizer's padding token."""
         return int(self._tokenizer.pad_token_id)
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[Text]) -> list[list[int]]:
         """Token ids as the folder's tokenizer makes them, cut to ``max_length``."""
         encoded = self._tokenizer(list(texts), truncation=True, max_length=self.max_length, padding=False)
         ids: list[list[int]] = encoded["input_ids"]

@@ -19,7 +19,9 @@ from benchmark.models.entry import (
     ImageEntry,
     ModelEntry,
     Progress,
+    Text,
     TextEntry,
+    as_one,
     own_random_state,
 )
 from quanttune.seeds import derive_seed
@@ -130,7 +132,7 @@ class TinyTextModel(TextEntry, RandomEntry):
         model: nn.Module = kind(config)
         return model
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[Text]) -> list[list[int]]:
         """A begin token, a hash of every word, an end token; at most ``max_length`` in all."""
         begin, end = 2, 3
         words = int(self.settings["vocab_size"]) - _FIRST_WORD
@@ -138,7 +140,7 @@ class TinyTextModel(TextEntry, RandomEntry):
         def token(word: str) -> int:
             return _FIRST_WORD + int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big") % words
 
-        found = [_WORD.findall(text.lower())[: self.max_length - 2] for text in texts]
+        found = [_WORD.findall(as_one(text).lower())[: self.max_length - 2] for text in texts]
         return [[begin, *map(token, line), end] for line in found]
 
 
