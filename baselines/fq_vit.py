@@ -202,7 +202,8 @@ class _Observer:
                     rows = source.movedim(axis, -1).flatten(0, -2)
                     low, high = self._bounds[f"{site_id}|range"]
                     small = max(-low, high) < _HALF_LIMIT
-                    self._kept.setdefault(site_id, []).append(rows.half() if small else rows.clone())
+                    kept = rows.half() if small else rows.clone()
+                    self._kept.setdefault(site_id, []).append(kept.cpu())  # too much for a GPU to hold
             return values
 
         return keep

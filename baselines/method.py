@@ -90,7 +90,7 @@ def _inputs_digest(inputs: ModelInputs) -> str:
     return tensor_digest(inputs if isinstance(inputs, Mapping) else {"": inputs})
 
 
-def _silent(stage: str, done: int, total: int) -> None:
+def silent(stage: str, done: int, total: int) -> None:
     """Report nothing."""
 
 
@@ -112,6 +112,8 @@ class Context:
         device: Where to compute.
         stages: Keeps what several cells share.
         identity: What decides the reference weights and the data, for the keys of stages.
+        autocast: Mixed-precision type of fine-tuning; ``None`` for full precision.
+        processes: How many processes share a fine-tuning, each on a device of its own.
         progress: Report of long work.
     """
 
@@ -128,7 +130,9 @@ class Context:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     stages: StageCache = field(default_factory=MemoryStages)
     identity: Mapping[str, Any] = field(default_factory=dict)
-    progress: Progress = _silent
+    autocast: torch.dtype | None = None
+    processes: int = 1
+    progress: Progress = silent
 
     @property
     def profile_sites(self) -> SiteTable:

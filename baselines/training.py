@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from baselines.method import METHODS, Context, Method, Quantized
+from baselines.method import METHODS, Context, Method, Quantized, silent
 from quanttune.errors import ConfigError
 from quanttune.inputs import ModelInputs, call_model, logits_of, to_device
 from quanttune.outlier_loss import OutlierLoss, OutlierLossConfig
+from quanttune.replicas import run_replicated
 from quanttune.seeds import derive_seed, torch_generator
 from quanttune.tuner import Schedule, tune
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _RECIPE = ("steps", "learning_rate", "batch_size")
 
@@ -71,6 +75,8 @@ class FineTuning(Method):
             "schedule": dataclasses.asdict(schedule),
             "seed": context.seed,
         }
+        if context.autocast is not None:
+            key["autocast"] = str(context.autocast)
         weights = context.stages.tensors("tuning", key, lambda: self._tune(context, schedule, key))
         model = copy.deepcopy(context.model)
         model.load_state_dict(weights)
@@ -91,6 +97,33 @@ class FineTuning(Method):
             ) from None
 
     def _tune(self, context: Context, schedule: Schedule, key: dict[str, Any]) -> dict[str, Tensor]:
+        if context.processes == 1:
+            return self.tuned(context, schedule, key)
+        model = copy.deepcopy(context.model).cpu()
+        given = dataclasses.replace(context, model=model, calibration=[], progress=silent)
+        return run_replicated(
+            _replica,
+            (self, given, schedule, key),
+            context.processes,
+            context.device,
+            lambda done: context.progress(f"{self.name} fine-tuning", done, schedule.steps),
+        )
+
+    def tuned(
+        self,
+        context: Context,
+        schedule: Schedule,
+        key: dict[str, Any],
+        accelerator: Accelerator | None = None,
+    ) -> dict[str, Tensor]:
+        """The state dict of a tuned copy of the reference.
+
+        Args:
+            context: What :meth:`quantize` is given.
+            schedule: Steps and rates.
+            key: What decides the weights; names the checkpoint of an interrupted run.
+            accelerator: That of this process, if several share the work.
+        """
         if context.training is None:
             raise ConfigError(f"{self.name} fine-tunes, but the task has no training split")
         model = copy.deepcopy(context.model)
@@ -111,8 +144,10 @@ class FineTuning(Method):
             outliers=outliers,
             seed=derive_seed(context.seed, "tuning"),
             device=context.device,
+            autocast=context.autocast,
             checkpoint=context.stages.checkpoint("tuning", key),
             progress=lambda done, total, _: context.progress(f"{self.name} fine-tuning", done, total),
+            accelerator=accelerator,
         )
         return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
@@ -148,3 +183,25 @@ class _Taught:
 
     def to(self, device: torch.device) -> _Taught:
         return _Taught(self.targets.to(device), self.teacher.to(device))
+
+    def __getitem__(self, items: slice) -> _Taught:
+        return _Taught(self.targets[items], self.teacher[items])
+
+
+def _replica(
+    accelerator: Accelerator,
+    report: Callable[[int], None],
+    method: FineTuning,
+    context: Context,
+    schedule: Schedule,
+    key: dict[str, Any],
+) -> dict[str, Tensor]:
+    """What each of several processes does."""
+    device = accelerator.device
+    here = dataclasses.replace(
+        context,
+        model=context.model.to(device),
+        device=device,
+        progress=lambda _, done, __: report(done),
+    )
+    return method.tuned(here, schedule, key, accelerator)

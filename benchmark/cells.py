@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from benchmark.environment import AUTOCAST, FULL_PRECISION
 from benchmark.models.entry import FOLDER_PREFIX, get_model
 from benchmark.suite import MethodSpec, Suite
 from benchmark.tasks.task import get_task
@@ -38,6 +39,8 @@ class Cell:
         profile: Which sites are quantized; ``"none"`` for the reference itself.
         limit: Items measured, ``None`` for the whole split.
         split: The split measured: ``test``, or ``validation`` in a search of hyperparameters.
+        autocast: Mixed precision of the reference's evaluation and of fine-tuning, see
+            :data:`benchmark.environment.AUTOCAST`; simulations compute in FP32 whatever it is.
     """
 
     model: str
@@ -56,6 +59,7 @@ class Cell:
     calibration_items: int
     limit: int | None
     split: str = "test"
+    autocast: str = FULL_PRECISION
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -73,6 +77,8 @@ class Cell:
         fields["parameters"] = json.loads(fields.pop("parameters_json"))
         if self.split == "test":
             del fields["split"]  # what a cell of a table measures needs no saying
+        if self.autocast == FULL_PRECISION:
+            del fields["autocast"]
         return {"engine": ENGINE_VERSION, **fields}
 
     @classmethod
@@ -94,7 +100,7 @@ class Cell:
         Whatever a method calibrates with comes after that stage, so cells that differ in it belong together.
         """
         shared = {name: value for name, value in self.parameters.items() if name != "calibrator"}
-        return json_digest([self.model_identity, self.method, shared, self.seed])
+        return json_digest([self.model_identity, self.method, shared, self.seed, self.autocast])
 
     def make_method(self) -> Method:
         """The method of this cell with its parameters."""
@@ -107,6 +113,7 @@ class Cell:
             return f"{self.model} {self.method}"
         extra = "" if self.weight_granularity == "per_channel" else f" {self.weight_granularity}"
         extra += "" if self.symmetric else " asymmetric"
+        extra += "" if self.autocast == FULL_PRECISION else f" {self.autocast}"
         return f"{self.model} {self.label} {self.precision} {self.profile}{extra} seed {self.seed}"
 
     @cached_property
@@ -130,13 +137,19 @@ class Selection:
     seeds: tuple[int, ...] = ()
 
 
-def expand(suite: Suite, selection: Selection | None = None, limit: int | None = None) -> list[Cell]:
+def expand(
+    suite: Suite,
+    selection: Selection | None = None,
+    limit: int | None = None,
+    autocast: str | None = None,
+) -> list[Cell]:
     """The grid of a suite: every cell once, in an order that lets neighbours share expensive stages.
 
     Args:
         suite: What to expand.
         selection: A part of the suite; all of it by default.
         limit: Test items, in place of the suite's own.
+        autocast: Mixed precision, in place of the suite's own.
 
     Raises:
         UnknownNameError: If a model or method is not registered, or a plain name is not in the suite.
@@ -153,6 +166,8 @@ def expand(suite: Suite, selection: Selection | None = None, limit: int | None =
     for profile in profiles:
         if profile not in PROFILES:
             raise UnknownNameError("profile", profile, PROFILES)
+    if autocast is not None and autocast not in AUTOCAST:
+        raise UnknownNameError("autocast type", autocast, AUTOCAST)
     seeds = selection.seeds or suite.seeds
     if any(seed < 0 for seed in seeds):
         raise ConfigError(f"--seed {min(seeds)}: seeds are 0 or more")
@@ -164,6 +179,7 @@ def expand(suite: Suite, selection: Selection | None = None, limit: int | None =
             "calibration_items": suite.calibration_items,
             "limit": _effective_limit(base["task"], suite.split, suite.limit if limit is None else limit),
             "split": suite.split,
+            "autocast": autocast or suite.autocast,
         }
         for cell in _model_cells(base | common, methods, suite, precisions, profiles, seeds):
             cells.setdefault(cell.cell_id, cell)

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quanttune.errors import ConfigError
+from quanttune.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +19,10 @@ DEFAULT_THREADS = 2
 """PyTorch threads per cell, whatever the machine and the executor. Sums are split by thread: the forward pass
 of a small ViT was the same to the bit with 1 to 4 threads, its gradients differed by 2e-8, so tuned weights
 would, too."""
+
+FULL_PRECISION = "none"
+AUTOCAST = (FULL_PRECISION, "bf16")
+"""Mixed precision of references and fine-tuning. float16 is left out: its gradients need a loss scale."""
 
 _PACKAGES = (
     "torch",
@@ -59,6 +63,19 @@ def prepare_torch(threads: int, device: str) -> torch.device:
     elif chosen.type != "cpu":
         raise ConfigError(f"--device {device}: use cpu or cuda")
     return chosen
+
+
+def autocast_type(name: str) -> torch.dtype | None:
+    """The torch type of a name in :data:`AUTOCAST`; ``None`` for full precision.
+
+    Raises:
+        UnknownNameError: If there is no such name.
+    """
+    import torch
+
+    if name not in AUTOCAST:
+        raise UnknownNameError("autocast type", name, AUTOCAST)
+    return None if name == FULL_PRECISION else torch.bfloat16
 
 
 def provenance(threads: int, device: str) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from benchmark.memory import in_fitting_batches
 from quanttune.seeds import numpy_generator
 
 if TYPE_CHECKING:
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
 
     from benchmark.models.entry import ModelEntry
     from benchmark.tasks.task import Task
-
-BATCH_SIZE = 50
-"""Items per evaluation batch; fixed, because the split into batches may change the last bits of a sum."""
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -32,11 +30,13 @@ class Items:
         ids: Item ids, int64, shape ``(N,)``.
         scores: The task's score of every item, float64, shape ``(N,)``.
         predictions: Predicted classes, int64, shape ``(N,)``; ``None`` for tasks without classes.
+        batch_size: Items of the smallest batch size it took; ``None`` if that was not kept.
     """
 
     ids: np.ndarray
     scores: np.ndarray
     predictions: np.ndarray | None
+    batch_size: int | None = None
 
     def arrays(self) -> dict[str, np.ndarray]:
         """By name, without what is absent."""
@@ -47,16 +47,18 @@ class Items:
         """The same as tensors, to be kept as a stage."""
         import torch
 
-        return {name: torch.from_numpy(array) for name, array in self.arrays().items()}
+        tensors = {name: torch.from_numpy(array) for name, array in self.arrays().items()}
+        return tensors | ({} if self.batch_size is None else {"batch_size": torch.tensor(self.batch_size)})
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Items:
         """The inverse of :meth:`tensors`."""
-        predictions = tensors.get("predictions")
+        predictions, size = tensors.get("predictions"), tensors.get("batch_size")
         return cls(
             tensors["ids"].numpy(),
             tensors["scores"].numpy(),
             None if predictions is None else predictions.numpy(),
+            None if size is None else int(size),
         )
 
 
@@ -70,8 +72,13 @@ def evaluate(
     device: torch.device,
     progress: Callable[[str, int, int], None],
     stage: str = "evaluation",
+    autocast: torch.dtype | None = None,
 ) -> Items:
     """Run ``model`` over a split, in the committed order of its ids.
+
+    Batches have the task's size. One that does not fit into memory is halved, and so are those after it; the
+    next evaluation begins with the task's size again, so that a number does not depend on what was measured
+    before it.
 
     Args:
         model: In evaluation mode, on ``device``; run as it is, so a simulation around the call takes part.
@@ -82,6 +89,10 @@ def evaluate(
         device: Where to compute.
         progress: Called after each batch.
         stage: What to call this work in progress reports.
+        autocast: Mixed-precision type of the forward pass; ``None`` for full precision.
+
+    Raises:
+        OutOfMemoryError: If a single item does not fit.
     """
     import torch
 
@@ -90,18 +101,26 @@ def evaluate(
     ids = np.asarray(task.split_ids(split, limit), dtype=np.int64)
     scores: list[np.ndarray] = []
     predictions: list[np.ndarray] = []
-    done = 0
-    with torch.no_grad():
-        for batch in task.batches(split, entry, ids=ids.tolist(), batch_size=BATCH_SIZE):
-            logits = logits_of(call_model(model, to_device(batch.inputs, device))).cpu()
+
+    def run(ids: Sequence[int], batch_size: int) -> Iterator[int]:
+        for batch in task.batches(split, entry, ids=ids, batch_size=batch_size):
+            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                output = call_model(model, to_device(batch.inputs, device))
+            logits = logits_of(output).float().cpu()
             scores.append(task.item_scores(logits, batch.targets).double().numpy())
             if logits.dim() == 2:
                 predictions.append(logits.argmax(dim=-1).numpy())
-            done += len(scores[-1])
+            yield len(scores[-1])
+
+    done, size = 0, task.batch_size
+    batches = in_fitting_batches(run, ids.tolist(), task.batch_size, f"model {entry.name}")
+    with torch.no_grad():
+        for count, in_force in batches:
+            done, size = done + count, in_force
             progress(stage, done, len(ids))
     if done != len(ids):
         raise RuntimeError(f"task {task.name} gave {done} items of split {split} in place of {len(ids)}")
-    return Items(ids, np.concatenate(scores), np.concatenate(predictions) if predictions else None)
+    return Items(ids, np.concatenate(scores), np.concatenate(predictions) if predictions else None, size)
 
 
 def drop_interval(

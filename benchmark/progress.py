@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Self
 import click
 
 from benchmark.cells import Cell
+from benchmark.report.metric import loss, loss_name
 from benchmark.runner import Outcome
+from benchmark.tasks.task import get_task
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -150,7 +152,8 @@ def outcome_line(outcome: Outcome) -> str:
     if outcome.value is not None:
         parts.append(f"{outcome.value:.2f}")
         if not outcome.cell.is_reference and outcome.drop is not None:
-            parts.append(f"drop {outcome.drop:.2f}")
+            higher = get_task(outcome.cell.task).higher_is_better
+            parts.append(f"{loss_name(higher)} {loss(outcome.drop, higher):.2f}")
     if outcome.message:
         parts.append(outcome.message)
     if outcome.seconds:

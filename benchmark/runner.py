@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from benchmark.cells import Cell
 from benchmark.environment import DEFAULT_THREADS, prepare_torch, provenance
+from benchmark.lock import Lock, LockError
+from benchmark.obstacles import ObstacleError, obstacles_of
 from benchmark.record import DONE, SKIPPED, Record, Result, plain
 from benchmark.stages import Stages
 from benchmark.store import Store
-from quanttune.errors import QuantTuneError, StoreError
+from quanttune.errors import AssetError, QuantTuneError, StoreError
 
 if TYPE_CHECKING:
     from baselines.method import Quantized
@@ -36,12 +38,19 @@ class Settings:
         device: ``cpu`` or ``cuda``.
         overwrite: ``never`` leaves every cell that has a record or a failure, ``failed`` tries failed cells
             again, ``always`` measures every cell again.
+        processes: How many processes share one fine-tuning, each on a device of its own.
     """
 
     results: Path
     threads: int = DEFAULT_THREADS
     device: str = "cpu"
     overwrite: str = "failed"
+    processes: int = 1
+
+    def provenance(self) -> dict[str, Any]:
+        """What a record says about where it was made."""
+        several = {"processes": self.processes} if self.processes > 1 else {}
+        return provenance(self.threads, self.device) | several
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,8 @@ class CellRunner:
         self.store = Store(settings.results)
         self.device = prepare_torch(settings.threads, settings.device)
         self._session: Session | None = None
-        self._broken: dict[str, str] = {}
+        self._lock = Lock(settings.results)
+        self._broken: dict[str, QuantTuneError] = {}
 
     def run(self, cell: Cell) -> Outcome:
         """Measure one cell and keep its record, or keep why it failed.
@@ -135,7 +145,7 @@ class CellRunner:
             "traceback": "".join(traceback.format_exception(error)),
             "failed_at": _now(),
             "duration_s": round(seconds, 3),
-            "provenance": provenance(self.settings.threads, self.settings.device),
+            "provenance": self.settings.provenance(),
         }
         self.store.save_failure(cell, failure)
         return Outcome(cell, "failed", message.splitlines()[0] if message else "unknown error", seconds)
@@ -145,24 +155,32 @@ class CellRunner:
         from benchmark.session import GateError, Session
 
         if cell.model in self._broken:
-            raise GateError(self._broken[cell.model])
+            raise self._broken[cell.model].with_traceback(None)
         if self._session is None or self._session.name != cell.model:
             self._session = None
-            stages = Stages(self.store.root / "stages")
-            session = Session(cell.model, stages, self.device, self.progress)
-            self.store.save_reference_digest(cell.model, session.model_identity, session.reference_digest)
             try:
-                session.check_gate()
-            except GateError as error:
-                self._broken[cell.model] = str(error)
+                obstacles = obstacles_of(cell.model)
+                if obstacles:
+                    raise ObstacleError("; ".join(map(str, obstacles)))
+                stages = Stages(self.store.root / "stages")
+                session = Session(cell.model, stages, self.device, self.progress, self.settings.processes)
+                self._lock.check(cell.model, session.pins)  # before the weights are trusted with any work
+                self.store.save_reference_digest(cell.model, session.model_identity, session.reference_digest)
+                session.check_gate(cell.autocast)
+            except (AssetError, GateError, LockError, ObstacleError) as error:
+                self._broken[cell.model] = error
                 raise
             self._session = session
+        if self._session.pins and not cell.is_reference:
+            self._lock.check(cell.model, self._session.calibration_pin(cell.calibration_items, cell.seed))
         return self._session
 
     def _measure(self, cell: Cell, started: float) -> tuple[Record, Items | None]:
         session = self._open(cell)
         method = cell.make_method()
-        reference = session.fp32_items(session.model, session.reference_digest, cell.limit, cell.split)
+        reference = session.fp32_items(
+            session.model, session.reference_digest, cell.limit, cell.split, cell.autocast
+        )
         if cell.is_reference:
             return self._record(
                 cell, session, started, reference, reference, session.reference_digest
@@ -176,7 +194,7 @@ class CellRunner:
                 round(time.monotonic() - started, 3),
                 reason=reason,
                 reference_digest=session.reference_digest,
-                provenance=provenance(self.settings.threads, self.settings.device),
+                provenance=self.settings.provenance(),
             )
             return record, None
         quantized = method.quantize(session.context(cell))
@@ -192,7 +210,9 @@ class CellRunner:
         from quanttune.quantization import simulate
 
         model, digest = session.with_weights(quantized.weights)
-        own = None if quantized.weights is None else session.fp32_items(model, digest, cell.limit, cell.split)
+        own = None
+        if quantized.weights is not None:
+            own = session.fp32_items(model, digest, cell.limit, cell.split, cell.autocast)
         with simulate(model, quantized.quantizers):
             items = evaluate(
                 model,
@@ -241,9 +261,9 @@ class CellRunner:
             result=result,
             reference_digest=session.reference_digest,
             weights_digest=weights_digest,
-            details=plain(details or {}),
+            details=plain({**(details or {}), "evaluation_batch": items.batch_size}),
             sites=plain(sites or []),
-            provenance=provenance(self.settings.threads, self.settings.device),
+            provenance=self.settings.provenance(),
         )
 
 

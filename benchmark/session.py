@@ -6,6 +6,7 @@ import copy
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from benchmark.environment import FULL_PRECISION, autocast_type
 from benchmark.measure import Items, evaluate
 from benchmark.models.entry import get_model
 from benchmark.stages import Stages
@@ -38,17 +39,25 @@ class Session:
         stages: Where expensive results are kept.
         device: Where to compute.
         progress: Report of long work.
+        processes: How many processes share a fine-tuning.
     """
 
     def __init__(
-        self, model: str, stages: Stages, device: torch.device, progress: Callable[[str, int, int], None]
+        self,
+        model: str,
+        stages: Stages,
+        device: torch.device,
+        progress: Callable[[str, int, int], None],
+        processes: int = 1,
     ) -> None:
         self.name = model
         self.entry = get_model(model)
         self.task = get_task(self.entry.task)
         self.device = device
         self.progress = progress
+        self.processes = processes
         self._stages = stages
+        self._draws: dict[tuple[int, int], list[int]] = {}
         self._calibration: tuple[tuple[int, int], list[Batch]] | None = None
         self._tuned: tuple[str, nn.Module] | None = None
 
@@ -58,8 +67,25 @@ class Session:
         return json_digest(self.entry.identity())
 
     @cached_property
+    def pins(self) -> dict[str, Any]:
+        """What the lock file pins of this model and its data; empty where the identity holds every digest."""
+        pins = self.entry.pins()
+        data = self.task.content_fingerprints()
+        return {**pins, **({"data": data} if data else {})}
+
+    def _calibration_ids(self, items: int, seed: int) -> list[int]:
+        if (items, seed) not in self._draws:  # among a million training items a draw takes seconds
+            self._draws[items, seed] = self.task.calibration_ids(items, seed)
+        return self._draws[items, seed]
+
+    def calibration_pin(self, items: int, seed: int) -> dict[str, Any]:
+        """Digest of the ids of a calibration draw, for the lock file."""
+        ids = self._calibration_ids(items, seed)
+        return {"calibration": {f"{items} items, seed {seed}": json_digest(ids)}}
+
+    @cached_property
     def _weights(self) -> dict[str, Tensor]:
-        return self.entry.make_reference(self._stages, self.progress)
+        return self.entry.make_reference(self._stages, self.progress, self.device)
 
     @cached_property
     def reference_digest(self) -> str:
@@ -108,18 +134,12 @@ class Session:
         return discover_sites(self.model, to_device(first.inputs, self.device))
 
     def calibration(self, items: int, seed: int) -> list[Batch]:
-        """The calibration draw of a seed, the same for every method."""
+        """The calibration draw of a seed, the same for every method; a device holds one batch at a time."""
         if self._calibration is None or self._calibration[0] != (items, seed):
-            from baselines.method import Batch
-            from quanttune.inputs import to_device
-
-            ids = self.task.calibration_ids(items, seed)
-            batches = self.task.batches("train", self.entry, ids=ids, batch_size=CALIBRATION_BATCH)
-            moved = [
-                Batch(to_device(batch.inputs, self.device), batch.targets.to(self.device))
-                for batch in batches
-            ]
-            self._calibration = ((items, seed), moved)
+            ids = self._calibration_ids(items, seed)
+            size = min(CALIBRATION_BATCH, self.task.batch_size)
+            batches = self.task.batches("train", self.entry, ids=ids, batch_size=size)
+            self._calibration = ((items, seed), list(batches))
         return self._calibration[1]
 
     def context(self, cell: Cell) -> Context:
@@ -141,10 +161,19 @@ class Session:
             device=self.device,
             stages=self.stages,
             identity=self.identity,
+            autocast=autocast_type(cell.autocast),
+            processes=self.processes,
             progress=self.progress,
         )
 
-    def fp32_items(self, model: nn.Module, digest: str, limit: int | None, split: str = "test") -> Items:
+    def fp32_items(
+        self,
+        model: nn.Module,
+        digest: str,
+        limit: int | None,
+        split: str = "test",
+        autocast: str = FULL_PRECISION,
+    ) -> Items:
         """What ``model``, unquantized, does on a split; measured once for given weights.
 
         Args:
@@ -152,6 +181,7 @@ class Session:
             digest: Digest of its weights.
             limit: Items of the split.
             split: ``test`` or ``validation``.
+            autocast: Name of the mixed-precision type.
         """
 
         def make() -> dict[str, Tensor]:
@@ -164,22 +194,27 @@ class Session:
                 device=self.device,
                 progress=self.progress,
                 stage="FP32 evaluation",
+                autocast=autocast_type(autocast),
             ).tensors()
 
         key = {"weights": digest, "limit": limit} | ({} if split == "test" else {"split": split})
+        key |= {} if autocast == FULL_PRECISION else {"autocast": autocast}
         return Items.from_tensors(self.stages.tensors("fp32_items", key, make))
 
-    def check_gate(self) -> None:
+    def check_gate(self, autocast: str = FULL_PRECISION) -> None:
         """Refuse a reference that does not reach the metric it is known for.
 
         The whole test split is measured, whatever the cell's limit, because the expected value belongs to it.
+
+        Args:
+            autocast: Name of the mixed-precision type to measure with.
 
         Raises:
             GateError: If the metric is further from the expected one than the entry's tolerance.
         """
         if self.entry.expected is None:
             return
-        items = self.fp32_items(self.model, self.reference_digest, None)
+        items = self.fp32_items(self.model, self.reference_digest, None, autocast=autocast)
         value = self.task.metric_value(items.scores)
         if abs(value - self.entry.expected) > self.entry.tolerance:
             raise GateError(

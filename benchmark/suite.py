@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from benchmark.environment import AUTOCAST, FULL_PRECISION
 from quanttune.errors import ConfigError, UnknownNameError
 from quanttune.quantization.precision import Precision
 from quanttune.quantization.sites import PROFILES
@@ -43,6 +44,7 @@ class Suite:
         calibration_items: Training items each method may calibrate on.
         limit: Number of test items, ``None`` for the whole split.
         split: What is measured: ``test``, or ``validation`` for a search of hyperparameters.
+        autocast: Mixed precision of references and fine-tuning: ``none`` or ``bf16``.
         origin: What to give to ``--suite``.
     """
 
@@ -58,6 +60,7 @@ class Suite:
     calibration_items: int = 128
     limit: int | None = None
     split: str = "test"
+    autocast: str = FULL_PRECISION
     origin: str = ""
 
 
@@ -120,6 +123,8 @@ def parse_suite(name: str, text: str, origin: str) -> Suite:
                 )
     if values.get("split", "test") not in SPLITS:
         raise ConfigError(f"{what}: split = {values['split']!r}; known: {', '.join(SPLITS)}")
+    if values.get("autocast", FULL_PRECISION) not in AUTOCAST:
+        raise ConfigError(f"{what}: autocast = {values['autocast']!r}; known: {', '.join(AUTOCAST)}")
     values["precisions"] = tuple(str(Precision.parse(text)) for text in values["precisions"])
     return Suite(name=name, methods=methods, origin=origin, **{"description": "", **values})
 
@@ -136,8 +141,9 @@ _FIELDS: dict[str, type] = {
     "calibration_items": int,
     "limit": int,
     "split": str,
+    "autocast": str,
 }
-_SCALARS = ("description", "calibration_items", "limit", "split")
+_SCALARS = ("description", "calibration_items", "limit", "split", "autocast")
 SPLITS = ("test", "validation")
 
 

@@ -44,6 +44,7 @@ from quanttune.errors import ConfigError
 from quanttune.inputs import ModelInputs
 from quanttune.quantization import SiteHandlers, SiteKind, SiteTable, discover_sites
 from quanttune.quantization.tracing import Handler
+from quanttune.replicas import Replicas, merged_moments
 
 PENALTIES = ("outlier", "range", "kurtosis")
 SCHEDULES = ("feedback", "anneal", "fixed")
@@ -179,9 +180,23 @@ class OutlierLoss:
         }
         self._parameters = {name: _Running() for name in self._matrices}
         self._steps, self._step = steps, 0
-        self._terms: list[Tensor] = []
+        self._terms: list[_Term] = []
         self._pending: dict[str, int] = {}
-        self._observed: list[tuple[str, Tensor]] = []
+        self._observed: list[tuple[str, Tensor, int]] = []
+        self._replicas: Replicas | None = None
+
+    def share_over(self, replicas: Replicas) -> None:
+        """Take the batches of several processes together: their moments, and the mean over their outliers.
+
+        Raises:
+            ConfigError: If the penalty is none that adds up over parts of a batch.
+        """
+        if self.config.penalty != "outlier" and replicas.count > 1:
+            raise ConfigError(
+                f"penalty {self.config.penalty!r} does not add up over parts of a batch; use one process, or "
+                "penalty 'outlier'"
+            )
+        self._replicas = replicas
 
     def _penalises(self, kind: SiteKind) -> bool:
         kinds = self.config.kinds
@@ -205,18 +220,36 @@ class OutlierLoss:
         """The weighted loss of the forward passes since the last call; a scalar, zero without outliers."""
         forwards = max(self._pending.values(), default=1)
         terms, self._terms, self._pending = self._terms, [], {}
-        if not terms:
+        values = [term.value for term in terms]
+        if self._replicas is not None:
+            values = self._of_all_outliers(terms, forwards, self._replicas)
+        if not values:
             return torch.zeros(())
         # Sites of a model that is spread over devices meet on the device of the first.
-        total = torch.stack([term.to(terms[0].device) for term in terms]).sum()
+        total = torch.stack([value.to(values[0].device) for value in values]).sum()
         return self.config.weight * total / (forwards * len(self._running))
+
+    def _of_all_outliers(self, terms: list[_Term], forwards: int, replicas: Replicas) -> list[Tensor]:
+        """Means over this process's outliers, weighted so that the processes' sum is the mean over all."""
+        places = {site_id: place for place, site_id in enumerate(self._running)}
+        counts = torch.zeros(forwards, len(places), device=replicas.device)
+        for term in terms:
+            counts[term.forward, places[term.site]] = term.count
+        every = replicas.sum(counts).clamp(min=1)
+        return [
+            term.value * (term.count / every[term.forward, places[term.site]]).to(term.value.device)
+            for term in terms
+        ]
 
     def step(self) -> None:
         """Advance the schedule by one optimizer step; the only point that waits for the device."""
         observed, self._observed = self._observed, []
         if observed:
-            rows = torch.stack([row.to(observed[0][1].device) for _, row in observed]).tolist()
-            for (site_id, _), row in zip(observed, rows, strict=True):
+            rows = torch.stack([row.to(observed[0][1].device) for _, row, _ in observed])
+            if self._replicas is not None:
+                sizes = torch.tensor([size for *_, size in observed], device=rows.device)
+                rows = merged_moments(self._replicas.gather(rows), self._replicas.gather(sizes))
+            for (site_id, *_), row in zip(observed, rows.tolist(), strict=True):
                 self._running[site_id].update(row, self.config.momentum)
         due = self._step % _PROJECT_EVERY == 0 or self._step == self._steps - 1
         if due and self.config.weight and self.config.parameter_threshold is not None:
@@ -246,20 +279,23 @@ class OutlierLoss:
         return handle
 
     def _watch(self, site_id: str, values: Tensor) -> None:
-        self._pending[site_id] = self._pending.get(site_id, 0) + 1
+        forward = self._pending.get(site_id, 0)
+        self._pending[site_id] = forward + 1
         moments = _moments(values)
-        self._observed.append((site_id, moments))
+        self._observed.append((site_id, moments, _sample_of(values).numel()))
         running = self._running[site_id]
         if not self.config.weight or not running.std > 0:
             return
         limit = self._activation_limit(running)
         if self.config.penalty == "kurtosis":
-            self._terms.append(_kurtosis(values.float()))
+            self._terms.append(_Term(site_id, forward, _kurtosis(values.float())))
         elif self.config.penalty == "range":
             distance = (values.float() - running.mean).abs().amax() / running.std
-            self._terms.append((distance - limit).clamp(min=0) ** self.config.power)
+            excess = (distance - limit).clamp(min=0)
+            self._terms.append(_Term(site_id, forward, excess**self.config.power))
         elif values.is_cuda or _reaches(moments, running, limit):
-            self._terms.append(_MeanExcess.apply(values, running.mean, running.std, limit, self.config.power))
+            settings = (running.mean, running.std, limit, self.config.power)
+            self._terms.append(_Term(site_id, forward, *_MeanExcess.apply(values, *settings)))
 
     def _activation_limit(self, running: _Running) -> float:
         final = self.config.threshold
@@ -285,12 +321,26 @@ class OutlierLoss:
                 matrix.clamp_(running.mean - reach, running.mean + reach)
 
 
+@dataclass(frozen=True)
+class _Term:
+    """The loss of one site in one forward pass, and the number of outliers it is the mean of."""
+
+    site: str
+    forward: int
+    value: Tensor
+    count: Tensor | float = 1.0
+
+
 def _moments(values: Tensor) -> Tensor:
     """Mean, standard deviation, minimum and maximum, shape ``(4,)``; the moments from a strided sample."""
-    flat = values.detach().reshape(-1)
-    std, mean = torch.std_mean(flat[:: max(1, flat.numel() // _SAMPLE)].float())
-    low, high = torch.aminmax(flat)
+    std, mean = torch.std_mean(_sample_of(values).float())
+    low, high = torch.aminmax(values.detach())
     return torch.stack([mean, std, low.float(), high.float()])
+
+
+def _sample_of(values: Tensor) -> Tensor:
+    flat = values.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLE)]
 
 
 def _reaches(moments: Tensor, running: _Running, limit: float) -> bool:
@@ -300,24 +350,29 @@ def _reaches(moments: Tensor, running: _Running, limit: float) -> bool:
 
 
 class _MeanExcess(torch.autograd.Function):
-    """Mean over the outliers of ``(|x - mean| / std - limit) ** power``; keeps no copy of ``x``."""
+    """Mean over the outliers of ``(|x - mean| / std - limit) ** power``, and their number; keeps no copy."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, mean: float, std: float, limit: float, power: int) -> Tensor:
+    def forward(
+        ctx: Any, values: Tensor, mean: float, std: float, limit: float, power: int
+    ) -> tuple[Tensor, Tensor]:
         flat = values.detach().reshape(-1)
         ctx.settings = (mean, std, limit, power)
         if flat.is_cuda:  # dense: finding the few outliers would stall the device
             ctx.save_for_backward(values)
             excess = ((flat.float() - mean).abs_() / std).sub_(limit).clamp_(min=0)
             ctx.count = torch.count_nonzero(excess).clamp(min=1)
-            return (excess**power).sum() / ctx.count
+            ctx.mark_non_differentiable(ctx.count)
+            return (excess**power).sum() / ctx.count, ctx.count
         outliers = ((flat - mean).abs_() > limit * std).nonzero().squeeze(1)
         found = flat[outliers].float() - mean
         excess = found.abs() / std - limit
         slope = power * excess ** (power - 1) * found.sign() / (std * max(len(outliers), 1))
         ctx.save_for_backward(outliers, slope)
         ctx.shape, ctx.dtype = values.shape, values.dtype
-        return (excess**power).mean() if len(outliers) else excess.sum()
+        count = torch.tensor(len(outliers))
+        ctx.mark_non_differentiable(count)
+        return ((excess**power).mean() if len(outliers) else excess.sum()), count
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

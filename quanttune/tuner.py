@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,11 @@ from quanttune.digests import json_digest
 from quanttune.errors import ConfigError, TuningDivergedError
 from quanttune.inputs import ModelInputs, call_model, logits_of, to_device
 from quanttune.outlier_loss import OutlierLoss
+from quanttune.replicas import Replicas
 from quanttune.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 TrainingBatch = tuple[ModelInputs, Tensor]
 """Model inputs and targets of one batch."""
@@ -82,8 +87,12 @@ def tune(
     checkpoint: Path | None = None,
     checkpoint_every: int = 100,
     progress: Callable[[int, int, float], None] | None = None,
+    accelerator: Accelerator | None = None,
 ) -> dict[str, float]:
     """Fine-tune ``model`` in place.
+
+    With an ``accelerator`` several processes share the work: all call this with the same arguments, each on
+    its own device. The steps are those of a single process on the same batches, up to rounding and dropout.
 
     Args:
         model: Any torch model; left in evaluation mode.
@@ -98,6 +107,8 @@ def tune(
             resumed, and it is removed at the end.
         checkpoint_every: Steps between checkpoints.
         progress: Called with steps done, steps in all and the smoothed task loss.
+        accelerator: ``accelerate.Accelerator`` of this process; its device takes the place of ``device``. The
+            main process alone writes checkpoints, all read them.
 
     Returns:
         Smoothed task loss at the start and at the end.
@@ -106,41 +117,52 @@ def tune(
         TuningDivergedError: If the loss is not finite or the smoothed loss ran away; weights are then not to
             be used.
     """
-    device = torch.device(device)
+    replicas = None if accelerator is None else Replicas(accelerator)
+    device = torch.device(device) if replicas is None else replicas.device
     model.to(device).train()
     optimizer = _optimizer(model, schedule)
     state = _Progress()
     purpose = [asdict(schedule), seed, None if outliers is None else asdict(outliers.config)]
     keeper = Checkpoint(checkpoint, model, optimizer, json_digest(purpose))
+    is_main = replicas is None or replicas.is_main
     saved = keeper.load()
     if saved is not None:
         state = _Progress(**saved["progress"])
         if outliers is not None:
             outliers.load_state_dict(saved["outliers"])
+    if replicas is not None:
+        _join(replicas, model, outliers, state.step)
     remaining = itertools.islice(batches, state.step * schedule.accumulation, None)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), outliers or nullcontext():
         while state.step < schedule.steps:
-            torch.manual_seed(derive_seed(seed, "dropout", state.step))
+            rank = () if replicas is None or replicas.count == 1 else (replicas.rank,)
+            torch.manual_seed(derive_seed(seed, "dropout", state.step, *rank))
             _set_rate(optimizer, schedule, state.step)
             task = 0.0
             for _ in range(schedule.accumulation):
                 inputs, targets = next(remaining)
+                share = 1.0
+                if replicas is not None:
+                    inputs, targets, share = replicas.part(inputs, targets)
                 with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                     logits = logits_of(call_model(model, to_device(inputs, device)))
-                task_loss = loss(logits.float(), targets.to(device))
+                task_loss = share * loss(logits.float(), targets.to(device))
                 total = task_loss if outliers is None else task_loss + outliers.penalty().to(device)
                 (total / schedule.accumulation).backward()
                 task += float(task_loss.detach()) / schedule.accumulation
+            if replicas is not None:
+                replicas.add_gradients(model)
+                task = float(replicas.sum(torch.tensor(task, dtype=torch.float64)))
             nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if outliers is not None:
                 outliers.step()
             state.advance(task)
-            if progress is not None:
+            if progress is not None and is_main:
                 progress(state.step, schedule.steps, state.smoothed)
-            if state.step % checkpoint_every == 0 and state.step < schedule.steps:
+            if is_main and state.step % checkpoint_every == 0 and state.step < schedule.steps:
                 keeper.save(
                     {
                         "progress": asdict(state),
@@ -148,9 +170,26 @@ def tune(
                     }
                 )
     model.eval()
-    keeper.remove()
+    if is_main:
+        keeper.remove()
     state.require_useful()
     return {"first_loss": state.first, "last_loss": state.smoothed}
+
+
+def _join(replicas: Replicas, model: nn.Module, outliers: OutlierLoss | None, step: int) -> None:
+    """Begin together, with the same weights and at the same step.
+
+    Raises:
+        ConfigError: If the processes do not see the same checkpoint.
+    """
+    steps = replicas.gather(torch.tensor(step)).tolist()
+    if len(set(steps)) > 1:
+        raise ConfigError(
+            f"the processes would go on from steps {steps}; they must see the same checkpoint file"
+        )
+    replicas.copy_from_main(model)
+    if outliers is not None:
+        outliers.share_over(replicas)
 
 
 @dataclass

@@ -367,6 +367,22 @@ def test_every_method_and_model_has_its_place_in_the_overview(data: dict[str, An
     assert high - low >= 2  # no difference does not look like one
 
 
+def test_a_rise_of_perplexity_is_drawn_to_the_right_and_by_powers_if_it_explodes(
+    data: dict[str, Any],
+) -> None:
+    frame = data["overview"].assign(metric="perplexity", higher_is_better=False, fp32=30.0)
+    frame = frame.assign(drop=-5.0, low=-6.0, high=-4.0)
+    exploded = frame.assign(panel="exploded", drop=-40_000.0, low=-41_000.0, high=-39_000.0)
+    with canvas.style():
+        figure = draw_overview(pd.concat([frame, exploded]))
+    first, second = figure.axes
+    assert first.get_xlabel() == "rise against FP32 (perplexity); left is better"
+    assert first.get_title(loc="left") == "tiny_vit: perplexity 30.00 in FP32"
+    points = {float(x) for line in first.lines if line.get_marker() != "None" for x in line.get_xdata()}
+    assert points == {5.0}
+    assert (first.get_xscale(), second.get_xscale()) == ("linear", "symlog")
+
+
 def test_drawing_leaves_the_users_settings_alone(data: dict[str, Any]) -> None:
     before = dict(matplotlib.rcParams)
     with matplotlib.rc_context({"font.size": 30, "svg.hashsalt": None, "lines.linewidth": 9}):

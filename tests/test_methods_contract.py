@@ -21,6 +21,8 @@ from tests.quantization.walking import hooks
 
 NAMES = METHODS.names()
 MODELS = ("vit", "bert")
+CAUSAL = ("opt", "llama")
+OPT_EMBEDDING = "model.decoder.embed_tokens.weight"
 RECIPE = {"learning_rate": 1e-3, "steps": 4, "batch_size": 4}
 
 every_method = pytest.mark.parametrize("name", NAMES)
@@ -49,6 +51,24 @@ class Training:
 
     def loss(self, predicted: Tensor, targets: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy(predicted, targets)
+
+
+class CausalTraining(Training):
+    """The next token of random tokens; padding is not scored."""
+
+    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+        while True:
+            yield causal_batch(self.model, batch_size, int(torch.randint(0, 8, (), generator=generator)))
+
+    def loss(self, predicted: Tensor, targets: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(predicted[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+
+
+def causal_batch(model: str, items: int, seed: int) -> Batch:
+    """Tokens, half of them padded in every second item, as their own targets."""
+    batch = inputs(model, items, seed)
+    assert not isinstance(batch, Tensor)
+    return Batch(batch, batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100))
 
 
 def batch_of(model: str, items: int, seed: int) -> Batch:
@@ -315,6 +335,31 @@ def test_result_is_plain_and_complete(name: str, model: str) -> None:
             assert tensor.shape == expected[key].shape
             assert not tensor.requires_grad
             assert not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+@every_method
+@pytest.mark.parametrize("model", CAUSAL)
+def test_runs_on_a_causal_language_model_or_says_why_not(name: str, model: str) -> None:
+    context = context_for(
+        model,
+        calibration=[causal_batch(model, 4, seed) for seed in (1, 2)],
+        training=CausalTraining(model),
+    )
+    method = METHODS.get(name)()
+    if method.skip(context.sites, "full") is not None:
+        return
+    before = tensor_digest(context.model.state_dict())
+    quantized = method.quantize(context)
+    assert tensor_digest(context.model.state_dict()) == before
+    assert (quantized.weights is not None) == METHODS.get(name).trains
+    batch = causal_batch(model, 4, 5)
+    found, plain = quantized_logits(context, quantized, batch.inputs), logits(context.model, batch.inputs)
+    assert found.shape == plain.shape
+    assert torch.isfinite(found).all()
+    assert torch.equal(found, plain) == (name == "fp32")
+    if model == "opt" and quantized.weights is not None:  # the output layer is tied, and stays the embedding
+        output, embedding = (quantized.weights[key] for key in ("lm_head.weight", OPT_EMBEDDING))
+        assert torch.equal(output, embedding)
 
 
 @every_method

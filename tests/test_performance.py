@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from benchmark.performance.__main__ import main
+from benchmark.performance.architectures import ARCHITECTURES
+from benchmark.performance.full_size import in_own_process
 from benchmark.performance.measurement import MEASUREMENTS, interleaved
+from benchmark.performance.peak_memory import PeakMemory, saved_bytes
 
 
 def run(tmp_path: Path, *arguments: str) -> str:
@@ -56,3 +61,45 @@ def test_interleaved_takes_turns_and_keeps_the_fastest():
     assert order == ["slow", "quick"] * 2
     assert 0.02 <= taken[0] < 0.08
     assert 0.01 <= taken[1] < 0.03
+
+
+def test_what_a_batch_saves_is_what_autograd_keeps() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 4))
+    inputs = torch.randn(32, 8)
+    # the layers' inputs and GELU's own, which is another tensor than its output; no parameters
+    assert saved_bytes(model, inputs) == 4 * 32 * (8 + 16 + 16)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere an earlier peak counts, too")
+def test_peak_memory_is_what_was_needed_since() -> None:
+    mib = 2**20
+    earlier = torch.ones(256 * mib // 4)
+    del earlier
+    memory = PeakMemory(torch.device("cpu"))
+    assert memory.above_baseline() < 32 * mib
+    held = torch.ones(128 * mib // 4)
+    assert 120 * mib < memory.above_baseline() < 160 * mib
+    del held
+    assert 120 * mib < memory.above_baseline() < 160 * mib  # the highest, not what is left
+
+
+@pytest.mark.parametrize("key", ARCHITECTURES)
+def test_architectures_are_those_of_the_paper(key: str) -> None:
+    """On the meta device, so that no weights are drawn: parameters as published, in millions."""
+    with torch.device("meta"):
+        model = ARCHITECTURES[key].build()
+    count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert round(count, 1) == {"vit_b": 86.6, "swin_b": 87.8, "bert_base": 109.5, "opt_350m": 331.2}[key]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ARCHITECTURES)
+def test_fewer_layers_of_the_full_width_stay_within_the_limit(key: str) -> None:
+    rows = {row.what.partition(": ")[2]: row for row in in_own_process(key, "cpu", 1, 1, layers=2)}
+    assert rows["all off"].note == "bit-identical"
+    assert "LOGITS" not in rows["simulated W8A8, full"].note
+    peak = rows["peak memory"].ratio
+    assert peak is not None
+    assert 0 < peak <= 1
+    steps = [row for what, row in rows.items() if what.startswith("step of")]
+    assert len(steps) == (2 if ARCHITECTURES[key].tuned else 0)

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from benchmark.cells import Cell, expand
 from benchmark.cli import cli
 from benchmark.measure import drop_interval
+from benchmark.models.entry import MODELS
 from benchmark.record import Record, Result
 from benchmark.report.claims import ABSENT, Claim, _verdict, claims
 from benchmark.report.comparison import Comparison, Estimate, comparison_frame
@@ -24,6 +25,7 @@ from benchmark.report.html import inline, make_report
 from benchmark.report.rows import SuiteRows, collect_rows
 from benchmark.store import Store
 from benchmark.suite import Suite, parse_suite
+from benchmark.tasks.task import get_task
 from quanttune.errors import StoreError
 from quanttune.seeds import numpy_generator
 
@@ -231,7 +233,13 @@ def frames_of_figures() -> dict[str, pd.DataFrame]:
     ]
     sweep = [
         {"model": "one", "precision": "W8A8", "saturation_percent": percent, "value": value}
+        | {"metric": "accuracy"}
         for percent, value in ((0.0, 50.0), (10.0, 80.0), (20.0, 70.0))
+    ]
+    sweep += [  # perplexity takes no part in claims about accuracy
+        {"model": "two", "precision": "W8A8", "saturation_percent": percent, "value": value}
+        | {"metric": "perplexity"}
+        for percent, value in ((0.0, 50.0), (10.0, 80.0), (20.0, 40.0))
     ]
     outliers = [
         {"model": model, "weights": "reference", "layer": f"blocks.{layer}", "site": f"s{layer}", "kind": "k"}
@@ -260,6 +268,22 @@ def test_claims_of_the_figures(rows: SuiteRows, store: Store) -> None:
     depth = by_statement(found, "The range grows")
     assert depth.measured == "one 1.00, two -1.00"
     assert depth.verdict == "holds for 1 of 2 models"
+
+
+def test_points_are_compared_of_models_measured_in_accuracy_alone(rows: SuiteRows, store: Store) -> None:
+    records = {
+        cell_id: record
+        if record.cell.model == "tiny_vit" or record.result is None
+        else dataclasses.replace(record, result=dataclasses.replace(record.result, metric="perplexity"))
+        for cell_id, record in rows.records.items()
+    }
+    mixed = dataclasses.replace(rows, records=records)
+    comparison = Comparison(mixed, store)
+    assert comparison.models == ["tiny_vit"]
+    assert set(comparison_frame(comparison)["model"]) == {"tiny_vit"}
+    kept = by_statement(claims(mixed, comparison, NO_FRAMES), "Accuracy is kept")
+    assert "tiny_vit" in kept.measured
+    assert "tiny_bert" not in kept.measured
 
 
 class Page(HTMLParser):
@@ -332,6 +356,22 @@ def test_a_partial_report_says_so(suite: Suite, store: Store) -> None:
     text = " ".join(" ".join(Page(make_report(rows, store, NO_FRAMES)).words).split())
     assert f"Partial: {len(cells) // 2} of {len(cells)} cells are finished" in text
     assert "1 failed, 10 missing" in text
+
+
+def test_published_values_stand_in_the_page(
+    rows: SuiteRows, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def words_of() -> str:
+        page = Page(make_report(rows, store, NO_FRAMES))
+        assert page.open == []
+        return " ".join(" ".join(page.words).split())
+
+    assert "tiny_vit: no published value of its weights is known." in words_of()
+    monkeypatch.setattr(type(MODELS.get("tiny_vit")), "checkpoint", "deit_base_patch16_224.fb_in1k")
+    monkeypatch.setattr(type(get_task("fashion_mnist")), "benchmark", "ImageNet-1k")
+    words = words_of()
+    assert "90.00 +8.15" in words  # the reference of 90 beside 81.85
+    assert "78.02 (3.83) -- -- activation ranges published asymmetric, here symmetric" in words
 
 
 def test_inlined_figures_do_not_share_ids() -> None:

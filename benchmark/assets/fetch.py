@@ -173,15 +173,15 @@ def _convert(asset: Asset, source: Hub | Wheel, files: dict[str, Path], folder: 
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    for name, sha256 in asset.companions.items():
-        found = known_sha256(files[name])
-        if found != sha256:
-            raise SourceUnavailable(f"{name} has sha256 {found}, expected {sha256}")
     module, _, function = source.convert.partition(":")
     try:
         tensors: dict[str, Tensor] = getattr(importlib.import_module(module), function)(files)
     except (SafetensorError, AssetError) as error:
         raise SourceUnavailable(f"its weights cannot be read: {error}") from error
+    for name, sha256 in asset.companions.items():
+        found = known_sha256(files[name])
+        if found != sha256:
+            raise SourceUnavailable(f"{name} has sha256 {found}, expected {sha256}")
     digest = tensor_digest(tensors)
     if digest != asset.tensor_digest:
         raise SourceUnavailable(f"its tensors have digest {digest}, pinned is {asset.tensor_digest}")

@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from benchmark.assets.cache import known_sha256, out_of_space
@@ -37,39 +38,61 @@ def from_hub(hub: Hub, say: Say) -> dict[str, Path]:
     Raises:
         SourceUnavailable: If a file is not in the local cache and the Hub cannot be reached or refuses it.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
-    def get(path: str, local: bool) -> Path:
-        return Path(hf_hub_download(hub.repo, path, revision=hub.revision, local_files_only=local))
-
-    try:
-        return {file_name(path): get(path, local=True) for path in hub.files}
-    except LocalEntryNotFoundError:
-        pass
-    reason = _hub_silence()
+    found = from_hub_cache(hub)
+    if found is not None:
+        return found
+    reason = hub_silence()
     if reason:
-        raise SourceUnavailable(reason)
+        raise SourceUnavailable(f"not in the Hub's local cache, and {reason}")
     say(f"downloading {hub.repo} from the Hugging Face Hub")
     try:
-        return {file_name(path): get(path, local=False) for path in hub.files}
+        return _hub_files(hub, local=False)
     except (HfHubHTTPError, OSError) as error:
         raise SourceUnavailable(_first_line(error)) from error
 
 
-def _hub_silence() -> str | None:
-    """Why the Hub cannot be asked, or None; the library would retry for half a minute first."""
+def from_hub_cache(hub: Hub) -> dict[str, Path] | None:
+    """The files of a Hub repository in the Hub's own cache on this machine; None if one is absent."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return _hub_files(hub, local=True)
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _hub_files(hub: Hub, *, local: bool) -> dict[str, Path]:
+    from huggingface_hub import hf_hub_download
+
+    def get(path: str) -> Path:
+        return Path(hf_hub_download(hub.repo, path, revision=hub.revision, local_files_only=local))
+
+    return {file_name(path): get(path) for path in hub.files}
+
+
+def hub_silence() -> str | None:
+    """Why the Hub cannot be asked, or None; the library would retry for half a minute first.
+
+    The network is tried once in a process for an address.
+    """
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return "not in the Hub's local cache, and HF_HUB_OFFLINE forbids the network"
-    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")  # noqa: S310 - the user's own endpoint
+        return "HF_HUB_OFFLINE forbids the network"
+    return _silence_of(constants.ENDPOINT)
+
+
+@cache
+def _silence_of(endpoint: str) -> str | None:
+    request = urllib.request.Request(endpoint, method="HEAD")  # noqa: S310 - the user's own endpoint
     try:
         urllib.request.urlopen(request, timeout=REACH_SECONDS).close()  # noqa: S310
     except urllib.error.HTTPError:
         return None  # it answers; the library deals with what it says
     except OSError as error:
-        return f"{constants.ENDPOINT} does not answer ({_first_line(error)})"
+        return f"{endpoint} does not answer ({_first_line(error)})"
     return None
 
 

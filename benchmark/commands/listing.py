@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from benchmark.cli import cli, results_option, suite_option
 
 if TYPE_CHECKING:
     from benchmark.cells import Cell
+    from benchmark.obstacles import Obstacle
     from benchmark.store import Store
 
 _KINDS = ("suites", "models", "methods", "tasks", "cells")
@@ -46,23 +48,68 @@ def show(cell_id_prefix: str, results: Path) -> None:
 
 
 def echo_cells(store: Store, cells: list[Cell], as_json: bool = False) -> None:
-    """Print cells with the status the store has for each."""
-    rows = []
+    """Print cells with the status the store has for each, and what keeps those that are to run from running.
+
+    A cell that cannot run here names its obstacles by number; below the grid each is told once, with the
+    command that removes it. As JSON each cell holds its own.
+    """
+    obstacles = _Obstacles()
+    rows: list[dict[str, Any]] = []
     for cell in cells:
         status, note = cell_status(store, cell)
-        rows.append(
-            {
-                "cell_id": cell.cell_id if as_json else cell.cell_id[:12],
-                "model": cell.model,
-                "method": cell.label,
-                "precision": cell.precision,
-                "profile": cell.profile,
-                "seed": cell.seed,
-                "status": status,
-                "note": note,
-            }
-        )
+        row = {
+            "cell_id": cell.cell_id if as_json else cell.cell_id[:12],
+            "model": cell.model,
+            "method": cell.label,
+            "precision": cell.precision,
+            "profile": cell.profile,
+            "seed": cell.seed,
+            "status": status,
+            "note": note,
+        }
+        found = () if status in _FINISHED else obstacles.of(cell)
+        if as_json:
+            row["obstacles"] = [{"reason": item.reason, "remedy": item.remedy} for item in found]
+        elif found:
+            numbers = " ".join(f"[{obstacles.number(item)}]" for item in found)
+            row["note"] = "; ".join(filter(None, (f"cannot run here: {numbers}", note)))
+        rows.append(row)
     _echo(rows, as_json)
+    if not as_json:
+        obstacles.echo(len(rows))
+
+
+_FINISHED = ("cached", "skipped")
+
+
+class _Obstacles:
+    """The obstacles of the cells of a listing, numbered; each model is asked once."""
+
+    def __init__(self) -> None:
+        self._by_model: dict[str, tuple[Obstacle, ...]] = {}
+        self._numbers: dict[Obstacle, int] = {}
+        self._cells: Counter[str] = Counter()
+
+    def of(self, cell: Cell) -> tuple[Obstacle, ...]:
+        from benchmark.obstacles import obstacles_of
+
+        if cell.model not in self._by_model:
+            self._by_model[cell.model] = obstacles_of(cell.model)
+        found = self._by_model[cell.model]
+        self._cells[cell.model] += bool(found)
+        return found
+
+    def number(self, obstacle: Obstacle) -> int:
+        return self._numbers.setdefault(obstacle, len(self._numbers) + 1)
+
+    def echo(self, total: int) -> None:
+        if not self._numbers:
+            return
+        click.echo(f"\n{self._cells.total()} of {total} cells cannot run here:")
+        for obstacle, number in self._numbers.items():
+            models = [name for name, found in self._by_model.items() if obstacle in found]
+            click.echo(f"\n[{number}] {', '.join(models)}: {obstacle.reason}")
+            click.echo(f"    to make it run: {obstacle.remedy}")
 
 
 def cell_status(store: Store, cell: Cell) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from benchmark.cli import EXIT_FAILED, EXIT_INTERRUPTED, cli, results_option, suite_option
+from benchmark.environment import AUTOCAST
 from quanttune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,7 +44,24 @@ _ORDER = ("done", "cached", "skipped", "failed", "interrupted", "missing")
     help="PyTorch threads per process (default 2); may change last digits.",
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
-@click.option("--dry-run", is_flag=True, help="Print the grid with the status of each cell and do nothing.")
+@click.option(
+    "--processes",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Processes that share each fine-tuning, each on a GPU of its own (with --device cuda).",
+)
+@click.option(
+    "--autocast",
+    type=click.Choice(AUTOCAST),
+    default=None,
+    help="Mixed precision of references and fine-tuning in place of the suite's; such cells are others.",
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print the grid, the status of each cell and what keeps it from running here; do nothing.",
+)
 @click.option(
     "--limit", type=int, default=None, help="Only N test items; such cells are kept apart from tables."
 )
@@ -68,6 +86,8 @@ def run(
     jobs: int | None,
     threads: int | None,
     device: str,
+    processes: int,
+    autocast: str | None,
     dry_run: bool,
     limit: int | None,
     overwrite: str,
@@ -79,10 +99,10 @@ def run(
     \b
     Examples:
       python -m benchmark run --all
-      python -m benchmark run --all --dry-run
+      python -m benchmark run --suite paper --dry-run
       python -m benchmark run --model dinov2_vits14 --method '*tune' --precision W6A6 --limit 200
     """
-    if not (everything or models or methods or precisions or profiles or seeds):
+    if not (everything or dry_run or models or methods or precisions or profiles or seeds):
         raise ConfigError(
             "nothing is selected; give --all, or --model, --method, --precision, --profile or --seed"
         )
@@ -92,13 +112,13 @@ def run(
     from benchmark.store import Store
     from benchmark.suite import load_suite
 
-    for option, value in (("--jobs", jobs), ("--threads", threads)):
+    for option, value in (("--jobs", jobs), ("--threads", threads), ("--processes", processes)):
         if value is not None and value < 1:
             raise ConfigError(f"{option} {value}: it must be at least 1")
     selection = Selection(models, methods, precisions, profiles, seeds)
-    cells = expand(load_suite(suite), selection, limit)
+    cells = expand(load_suite(suite), selection, limit, autocast)
     store = Store(results)
-    settings = Settings(results.absolute(), threads or DEFAULT_THREADS, device, overwrite)
+    settings = Settings(results.absolute(), threads or DEFAULT_THREADS, device, overwrite, processes)
     known = {cell.cell_id: stored_outcome(store, cell, overwrite) for cell in cells}
     outcomes = {cell_id: outcome for cell_id, outcome in known.items() if outcome is not None}
     if dry_run:
@@ -107,6 +127,10 @@ def run(
         echo_cells(store, cells)
         return
     name, count = _choose_executor(executor, jobs, settings.threads)
+    if processes > 1 and name != "serial":
+        raise ConfigError(
+            f"--processes {processes} share one fine-tuning and so need --executor serial, not {name}"
+        )
     tracked = None if no_tracking else suite
     for _ in range(
         2

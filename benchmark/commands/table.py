@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from benchmark.cli import cli, results_option, suite_option
 
+if TYPE_CHECKING:
+    from benchmark.report.rows import SuiteRows
+
 _ENDINGS = {"latex": "tex", "markdown": "md", "csv": "csv", "json": "json"}
+_STYLES = {"markdown": "github", "terminal": "simple_grid"}
 
 
 @cli.command()
@@ -24,8 +29,11 @@ _ENDINGS = {"latex": "tex", "markdown": "md", "csv": "csv", "json": "json"}
 @click.option(
     "--allow-partial", is_flag=True, help="Print a table although cells are missing, and say how many."
 )
+@click.option(
+    "--published", is_flag=True, help="Published values beside the measured ones, or why they cannot be."
+)
 @results_option
-def table(suite: str, form: str, allow_partial: bool, results: Path) -> None:
+def table(suite: str, form: str, allow_partial: bool, published: bool, results: Path) -> None:
     """Print the table of a suite; every form but `terminal` is also written to RESULTS/tables/."""
     from benchmark.report.rows import collect_rows
     from benchmark.store import Store
@@ -33,25 +41,45 @@ def table(suite: str, form: str, allow_partial: bool, results: Path) -> None:
 
     store = Store(results)
     rows = collect_rows(store, load_suite(suite), allow_partial)
-    if form == "json":
-        text = json.dumps(rows.to_json(), indent=1) + "\n"
-    elif form == "csv":
-        from benchmark.report.tables import to_frame
-
-        text = to_frame(rows).to_csv(index=False, lineterminator="\n")
-    else:
-        from benchmark.report.latex import to_latex
-        from benchmark.report.tables import make_table, to_grid
-
-        made = make_table(rows)
-        styles = {"markdown": "github", "terminal": "simple_grid"}
-        text = to_latex(made, f"tab:{rows.suite.name}") if form == "latex" else to_grid(made, styles[form])
+    text = (_published if published else _measured)(rows, form)
     click.echo(text, nl=False)
     if form in _ENDINGS:
         from benchmark.atomic import write_text_atomically
 
-        path = store.root / "tables" / f"{rows.suite.name}.{_ENDINGS[form]}"
+        name = f"{rows.suite.name}-published" if published else rows.suite.name
+        path = store.root / "tables" / f"{name}.{_ENDINGS[form]}"
         write_text_atomically(path, text)
         click.echo(f"written to {path}", err=True)
     if not rows.complete:
         click.echo(f"partial: {rows.finished} of {len(rows.cells)} cells", err=True)
+
+
+def _measured(rows: SuiteRows, form: str) -> str:
+    if form == "json":
+        return json.dumps(rows.to_json(), indent=1) + "\n"
+    from benchmark.report.latex import to_latex
+    from benchmark.report.tables import make_table, to_frame, to_grid
+
+    if form == "csv":
+        return to_frame(rows).to_csv(index=False, lineterminator="\n")
+    made = make_table(rows)
+    return to_latex(made, f"tab:{rows.suite.name}") if form == "latex" else to_grid(made, _STYLES[form])
+
+
+def _published(rows: SuiteRows, form: str) -> str:
+    from benchmark.report.published_table import (
+        make_published_table,
+        published_frame,
+        published_grid,
+        published_json,
+        published_latex,
+    )
+
+    made = make_published_table(rows)
+    if form == "json":
+        return json.dumps(published_json(made), indent=1) + "\n"
+    if form == "csv":
+        return published_frame(made).to_csv(index=False, lineterminator="\n")
+    if form == "latex":
+        return published_latex(made, f"tab:{rows.suite.name}-published")
+    return published_grid(made, _STYLES[form])

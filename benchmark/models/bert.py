@@ -8,13 +8,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from benchmark.assets.catalogue import get_asset
-from benchmark.models.entry import MODELS, Progress, TextEntry, own_random_state
+from benchmark.models.entry import MODELS, Progress, Text, TextEntry, own_random_state
 from quanttune.errors import AssetError
 from quanttune.seeds import derive_seed, torch_generator
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from torch import Tensor, nn
 
 REFERENCE_SEED = 0
@@ -85,8 +86,8 @@ class FineTunedBert(TextEntry):
 
         return AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """WordPiece ids with ``[CLS]`` and ``[SEP]``, cut to ``max_length``."""
+    def encode(self, texts: Sequence[Text]) -> list[list[int]]:
+        """WordPiece ids with ``[CLS]`` and ``[SEP]``, cut to ``max_length``; of a pair the longer is cut."""
         encoded = self._tokenizer(list(texts), truncation=True, max_length=self.max_length, padding=False)
         ids: list[list[int]] = encoded["input_ids"]
         return ids
@@ -117,7 +118,7 @@ class FineTunedBert(TextEntry):
             )
         return model
 
-    def _reference(self, progress: Progress) -> dict[str, Tensor]:
+    def _reference(self, progress: Progress, device: torch.device) -> dict[str, Tensor]:
         from quanttune.tuner import Schedule, tune
 
         model = self.pretrained()
@@ -130,9 +131,10 @@ class FineTunedBert(TextEntry):
             data.loss,
             schedule,
             seed=derive_seed(REFERENCE_SEED, "reference", self.name),
+            device=device,
             progress=lambda done, total, _loss: progress("reference fine-tuning", done, total),
         )
-        return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 
 MODELS.register("minilm_l6")(

@@ -7,8 +7,9 @@ checkpoint must already be trained for the task.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +21,14 @@ from benchmark.models.entry import (
     ImageEntry,
     ModelEntry,
     Progress,
+    Text,
     TextEntry,
     own_random_state,
 )
 from quanttune.errors import AssetError, ConfigError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 RECIPE = {"steps": 300, "learning_rate": 3e-5, "batch_size": 32}
@@ -45,8 +48,8 @@ def entry_from_folder(name: str) -> ModelEntry:
     if not mark or not path or not task:
         raise ConfigError(f"model {name!r} should read folder:PATH@TASK, e.g. folder:my-bert@movie_reviews")
     folder = Path(path).expanduser().resolve()
-    config = _config(folder)
-    _weight_files(folder)
+    config = read_config(folder)
+    weight_files(folder)
     common: dict[str, Any] = {
         "name": name,
         "task": task,
@@ -85,7 +88,7 @@ class FolderEntry(ModelEntry):
     def identity(self) -> dict[str, Any]:
         """The sha256 of every file that decides the model, and the data; not the folder's place."""
         texts = [path for pattern in ("*.json", "*.txt") for path in sorted(self.folder.glob(pattern))]
-        files = [*_weight_files(self.folder), *texts]
+        files = [*weight_files(self.folder), *texts]
         return {
             "kind": type(self).__name__,
             "version": self.version,
@@ -93,9 +96,13 @@ class FolderEntry(ModelEntry):
             "task": self._task().fingerprint(),
         }
 
-    def make_reference(self, stages: object, progress: Progress) -> dict[str, Tensor]:
+    def make_reference(
+        self, stages: object, progress: Progress, device: torch.device | None = None
+    ) -> dict[str, Tensor]:
         """The folder's tensors in float32; they are already on disk, so no stage keeps a second copy."""
-        return self._reference(progress)
+        import torch
+
+        return self._reference(progress, device or torch.device("cpu"))
 
     def _check_classes(self, found: int) -> None:
         if found != self._classes():
@@ -103,15 +110,6 @@ class FolderEntry(ModelEntry):
                 f"{self.folder} has a head of {found} classes, task {self.task} has {self._classes()}; "
                 "give a checkpoint that was trained for the task"
             )
-
-    def _complete(self, absent: Sequence[str], unknown: Sequence[str]) -> None:
-        """Refuse a checkpoint that would leave a part of the model random, or that is of another model."""
-        for names, fault in ((absent, "has no weights for"), (unknown, "has weights without a place:")):
-            if names:
-                some = ", ".join(sorted(names)[:3]) + (
-                    f" and {len(names) - 3} more" if len(names) > 3 else ""
-                )
-                raise AssetError(f"{self.folder} {fault} {some}; give a complete checkpoint of this model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,30 +127,14 @@ class TransformersFolder(TextEntry, FolderEntry):
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        if not any((self.folder / name).is_file() for name in _TOKENIZERS):  # else an empty one would be made
-            raise AssetError(
-                f"{self.folder} has no tokenizer ({', '.join(_TOKENIZERS)}); save it there as well"
-            )
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise AssetError(
-                f"the tokenizer in {self.folder} cannot be read: {str(error).splitlines()[0]}"
-            ) from error
-        if tokenizer.pad_token_id is None:
-            raise AssetError(
-                f"the tokenizer in {self.folder} has no padding token; set one and save it again"
-            )
-        return tokenizer
+        return read_tokenizer(self.folder)
 
     @property
     def pad_id(self) -> int:  # type: ignore[override]
         """The tokenizer's padding token."""
         return int(self._tokenizer.pad_token_id)
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[Text]) -> list[list[int]]:
         """Token ids as the folder's tokenizer makes them, cut to ``max_length``."""
         encoded = self._tokenizer(list(texts), truncation=True, max_length=self.max_length, padding=False)
         ids: list[list[int]] = encoded["input_ids"]
@@ -168,24 +150,13 @@ class TransformersFolder(TextEntry, FolderEntry):
             model: nn.Module = AutoModelForSequenceClassification.from_config(config, dtype="float32")
         return model.eval()
 
-    def _reference(self, progress: Progress) -> dict[str, Tensor]:
-        from safetensors import SafetensorError
+    def _reference(self, progress: Progress, device: torch.device) -> dict[str, Tensor]:
         from transformers import AutoConfig, AutoModelForSequenceClassification
 
         self._check_classes(AutoConfig.from_pretrained(self.folder, local_files_only=True).num_labels)
         progress("reading weights", 0, 1)
-        try:
-            with own_random_state(0):
-                model, found = AutoModelForSequenceClassification.from_pretrained(
-                    self.folder,
-                    local_files_only=True,
-                    use_safetensors=True,
-                    dtype="float32",
-                    output_loading_info=True,
-                )
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise AssetError(f"the weights in {self.folder} cannot be loaded: {error}") from error
-        self._complete(found["missing_keys"], found["unexpected_keys"])
+        model, absent, unknown = read_transformers(AutoModelForSequenceClassification, self.folder)
+        require_complete(self.folder, absent, unknown)
         progress("reading weights", 1, 1)
         return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
@@ -209,7 +180,7 @@ class TimmFolder(ImageEntry, FolderEntry):
         """The architecture of ``config.json`` with its classifier."""
         import timm
 
-        config = _config(self.folder)
+        config = read_config(self.folder)
         self._check_classes(int(config["num_classes"]))
         settings = {"num_classes": config["num_classes"], **config.get("model_args", {})}
         with own_random_state(0):
@@ -219,7 +190,7 @@ class TimmFolder(ImageEntry, FolderEntry):
                 raise ConfigError(f"timm cannot build {config['architecture']!r}: {error}") from error
         return model.eval()
 
-    def _reference(self, progress: Progress) -> dict[str, Tensor]:
+    def _reference(self, progress: Progress, device: torch.device) -> dict[str, Tensor]:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -227,18 +198,100 @@ class TimmFolder(ImageEntry, FolderEntry):
         progress("reading weights", 0, 1)
         tensors: dict[str, Tensor] = {}
         try:
-            for path in _weight_files(self.folder):
+            for path in weight_files(self.folder):
                 tensors.update(load_file(path))
             floats = {name: tensor.float() for name, tensor in tensors.items()}
             found = model.load_state_dict(floats, strict=False)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise AssetError(f"the weights in {self.folder} cannot be loaded: {error}") from error
-        self._complete(found.missing_keys, found.unexpected_keys)
+        require_complete(self.folder, found.missing_keys, found.unexpected_keys)
         progress("reading weights", 1, 1)
         return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_transformers(kind: Any, folder: Path, **settings: Any) -> tuple[nn.Module, set[str], set[str]]:
+    """Load a checkpoint of transformers in float32 from safetensors.
+
+    Args:
+        kind: Class of transformers with ``from_pretrained``.
+        folder: Holds configuration and weights.
+        settings: Further arguments of the configuration.
+
+    Returns:
+        The model in evaluation mode, what the checkpoint has no weights for (drawn from torch's global
+        generator), and the weights that have no place in the model.
+
+    Raises:
+        AssetError: If the weights cannot be read.
+    """
+    from safetensors import SafetensorError
+
+    weight_files(folder)
+    try:
+        with own_random_state(0), _no_report():
+            model, found = kind.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                dtype="float32",
+                output_loading_info=True,
+                **settings,
+            )
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise AssetError(f"the weights in {folder} cannot be loaded: {error}") from error
+    return model.eval(), set(found["missing_keys"]), set(found["unexpected_keys"])
+
+
+@contextlib.contextmanager
+def _no_report() -> Iterator[None]:
+    """Keep transformers from printing what it found: the caller is told, and refuses what is wrong."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def require_complete(folder: Path, absent: Collection[str], unknown: Collection[str]) -> None:
+    """Refuse a checkpoint that would leave a part of the model random, or that is of another model.
+
+    Raises:
+        AssetError: If a name is given.
+    """
+    for names, fault in ((absent, "has no weights for"), (unknown, "has weights without a place:")):
+        if names:
+            some = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise AssetError(f"{folder} {fault} {some}; give a complete checkpoint of this model")
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint of transformers.
+
+    Raises:
+        AssetError: If there is none, it cannot be read or has no padding token.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in _TOKENIZERS):  # else an empty one would be made
+        raise AssetError(f"{folder} has no tokenizer ({', '.join(_TOKENIZERS)}); save it there as well")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise AssetError(f"the tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}") from error
+    if tokenizer.pad_token_id is None:
+        raise AssetError(f"the tokenizer in {folder} has no padding token; set one and save it again")
+    return tokenizer
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a checkpoint.
+
+    Raises:
+        AssetError: If it is not there or holds no JSON object.
+    """
     if not folder.is_dir():
         raise AssetError(f"there is no folder {folder}")
     path = folder / "config.json"
@@ -251,8 +304,12 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, whole or in shards, by name."""
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, whole or in shards, by name.
+
+    Raises:
+        AssetError: If there are none; pickled ones are refused.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if files:
         return files

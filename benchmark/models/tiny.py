@@ -13,10 +13,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from benchmark.models.entry import MODELS, ImageEntry, ModelEntry, Progress, TextEntry, own_random_state
+from benchmark.models.entry import (
+    MODELS,
+    CausalTextEntry,
+    ImageEntry,
+    ModelEntry,
+    Progress,
+    Text,
+    TextEntry,
+    as_one,
+    own_random_state,
+)
 from quanttune.seeds import derive_seed
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 RECIPE = {"steps": 12, "learning_rate": 1e-3, "batch_size": 16}
@@ -39,7 +50,7 @@ class RandomEntry(ModelEntry):
     seed: int = 0
 
     @abstractmethod
-    def _construct(self, classes: int) -> nn.Module:
+    def _construct(self) -> nn.Module:
         """The model, its weights drawn from torch's global generator."""
 
     def identity(self) -> dict[str, Any]:
@@ -56,10 +67,10 @@ class RandomEntry(ModelEntry):
     def build(self) -> nn.Module:
         """The architecture with its random weights, in evaluation mode."""
         with own_random_state(derive_seed(self.seed, "tiny", self.name)):
-            model = self._construct(self._classes())
+            model = self._construct()
         return model.eval()
 
-    def _reference(self, progress: Progress) -> dict[str, Tensor]:
+    def _reference(self, progress: Progress, device: torch.device) -> dict[str, Tensor]:
         progress("reference", 0, 1)
         state = {name: tensor.detach().clone() for name, tensor in self.build().state_dict().items()}
         progress("reference", 1, 1)
@@ -81,14 +92,14 @@ class TinyImageModel(ImageEntry, RandomEntry):
     seed: int = 0
     version: int = 1
 
-    def _construct(self, classes: int) -> nn.Module:
+    def _construct(self) -> nn.Module:
         import timm
 
         model: nn.Module = timm.create_model(
             self.architecture,
             pretrained=False,
             img_size=self.image_size,
-            num_classes=classes,
+            num_classes=self._classes(),
             **self.settings,
         )
         return model
@@ -113,15 +124,15 @@ class TinyTextModel(TextEntry, RandomEntry):
     seed: int = 0
     version: int = 1
 
-    def _construct(self, classes: int) -> nn.Module:
+    def _construct(self) -> nn.Module:
         import transformers
 
         kind = getattr(transformers, self.architecture)
-        config = kind.config_class(num_labels=classes, pad_token_id=self.pad_id, **self.settings)
+        config = kind.config_class(num_labels=self._classes(), pad_token_id=self.pad_id, **self.settings)
         model: nn.Module = kind(config)
         return model
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[Text]) -> list[list[int]]:
         """A begin token, a hash of every word, an end token; at most ``max_length`` in all."""
         begin, end = 2, 3
         words = int(self.settings["vocab_size"]) - _FIRST_WORD
@@ -129,8 +140,43 @@ class TinyTextModel(TextEntry, RandomEntry):
         def token(word: str) -> int:
             return _FIRST_WORD + int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big") % words
 
-        found = [_WORD.findall(text.lower())[: self.max_length - 2] for text in texts]
+        found = [_WORD.findall(as_one(text).lower())[: self.max_length - 2] for text in texts]
         return [[begin, *map(token, line), end] for line in found]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyCausalModel(CausalTextEntry, RandomEntry):
+    """A small causal language model of transformers, whose tokens are the bytes of a text."""
+
+    name: str
+    title: str
+    family: str
+    architecture: str
+    settings: Mapping[str, Any]
+    task: str = "moby_dick_excerpt"
+    max_length: int = 256
+    pad_id: int = 256
+    recipe: Mapping[str, Any] = field(default_factory=lambda: {**RECIPE, "batch_size": 4})
+    seed: int = 0
+    version: int = 1
+
+    def _construct(self) -> nn.Module:
+        import transformers
+
+        kind = getattr(transformers, self.architecture)
+        config = kind.config_class(
+            vocab_size=self.pad_id + 1,
+            pad_token_id=self.pad_id,
+            max_position_embeddings=self.max_length,
+            use_cache=False,
+            **self.settings,
+        )
+        model: nn.Module = kind(config)
+        return model
+
+    def tokenize(self, text: str) -> list[int]:
+        """The bytes of the text in UTF-8."""
+        return list(text.encode())
 
 
 _VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -186,6 +232,36 @@ for _entry in (
             "num_attention_heads": 2,
             "ffn_dim": 64,
             "max_position_embeddings": 64,
+        },
+    ),
+    TinyCausalModel(
+        name="tiny_opt_lm",
+        title="tiny random OPT language model (transformers)",
+        family="opt",
+        architecture="OPTForCausalLM",
+        settings={
+            "hidden_size": 32,
+            "word_embed_proj_dim": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "ffn_dim": 64,
+            "bos_token_id": 256,
+            "eos_token_id": 256,
+        },
+    ),
+    TinyCausalModel(
+        name="tiny_llama",
+        title="tiny random Llama language model (transformers)",
+        family="llama",
+        architecture="LlamaForCausalLM",
+        settings={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "bos_token_id": 256,
+            "eos_token_id": 256,
         },
     ),
 ):

@@ -11,6 +11,7 @@ from benchmark.models.entry import MODELS, ImageEntry, Progress, own_random_stat
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from torch import Tensor, nn
 
 _FEATURE_BATCH = 100
@@ -87,10 +88,14 @@ class LinearProbe(ImageEntry):
         tensors["pos_embed"] = resample_abs_pos_embed(tensors["pos_embed"], [side, side], num_prefix_tokens=1)
         return tensors
 
-    def features(self, model: Any, split: str, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
+    def features(
+        self, model: Any, split: str, progress: Progress, device: torch.device
+    ) -> tuple[np.ndarray, np.ndarray]:
         """What the head of a timm model receives, float64 ``(N, width)``, and labels ``(N,)`` of a split."""
         import numpy as np
         import torch
+
+        from quanttune.inputs import to_device
 
         task = self._task()
         total = len(task.split_ids(split))
@@ -98,19 +103,21 @@ class LinearProbe(ImageEntry):
         done = 0
         with torch.no_grad():
             for batch in task.batches(split, self, batch_size=_FEATURE_BATCH):
-                rows.append(model.forward_head(model.forward_features(batch.inputs), pre_logits=True).numpy())
+                features = model.forward_features(to_device(batch.inputs, device))
+                rows.append(model.forward_head(features, pre_logits=True).cpu().numpy())
                 labels.append(batch.targets.numpy())
                 done += len(labels[-1])
                 progress("reference features", done, total)
         return np.concatenate(rows).astype(np.float64), np.concatenate(labels)
 
-    def _reference(self, progress: Progress) -> dict[str, Tensor]:
+    def _reference(self, progress: Progress, device: torch.device) -> dict[str, Tensor]:
         import torch
 
         model = self.build()
         model.load_state_dict(self.backbone(), strict=False)  # all but the head, which is filled below
-        weight, bias = fit_head(*self.features(model, "train", progress), self.inverse_l2)
-        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        model.to(device)
+        weight, bias = fit_head(*self.features(model, "train", progress, device), self.inverse_l2)
+        state = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
         state["head.weight"], state["head.bias"] = torch.from_numpy(weight), torch.from_numpy(bias)
         return state
 

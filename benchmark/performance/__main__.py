@@ -20,7 +20,14 @@ from quanttune.errors import QuantTuneError
     show_default=True,
     help="Folder of the store, for the reference weights.",
 )
-def main(name: str | None, model: str, repeats: int, results: Path) -> None:
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    default=None,
+    help="PyTorch threads; by default PyTorch's own choice.",
+)
+def main(name: str | None, model: str, repeats: int, results: Path, device: str, threads: int | None) -> None:
     """Run the measurement NAME and print its table; without a name, list the measurements."""
     from benchmark.performance.measurement import MEASUREMENTS
 
@@ -28,23 +35,26 @@ def main(name: str | None, model: str, repeats: int, results: Path) -> None:
         click.echo("\n".join(MEASUREMENTS.names()))
         return
     try:
-        _run(name, model, repeats, results)
+        _run(name, model, repeats, results, device, threads)
     except QuantTuneError as error:
         raise click.ClickException(str(error)) from error
 
 
-def _run(name: str, model: str, repeats: int, results: Path) -> None:
+def _run(name: str, model: str, repeats: int, results: Path, device: str, threads: int | None) -> None:
     import torch
     from tabulate import tabulate
 
+    from benchmark.environment import prepare_torch
     from benchmark.performance.measurement import MEASUREMENTS, Setup
-    from benchmark.session import Session
-    from benchmark.stages import Stages
 
     measurement = MEASUREMENTS.get(name)
-    session = Session(model, Stages(results / "stages"), torch.device("cpu"), lambda *_: None)
-    rows = measurement(Setup(session, repeats, lambda line: click.echo(line, err=True)))
-    click.echo(f"{name}: {model} on {torch.get_num_threads()} threads")
+    chosen = prepare_torch(threads or torch.get_num_threads(), device)
+    setup = Setup(model, results, chosen, repeats, lambda line: click.echo(line, err=True))
+    rows = measurement(setup)
+    where = (
+        f"{torch.get_num_threads()} threads" if chosen.type == "cpu" else torch.cuda.get_device_name(chosen)
+    )
+    click.echo(f"{name}: {setup.subject} on {where}")
     table = [[row.what, row.seconds, row.ratio, row.note] for row in rows]
     click.echo(tabulate(table, headers=["", "seconds", "ratio", ""], floatfmt=".3g"))
 

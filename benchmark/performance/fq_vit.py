@@ -13,14 +13,14 @@ def fq_vit(setup: Setup) -> Sequence[Row]:
     import torch
 
     from baselines.fq_vit import calibrate
-    from quanttune.inputs import call_model
+    from quanttune.inputs import call_model, to_device
 
     context = setup.context("W8A8", "full")
 
     def forward() -> None:
         with torch.no_grad():
             for batch in context.calibration:
-                call_model(context.model, batch.inputs)
+                call_model(context.model, to_device(batch.inputs, context.device))
 
     forward()
     plain, full = interleaved(setup.repeats, forward, lambda: calibrate(context, (8, 7, 6)))

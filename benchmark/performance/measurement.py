@@ -5,28 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quanttune.registry import Registry
 
 if TYPE_CHECKING:
+    import torch
+
     from baselines.method import Context
     from benchmark.session import Session
 
 
 @dataclass(frozen=True)
 class Row:
-    """One timed piece of work.
+    """One measured piece of work.
 
     Args:
         what: What was done.
-        seconds: How long it took.
+        seconds: How long it took; ``None`` for what is no time.
         ratio: Seconds over those of the row it is compared with; ``None`` for that row itself.
         note: What the ratio refers to, or a goal.
     """
 
     what: str
-    seconds: float
+    seconds: float | None
     ratio: float | None = None
     note: str = ""
 
@@ -36,14 +40,31 @@ class Setup:
     """What a measurement works on.
 
     Args:
-        session: A model with its reference weights, sites and data.
+        model: Registered name of a model.
+        results: Folder of the store, for the reference weights.
+        device: Where to compute.
         repeats: How often short work is repeated; the fastest counts.
         say: Shows a line to the person who waits.
     """
 
-    session: Session
+    model: str
+    results: Path
+    device: torch.device
     repeats: int
     say: Callable[[str], None]
+
+    @cached_property
+    def session(self) -> Session:
+        """The model with its reference weights, sites and data; opened by the first who asks."""
+        from benchmark.session import Session
+        from benchmark.stages import Stages
+
+        return Session(self.model, Stages(self.results / "stages"), self.device, lambda *_: None)
+
+    @property
+    def subject(self) -> str:
+        """What was measured: the model, if the measurement asked for it."""
+        return self.model if "session" in self.__dict__ else "random weights"
 
     def context(self, precision: str, profile: str, items: int = 128, seed: int = 0) -> Context:
         """What a method is given; its stage cache is new, so nothing is read from an earlier run."""
@@ -69,9 +90,13 @@ MEASUREMENTS: Registry[Measurement] = Registry("measurement", packages=("benchma
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long ``work`` takes, in seconds."""
+    """How long ``work`` takes, in seconds, waiting for a GPU if there is one."""
+    import torch
+
     started = time.perf_counter()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - started
 
 

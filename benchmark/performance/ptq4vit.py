@@ -16,7 +16,7 @@ def ptq4vit(setup: Setup) -> Sequence[Row]:
 
     from baselines.method import MemoryStages
     from baselines.ptq4vit import Ptq4Vit, first_items
-    from quanttune.inputs import call_model
+    from quanttune.inputs import call_model, to_device
 
     context = setup.context(_WIDTHS[0], "matmul")
     images = list(first_items(context.calibration, Ptq4Vit().images))
@@ -24,7 +24,7 @@ def ptq4vit(setup: Setup) -> Sequence[Row]:
     def forward() -> None:
         with torch.no_grad():
             for batch in images:
-                call_model(context.model, batch.inputs)
+                call_model(context.model, to_device(batch.inputs, context.device))
 
     def search(width: str, how: str) -> float:
         fresh = setup.context(width, "matmul")

@@ -16,11 +16,14 @@ def simulation(setup: Setup) -> Sequence[Row]:
     """One pass for every rule and width, and one evaluation of the profile ``full`` at W8A8."""
     import torch
 
-    from quanttune.inputs import call_model
+    from quanttune.inputs import call_model, to_device
     from quanttune.quantization import RANGE_RULES, build_quantizers, collect_statistics, simulate
 
     context = setup.context("W8A8", "full")
-    sites, batches = context.profile_sites, [batch.inputs for batch in context.calibration]
+    sites, batches = (
+        context.profile_sites,
+        [to_device(batch.inputs, context.device) for batch in context.calibration],
+    )
     statistics = collect_statistics(context.model, batches, sites)
     quantizers: dict[str, Quantizer] = build_quantizers(
         context.model, sites, statistics, context.precision, RANGE_RULES.get("minmax")

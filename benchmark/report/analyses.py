@@ -245,13 +245,14 @@ class ModelAnalysis:
 
     def _analyse(self, weights: WeightSet) -> dict[str, Tensor]:
         from quanttune.analysis import infinity_norms
+        from quanttune.inputs import to_device
 
         context, model = self._loaded(weights)
         statistics = context.statistics(model)
         what = f"{self.model}, {weights.name}"
         norms = infinity_norms(
             model,
-            (batch.inputs for batch in context.calibration),
+            (to_device(batch.inputs, self._device) for batch in context.calibration),
             context.profile_sites,
             lambda done: self._progress(f"{what}: infinity norms", done, len(context.calibration)),
         )

@@ -15,6 +15,7 @@ from benchmark.report.comparison import (
     Estimate,
 )
 from benchmark.report.frames import by_layer
+from benchmark.report.metric import POINTS
 from benchmark.report.reference import load_published
 from benchmark.report.rows import SuiteRows
 from benchmark.report.site_tables import REACHES
@@ -123,7 +124,8 @@ def _rounding_dominates(frame: pd.DataFrame) -> Claim:
 
 def _saturation(frame: pd.DataFrame) -> Claim:
     statement = "How far ranges are clipped decides accuracy"
-    how = "Metric at 0 % and at the best of 0 to 30 %. The best is picked on the items it is measured on."
+    how = "Accuracy at 0 % and at the best of 0 to 30 %. The best is picked on the items it is measured on."
+    frame = frame[frame["metric"] == POINTS] if len(frame) else frame
     if not len(frame):
         return Claim(statement, "-", ABSENT, ABSENT, how)
     lines, helped = [], 0

@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmark.measure import CONFIDENCE, RESAMPLES
 from benchmark.record import Record
+from benchmark.report.metric import POINTS
 from benchmark.report.rows import SuiteRows
 from benchmark.store import Store
 from benchmark.tasks.task import get_task
@@ -23,8 +24,6 @@ OURS = "quanttune"
 CONTROL = "finetune"
 CALIBRATORS = ("minmax", "percentile", "mse", "omse")
 STATE_OF_THE_ART = ("fq_vit", "ptq4vit")
-COMPARABLE = "accuracy"
-"""The metric whose points may be averaged over models."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,9 @@ class Comparison:
             record = rows.records.get(cell.cell_id)
             setting = (cell.profile, cell.weight_granularity, cell.symmetric)
             first = (suite.profiles[0], suite.weight_granularity[0], suite.symmetric[0])
-            if record is None or record.result is None or record.result.metric != COMPARABLE:
+            if (
+                record is None or record.result is None or record.result.metric != POINTS
+            ):  # points alone may be averaged over models
                 continue
             if not cell.is_reference and setting == first:
                 groups.setdefault((cell.model, cell.precision, cell.label), []).append(record)

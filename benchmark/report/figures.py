@@ -48,9 +48,9 @@ SPECS = (
     FigureSpec(
         "overview",
         "What is lost at each precision",
-        "Drop of the metric against FP32. Lines: 95 % interval of the paired bootstrap over the items that "
-        "were measured; with several seeds, one standard deviation over seeds. Upright strokes: what "
-        "training alone did to a method's own weights, before quantization.",
+        "Loss against FP32: the drop of accuracy, the rise of perplexity. Lines: 95 % interval of the paired "
+        "bootstrap over the items that were measured; with several seeds, one standard deviation over seeds. "
+        "Upright strokes: what training alone did to a method's own weights, before quantization.",
         draw_overview,
         of_suite=overview_frame,
         preview=True,
@@ -76,7 +76,7 @@ SPECS = (
     ),
     FigureSpec(
         "saturation",
-        "Saturation percentage against accuracy",
+        "Saturation percentage against the metric",
         "Every activation range of the reference is cut to (1 - s) max |x|; weights keep theirs. Evenly "
         "spaced items of the split that the suite measures. Dotted: FP32 on the same items.",
         panels.draw_saturation,

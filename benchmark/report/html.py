@@ -15,6 +15,7 @@ from benchmark.report.claims import CLOSE, KEPT, claims
 from benchmark.report.comparison import CALIBRATORS, Comparison, comparison_frame
 from benchmark.report.figures import SPECS, FigureSpec, csv_of, svg_of
 from benchmark.report.frames import by_layer
+from benchmark.report.published_table import HEADS, make_published_table, published_frame, text_rows
 from benchmark.report.rows import SuiteRows
 from benchmark.report.tables import Table, make_table, text_of
 from benchmark.store import Store
@@ -62,6 +63,7 @@ def make_report(rows: SuiteRows, store: Store, frames: Mapping[str, pd.DataFrame
         table=_table(make_table(rows)),
         claims=claims(rows, comparison, frames),
         comparison=_comparison(comparison),
+        published=_published(rows),
         figures=[_figure(spec, frames[spec.name]) for spec in SPECS if len(frames[spec.name])],
         largest=_largest(frames["outliers"]),
         methods=_methods(rows),
@@ -112,6 +114,18 @@ def _comparison(comparison: Comparison) -> dict[str, Any] | None:
             }
         )
     return {"lines": lines, "download": _download(frame)}
+
+
+def _published(rows: SuiteRows) -> dict[str, Any]:
+    """Published values beside ours, those about other models summed up."""
+    made = make_published_table(rows)
+    return {
+        "caption": made.caption,
+        "heads": HEADS,
+        "lines": text_rows(made.shown),
+        "notes": made.notes,
+        "download": _download(published_frame(made)),
+    }
 
 
 def _figure(spec: FigureSpec, frame: pd.DataFrame) -> dict[str, Any]:

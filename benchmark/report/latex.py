@@ -14,13 +14,13 @@ def to_latex(table: Table, label: str) -> str:
 
     layout = arrange(table)
     cells = [[_latex_cell(table, *place) for place in places] for _, _, places in layout.lines]
-    names = [_latex(name) for _, name, _ in layout.lines]
-    columns = [_latex(name) for name in layout.columns]
+    names = [escape_latex(name) for _, name, _ in layout.lines]
+    columns = [escape_latex(name) for name in layout.columns]
     frame = pd.DataFrame(cells, index=pd.Index(names), columns=columns)
     body = frame.style.to_latex(
         hrules=True,
         column_format="l" + "r" * len(columns),
-        caption=_latex(table.caption),
+        caption=escape_latex(table.caption),
         label=label,
         position="htbp",
         position_float="centering",
@@ -32,7 +32,9 @@ def to_latex(table: Table, label: str) -> str:
     for (model, _, _), line in zip(layout.lines, rows.splitlines(keepends=True), strict=False):
         if model != last:
             lines += [rule] * bool(lines)
-            lines.append(f"\\multicolumn{{{len(columns) + 1}}}{{l}}{{\\textit{{{_latex(model)}}}}} \\\\\n")
+            lines.append(
+                f"\\multicolumn{{{len(columns) + 1}}}{{l}}{{\\textit{{{escape_latex(model)}}}}} \\\\\n"
+            )
             last = model
         lines.append(line)
     size = "\\footnotesize\n\\setlength{\\tabcolsep}{3pt}\n"
@@ -42,7 +44,7 @@ def to_latex(table: Table, label: str) -> str:
 
 
 def _latex_cell(table: Table, row: RowKey, method: str) -> str:
-    first, second = (_latex(line) for line in text_of(table, row, method))
+    first, second = (escape_latex(line) for line in text_of(table, row, method))
     if method in table.best(row):
         first = f"\\textbf{{{first}}}"
     drop, _, interval = second.partition(" ")
@@ -65,5 +67,6 @@ _LATEX = {
 }
 
 
-def _latex(text: str) -> str:
+def escape_latex(text: str) -> str:
+    """The text with what LaTeX gives a meaning to written out."""
     return "".join(_LATEX.get(character, character) for character in text)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmark.cells import REFERENCE_METHOD
 from benchmark.report.canvas import MARKERS, SHADES, new_figure
+from benchmark.report.metric import POINTS, loss, loss_name, number
 from benchmark.report.rows import SuiteRows
 from benchmark.report.tables import OWN_ROW, make_table
 
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLUMNS = ("panel", "method", "precision", "drop", "low", "high", "value", "fp32", "metric")
+COLUMNS = (
+    "panel", "method", "precision", "drop", "low", "high", "value", "fp32", "metric", "higher_is_better",
+)  # fmt: skip
 
 _SPREAD = 0.56  # of a row's height, over which the precisions of one method are spread
 
@@ -29,11 +32,6 @@ def overview_frame(rows: SuiteRows) -> pd.DataFrame:
     import pandas as pd
 
     table = make_table(rows)
-    metrics = {
-        record.cell.model: record.result.metric
-        for record in rows.records.values()
-        if record.result is not None
-    }
     lines = []
     models = dict.fromkeys(model for model, _ in table.rows)
     names = {model: [name for other, name in table.rows if other == model] for model in models}
@@ -49,14 +47,17 @@ def overview_frame(rows: SuiteRows) -> pd.DataFrame:
         if entry.deviation is not None:
             low, high = drop - entry.deviation, drop + entry.deviation
         panel = f"{model} {rest}".strip()
-        lines.append(
-            (panel, method, precision, drop, low, high, entry.value, reference.value, metrics[model])
-        )
+        values = (drop, low, high, entry.value, reference.value)
+        lines.append((panel, method, precision, *values, entry.metric, entry.higher_is_better))
     return pd.DataFrame(lines, columns=list(COLUMNS))
 
 
 def draw_overview(frame: pd.DataFrame) -> Figure:
-    """A panel per model, a row per method, a marker per precision: the further left, the better."""
+    """A panel per model, a row per method, a marker per precision: the further left, the better.
+
+    Losses are drawn: the drop of accuracy, the rise of perplexity; the latter on a logarithmic scale where it
+    spans more than two decades.
+    """
     panels = list(dict.fromkeys(frame["panel"]))
     methods = list(dict.fromkeys(frame["method"]))
     precisions = [name for name in dict.fromkeys(frame["precision"]) if name != OWN_ROW]
@@ -68,11 +69,14 @@ def draw_overview(frame: pd.DataFrame) -> Figure:
         part = frame[frame["panel"] == panel]
         _draw_panel(place, part, methods, precisions, handles)
         first = part.iloc[0]
-        unit = " %" if first["metric"] == "accuracy" else ""
-        place.set_title(f"{panel}: {first['metric']} {first['fp32']:.1f}{unit} in FP32", loc="left")
-        points = "points" if first["metric"] == "accuracy" else first["metric"]
-        _widen(place)
-        place.set_xlabel(f"drop against FP32 ({points}); left is better")
+        metric, fp32 = str(first["metric"]), float(first["fp32"])
+        points = metric == POINTS
+        place.set_title(
+            f"{panel}: {metric} {number(fp32, metric)}{' %' if points else ''} in FP32", loc="left"
+        )
+        _scale(place, part, 2.0 if points else 0.05 * fp32)
+        lost = loss_name(bool(first["higher_is_better"]))
+        place.set_xlabel(f"{lost} against FP32 ({'points' if points else metric}); left is better")
     if methods:
         axes[0].set_yticks(range(len(methods)), methods)
         axes[0].set_ylim(len(methods) - 0.5, -0.5)
@@ -84,11 +88,13 @@ def draw_overview(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def _widen(axes: Axes) -> None:
-    """Show at least two points, so that no difference does not look like one."""
+def _scale(axes: Axes, part: pd.DataFrame, least: float) -> None:
+    """Show at least ``least``, so that no difference does not look like one; what explodes goes by powers."""
     low, high = axes.get_xlim()
-    if high - low < 2:
-        axes.set_xlim((low + high) / 2 - 1, (low + high) / 2 + 1)
+    if high - low < least:
+        axes.set_xlim((low + high - least) / 2, (low + high + least) / 2)
+    if part.iloc[0]["metric"] != POINTS and part["drop"].abs().max() > 100 * least:
+        axes.set_xscale("symlog", linthresh=least)
 
 
 def _draw_panel(
@@ -106,10 +112,12 @@ def _draw_panel(
         own = row["precision"] == OWN_ROW
         order = 0 if own else precisions.index(str(row["precision"]))
         height = methods.index(str(row["method"])) + (0.0 if own else order * step - _SPREAD / 2)
+        higher = bool(row["higher_is_better"])
         if row["low"] is not None and not math.isnan(row["low"]):
-            axes.plot([row["low"], row["high"]], [height, height], color="black", linewidth=0.9)
+            ends = [loss(row[end], higher) for end in ("low", "high")]
+            axes.plot(ends, [height, height], color="black", linewidth=0.9)
         (handles[str(row["precision"])],) = axes.plot(
-            [row["drop"]],
+            [loss(row["drop"], higher)],
             [height],
             linestyle="none",
             marker="|" if own else MARKERS[order % len(MARKERS)],

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from benchmark.report.analyses import REFERENCE
 from benchmark.report.canvas import COLOURS, DASHES, MARKERS, new_figure
 from benchmark.report.frames import by_layer
+from benchmark.report.metric import POINTS, with_unit
 from benchmark.report.site_tables import RULES
 
 if TYPE_CHECKING:
@@ -120,9 +121,12 @@ def draw_saturation(frame: pd.DataFrame) -> Figure:
         axes.set_title(f"{model} (n = {first['n']})", loc="left")
         axes.set_xlabel("saturation (% of every activation range)")
         low, high = axes.get_ylim()
-        if high - low < 2:  # no difference must not look like one
-            axes.set_ylim((low + high) / 2 - 1, (low + high) / 2 + 1)
-        axes.set_ylabel("accuracy (%)" if first["metric"] == "accuracy" else first["metric"])
+        least = 2.0 if first["metric"] == POINTS else 0.05 * part["value"].min()
+        if high - low < least:  # no difference must not look like one
+            axes.set_ylim((low + high - least) / 2, (low + high + least) / 2)
+        if first["metric"] != POINTS and part["value"].max() > 10 * part["value"].min():
+            axes.set_yscale("log")
+        axes.set_ylabel(with_unit(first["metric"]))
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from benchmark.cells import REFERENCE_METHOD, Cell
 from benchmark.record import Record
+from benchmark.report.metric import POINTS, as_shown, loss, loss_name, number, with_unit
 from benchmark.report.rows import SuiteRows
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class Entry:
         low: Lower end of the drop's 95 % interval; with several seeds ``None``.
         high: Its upper end.
         deviation: Standard deviation over seeds; ``None`` for one.
+        metric: Name of the metric.
         higher_is_better: Direction of the metric.
     """
 
@@ -42,18 +45,31 @@ class Entry:
     low: float | None
     high: float | None
     deviation: float | None
+    metric: str
     higher_is_better: bool
 
-    def lines(self) -> tuple[str, str]:
-        """The value, and below it the drop with its interval."""
-        spread = "" if self.deviation is None else f" ± {self.deviation:.1f}"
+    @property
+    def loss(self) -> tuple[float, float | None, float | None] | None:
+        """What is lost against the reference, positive where the method is worse, and its interval."""
         if self.drop is None:
-            return f"{self.value:.1f}{spread}", ""
-        # + 0.0 turns a negative zero into zero
-        below = f"{round(self.drop, 1) + 0.0:.1f}"
-        if self.low is not None and self.high is not None:
-            below += f" [{round(self.low, 1) + 0.0:.1f}, {round(self.high, 1) + 0.0:.1f}]"
-        return f"{self.value:.1f}{spread}", below
+            return None
+        lost = loss(self.drop, self.higher_is_better)
+        if self.low is None or self.high is None:
+            return lost, None, None
+        low, high = sorted(loss(end, self.higher_is_better) for end in (self.low, self.high))
+        return lost, low, high
+
+    def lines(self) -> tuple[str, str]:
+        """The value, and below it the loss with its interval."""
+        spread = "" if self.deviation is None else f" ± {number(self.deviation, self.metric)}"
+        value = f"{number(self.value, self.metric)}{spread}"
+        if self.loss is None:
+            return value, ""
+        lost, low, high = self.loss
+        below = number(lost, self.metric)
+        if low is not None and high is not None:
+            below += f" [{number(low, self.metric)}, {number(high, self.metric)}]"
+        return value, below
 
 
 @dataclass(frozen=True)
@@ -69,7 +85,7 @@ class Table:
     def best(self, row: RowKey) -> set[str]:
         """The methods with the best value of a row as printed; the reference and FP32 rows do not compete."""
         rivals = {
-            method: round(entry.value, 1)
+            method: as_shown(entry.value, entry.metric)
             for method in self.methods
             if (entry := self.entries.get((row, method))) is not None and method != REFERENCE_METHOD
         }
@@ -169,6 +185,7 @@ def _entry(records: list[Record]) -> Entry:
         low=results[0].ci_low if one else None,
         high=results[0].ci_high if one else None,
         deviation=None if one else stdev(values),
+        metric=results[0].metric,
         higher_is_better=results[0].higher_is_better,
     )
 
@@ -176,12 +193,12 @@ def _entry(records: list[Record]) -> Entry:
 def _own_rows(groups: dict[tuple[RowKey, str], list[Record]]) -> dict[tuple[RowKey, str], Entry]:
     """A row per model: the FP32 metric of trained weights over the seeds; precisions share weights."""
     values: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
-    directions: dict[str, bool] = {}
+    metrics: dict[str, tuple[str, bool]] = {}
     for (key, method), records in groups.items():
         for record in records:
             if record.result is not None and record.result.fp32_own is not None:
                 values[key[0], method][str(record.weights_digest)] = record.result.fp32_own
-                directions[key[0]] = record.result.higher_is_better
+                metrics[key[0]] = (record.result.metric, record.result.higher_is_better)
     return {
         ((model, OWN_ROW), method): Entry(
             value=fmean(found.values()),
@@ -189,7 +206,8 @@ def _own_rows(groups: dict[tuple[RowKey, str], list[Record]]) -> dict[tuple[RowK
             low=None,
             high=None,
             deviation=stdev(found.values()) if len(found) > 1 else None,
-            higher_is_better=directions[model],
+            metric=metrics[model][0],
+            higher_is_better=metrics[model][1],
         )
         for (model, method), found in values.items()
     }
@@ -201,16 +219,17 @@ def _references(rows: SuiteRows, keys: list[RowKey]) -> dict[tuple[RowKey, str],
     for record in rows.records.values():
         result = record.result
         if result is not None:
-            found[record.cell.model] = Entry(result.fp32, None, None, None, None, result.higher_is_better)
+            found[record.cell.model] = Entry(
+                result.fp32, None, None, None, None, result.metric, result.higher_is_better
+            )
     return {(key, REFERENCE_METHOD): found[key[0]] for key in keys if key[0] in found}
 
 
 def _caption(rows: SuiteRows) -> str:
     suite = rows.suite
     results = [record.result for record in rows.records.values() if record.result is not None]
-    metrics = sorted(
-        {f"{result.metric} (%)" if result.metric == "accuracy" else result.metric for result in results}
-    )
+    metrics = {result.metric: result.higher_is_better for result in results}
+    names = " and ".join(with_unit(metric) for metric in sorted(metrics)) or "metric"
     counts: dict[str, int] = {}
     for record in rows.records.values():
         if record.result is not None:
@@ -227,13 +246,24 @@ def _caption(rows: SuiteRows) -> str:
     own = "Rows FP32: each method's own weights before quantization. " if trained else ""
     random = " Random weights: the numbers mean nothing." if suite.name == "smoke" else ""
     return (
-        f"Suite {suite.name}: {' and '.join(metrics) or 'metric'} on the {suite.split} split and, below, "
-        f"the drop against FP32 in points, {spread}. {items}; profile {', '.join(suite.profiles)}; "
+        f"Suite {suite.name}: {names} on the {suite.split} split and, below, {_losses(metrics)}, "
+        f"{spread}. {items}; profile {', '.join(suite.profiles)}; "
         f"weights {', '.join(suite.weight_granularity).replace('_', ' ')}, activations "
         f"{' and '.join('symmetric' if value else 'asymmetric' for value in suite.symmetric)} per tensor; "
         f"{suite.calibration_items} calibration items, seed {', '.join(map(str, suite.seeds))}. "
         f"{own}Best at a precision in bold.{random}{partial}"
     )
+
+
+def _losses(metrics: Mapping[str, bool]) -> str:
+    """What stands below the values: the drop of one metric, the rise of another."""
+    if not set(metrics) - {POINTS}:
+        return "the drop against FP32 in points"
+    parts = [
+        f"the {loss_name(higher)} of {metric}{' in points' if metric == POINTS else ''}"
+        for metric, higher in sorted(metrics.items())
+    ]
+    return f"{' or '.join(parts)} against FP32"
 
 
 def text_of(table: Table, row: RowKey, method: str) -> tuple[str, str]:

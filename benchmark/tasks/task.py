@@ -7,8 +7,8 @@ imported when it is registered, so listing tasks stays quick.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from benchmark.data.manifest import data_fingerprint, split_ids
 from quanttune.digests import json_digest
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from baselines.method import Batch
     from benchmark.models.entry import ModelEntry
+    from benchmark.obstacles import Obstacle
 
 SPLITS = ("train", "validation", "test")
 
@@ -37,7 +38,11 @@ class Task(ABC):
         metric: What is reported, e.g. ``"accuracy"`` in percent.
         higher_is_better: Whether a larger metric is better.
         n_classes: Number of classes, or None where the task has none.
+        batch_size: Items per evaluation batch; fixed, because the split into batches may change the last bits
+            of a sum. Calibration batches are no larger.
         version: Raised when the task's code changes what it measures; part of every cell's identity.
+        benchmark: Name of the public benchmark that this is, so that published values may stand beside ours
+            (``ImageNet-1k``, ``LAMBADA``); None if it is none.
     """
 
     name: str
@@ -46,12 +51,53 @@ class Task(ABC):
     metric: str
     higher_is_better: bool = True
     n_classes: int | None = None
+    batch_size: int = 50
     version: int = 1
+    benchmark: str | None = None
 
     def fingerprint(self) -> str:
         """A digest of what decides the items, their order and the metric; read from the manifest only."""
-        data = data_fingerprint(self.dataset)
-        return json_digest({"task": self.name, "metric": self.metric, "version": self.version, "data": data})
+        facts = {
+            "task": self.name,
+            "metric": self.metric,
+            "version": self.version,
+            "data": self._data_fingerprint(),
+        }
+        return json_digest(facts | self.protocol())
+
+    def protocol(self) -> dict[str, Any]:
+        """What decides the items or the metric beside the data and the task's code, as plain JSON values."""
+        return {}
+
+    def obstacle(self) -> Obstacle | None:
+        """Why the data cannot be read on this machine, None if nothing known stands in the way; quick."""
+        return None
+
+    def fetch(self, say: Callable[[str], None]) -> list[tuple[str, str]]:
+        """Bring the data to this machine; nothing to do for what comes with the package.
+
+        Args:
+            say: Called with one line for each thing that happens.
+
+        Returns:
+            Each part and where it is.
+
+        Raises:
+            AssetError: If it cannot be had; the message says what to do.
+        """
+        return []
+
+    def content_fingerprints(self) -> dict[str, str]:
+        """Digests of the data's content by split, where :meth:`fingerprint` cannot know it; may read it."""
+        return {}
+
+    def _data_fingerprint(self) -> str:
+        """A digest of the data and its splits."""
+        return data_fingerprint(self.dataset)
+
+    def _splits(self) -> Mapping[str, Sequence[int]]:
+        """The ids of every split."""
+        return split_ids(self.dataset)
 
     def split_ids(self, split: str, limit: int | None = None) -> list[int]:
         """The committed ids of a split, in their committed order.
@@ -65,7 +111,7 @@ class Task(ABC):
             UnknownNameError: If there is no such split.
             ConfigError: If ``limit`` is not positive.
         """
-        splits = split_ids(self.dataset)
+        splits = self._splits()
         if split not in splits:
             raise UnknownNameError("split", split, splits)
         ids = splits[split]

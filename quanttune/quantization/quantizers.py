@@ -110,7 +110,8 @@ class UniformQuantizer:
         scale = self.scale.to(values.device).view(shape)
         zero = self.zero_point.to(values.device).view(shape)
         codes = (values * (1 / scale)).round_()
-        return torch.minimum(torch.maximum(codes, self.code_min - zero), self.code_max - zero).mul_(scale)
+        torch.maximum(codes, self.code_min - zero, out=codes)  # in place: a weight may be half a gigabyte
+        return torch.minimum(codes, self.code_max - zero, out=codes).mul_(scale)
 
     def _with_gradient(self, values: Tensor) -> Tensor:
         if self.axis is None:

@@ -39,10 +39,12 @@ def weight_quantizer(weight: Tensor, bits: int, granularity: str = "per_channel"
         raise ConfigError(
             f"weight granularity {granularity!r} is not one of {', '.join(WEIGHT_GRANULARITIES)}"
         )
-    magnitude = weight.detach().abs().cpu()
-    if granularity == "per_tensor":
-        return UniformQuantizer.symmetric(magnitude.amax(), bits)
-    return UniformQuantizer.symmetric(magnitude.flatten(1).amax(dim=1), bits, axis=0)
+    # Of the bounds, not of a copy: large copies freed between small kept scales would break up the heap.
+    per_tensor = granularity == "per_tensor"
+    values = weight.detach()
+    low, high = torch.aminmax(values) if per_tensor else torch.aminmax(values.flatten(1), dim=1)
+    limit = torch.maximum(low.abs(), high.abs()).cpu()
+    return UniformQuantizer.symmetric(limit, bits, None if per_tensor else 0)
 
 
 def build_quantizers(

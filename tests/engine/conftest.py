@@ -82,7 +82,7 @@ class ToyModel(ModelEntry):
     def build(self) -> nn.Module:
         return Block().eval()
 
-    def _reference(self, progress: Progress) -> dict[str, Tensor]:
+    def _reference(self, progress: Progress, device: torch.device) -> dict[str, Tensor]:
         type(self).made += 1
         generator = torch.Generator().manual_seed(0)
         shapes = {name: tensor.shape for name, tensor in self.build().state_dict().items()}

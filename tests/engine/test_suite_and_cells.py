@@ -48,6 +48,7 @@ CHANGES = {
     "calibration_items": 9,
     "limit": 3,
     "split": "validation",
+    "autocast": "bf16",
 }
 
 
@@ -120,6 +121,7 @@ def test_bad_selections_say_what_is_wrong(
         ('models = ["toy"]\nprecisions = ["W8A8"]\nseeds = [true]\nmethods = [{name = "mse"}]', "seeds"),
         ('models = ["toy"]\nprecisions = ["W8A8"]\nlimit = 0\nmethods = [{name = "mse"}]', "at least 1"),
         ('models = ["toy"]\nprecisions = ["W8A8"]\nsplit = "tests"\nmethods = [{name = "mse"}]', "'tests'"),
+        ('models = ["toy"]\nprecisions = ["W8A8"]\nautocast = "fp8"\nmethods = [{name = "mse"}]', "'fp8'"),
         ('models = ["toy"]\nprecisions = ["W8A8"]\nprofiles = ["all"]\nmethods = [{name = "mse"}]', "'all'"),
     ],
 )

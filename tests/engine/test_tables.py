@@ -13,6 +13,7 @@ import pytest
 from benchmark.cells import Cell, expand
 from benchmark.record import Record, Result
 from benchmark.report.latex import to_latex
+from benchmark.report.metric import as_shown, number
 from benchmark.report.reference import load_published, published_names
 from benchmark.report.rows import SuiteRows, collect_rows
 from benchmark.report.tables import OWN_ROW, Table, arrange, make_table, text_of, to_frame, to_grid
@@ -63,6 +64,57 @@ def test_a_lower_metric_can_be_the_better(full: SuiteRows) -> None:
         key: dataclasses.replace(entry, higher_is_better=False) for key, entry in table.entries.items()
     }
     assert dataclasses.replace(table, entries=entries).best(("toy", "W4A4")) == {"minmax"}
+
+
+def test_perplexity_rises_and_the_lowest_as_printed_is_best(suite: Suite, store: Store) -> None:
+    found = {"minmax": 31.504, "mse": 31.496}
+    for cell in expand(suite):
+        value = 25.25 if cell.is_reference else found[cell.method] * (1 if cell.precision == "W8A8" else 2000)
+        drop = 25.25 - value
+        result = Result("perplexity", False, value, 25.25, None, drop, drop - 0.5, drop + 0.25, 180)
+        store.save(Record(cell, "done", "2026-01-01T00:00:00+00:00", 1.0, result, weights_digest="w"))
+    rows = collect_rows(store, suite)
+    table = make_table(rows)
+    w8, w4 = ("toy", "W8A8"), ("toy", "W4A4")
+    assert text_of(table, w8, "minmax") == ("31.50", "6.25 [6.00, 6.75]")
+    assert text_of(table, w4, "minmax") == ("63,008", "62,983 [62,982, 62,983]")
+    assert table.best(w8) == {"minmax", "mse"}  # both print as 31.50
+    assert table.best(w4) == {"mse"}
+    assert "perplexity on the test split and, below, the rise of perplexity against FP32" in table.caption
+    assert "points" not in table.caption
+    assert all(row["drop"] == 25.25 - row["value"] for row in rows.to_json())  # what is kept is a drop
+    check_latex(to_latex(table, "x"))
+
+
+def test_a_caption_tells_a_drop_in_points_from_a_rise(full: SuiteRows) -> None:
+    assert "accuracy (%) on the test split and, below, the drop against FP32 in points" in (
+        make_table(full).caption
+    )
+    records = dict(full.records)
+    cell, old = next(iter(records.items()))
+    assert old.result is not None
+    result = dataclasses.replace(old.result, metric="perplexity", higher_is_better=False)
+    records[cell] = dataclasses.replace(old, result=result)
+    caption = make_table(dataclasses.replace(full, records=records)).caption
+    assert "accuracy (%) and perplexity on the test split" in caption
+    assert "the drop of accuracy in points or the rise of perplexity against FP32" in caption
+
+
+@pytest.mark.parametrize(
+    ("value", "metric", "shown"),
+    [
+        (84.449, "accuracy", "84.4"),
+        (-0.04, "accuracy", "0.0"),
+        (29.306, "perplexity", "29.31"),
+        (-0.001, "perplexity", "0.00"),
+        (412.34, "perplexity", "412.3"),
+        (-49689.4, "perplexity", "-49,689"),
+        (3.21e9, "perplexity", "3.2e+09"),
+    ],
+)
+def test_numbers_have_the_digits_of_their_metric(value: float, metric: str, shown: str) -> None:
+    assert number(value, metric) == shown
+    assert as_shown(value, metric) == float(shown.replace(",", ""))
 
 
 def check_latex(text: str) -> None:
@@ -206,7 +258,8 @@ def test_negative_zero_is_zero() -> None:
     table = Table("", [], [], {}, {})
     from benchmark.report.tables import Entry
 
-    assert Entry(80.0, -0.01, -0.04, 0.02, None, True).lines() == ("80.0", "0.0 [0.0, 0.0]")
+    entry = Entry(80.0, -0.01, -0.04, 0.02, None, "accuracy", True)
+    assert entry.lines() == ("80.0", "0.0 [0.0, 0.0]")
     assert table.best(("toy", "W8A8")) == set()
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmark.data import build
+from benchmark.data.builders import common, moby_dick, movie_reviews
 from benchmark.data.loader import load_bundled, read_parquet
 from benchmark.data.manifest import DATA_FOLDER, data_fingerprint, describe, dump_json, manifest, split_ids
 from quanttune.digests import sha256_file
@@ -93,30 +93,59 @@ def test_movie_reviews_splits_have_polarity_and_no_sentence_twice(cache: Path) -
         assert lengths == sorted(lengths)
 
 
+def test_moby_dick_is_split_into_runs_of_whole_chapters_and_is_nothing_but_the_novel(cache: Path) -> None:
+    splits = split_ids("moby_dick")
+    assert [*splits["train"], *splits["validation"], *splits["test"]] == list(range(1, 139))
+    data = load_bundled("moby_dick")
+    text = dict(zip(data["id"], data["text"], strict=True))
+    assert text[3].startswith("CHAPTER 1. Loomings.\n\nCall me Ishmael.")
+    assert text[138].endswith("only found another orphan.\n")
+    assert all(text[chapter + 2].startswith(f"CHAPTER {chapter}. ") for chapter in range(1, 136))
+    whole = "".join(data["text"])
+    for foreign in ("Gutenberg", "stdlib", "http", "Copyright", "CONTENTS"):
+        assert foreign not in whole
+    assert [round(sum(len(text[item]) for item in ids) / len(whole), 2) for ids in splits.values()] == [
+        0.8,
+        0.08,
+        0.12,
+    ]
+
+
+def test_a_part_belongs_to_the_split_of_its_middle() -> None:
+    found = moby_dick.split_parts({1: 700, 2: 190, 3: 20, 4: 90})  # middles at 350, 795, 900, 955 of 1000
+    assert found == {"train": [1, 2], "validation": [], "test": [3, 4]}
+    even = moby_dick.split_parts(dict.fromkeys(range(100), 10))
+    assert [len(ids) for ids in even.values()] == [80, 8, 12]
+
+
 def test_the_committed_splits_are_what_the_script_draws(cache: Path) -> None:
     splits = split_ids("movie_reviews")
     data = load_bundled("movie_reviews")
     usable = {item for ids in splits.values() for item in ids}
     pool = {item: int(r > 0) for item, r in zip(data["id"], data["rating"], strict=True) if item in usable}
-    test = build.stratified(pool, 2000, "movie_reviews", "test")
+    test = common.stratified(pool, 2000, "movie_reviews", "test")
     assert test == sorted(splits["test"])
     rest = {item: label for item, label in pool.items() if item not in set(test)}
-    assert build.stratified(rest, 1000, "movie_reviews", "validation") == sorted(splits["validation"])
+    assert common.stratified(rest, 1000, "movie_reviews", "validation") == sorted(splits["validation"])
 
     splits = split_ids("fashion_mnist")
     data = load_bundled("fashion_mnist")
     labels = {item: label for item, label in zip(data["id"], data["label"], strict=True) if item < 60_000}
-    assert build.stratified(labels, 1000, "fashion_mnist", "validation") == splits["validation"]
+    assert common.stratified(labels, 1000, "fashion_mnist", "validation") == splits["validation"]
+
+    data = load_bundled("moby_dick")
+    sizes = {item: len(text) for item, text in zip(data["id"], data["text"], strict=True)}
+    assert moby_dick.split_parts(sizes) == split_ids("moby_dick")
 
 
 def test_stratified_draws_keep_shares_and_depend_on_the_purpose() -> None:
     labels = {item: int(item % 10 < 3) for item in range(1000)}  # 30 % are of class 1
-    drawn = build.stratified(labels, 101, "a")
+    drawn = common.stratified(labels, 101, "a")
     assert len(drawn) == len(set(drawn)) == 101
     assert sum(labels[item] for item in drawn) in (30, 31)
     assert drawn == sorted(drawn)
-    assert drawn == build.stratified(labels, 101, "a")
-    assert drawn != build.stratified(labels, 101, "b")
+    assert drawn == common.stratified(labels, 101, "a")
+    assert drawn != common.stratified(labels, 101, "b")
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
@@ -268,7 +297,7 @@ def test_the_fingerprint_follows_contents_and_splits(own_copy: Path) -> None:
 def test_a_source_archive_with_another_digest_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "vaderSentiment-3.3.2.tar.gz"
     with pytest.raises(AssetError, match="is not there"):
-        build.read_reviews(path)
+        movie_reviews.read_reviews(path)
     path.write_bytes(b"something else")
-    with pytest.raises(AssetError, match=f"expected {build.VADER_SHA256}"):
-        build.read_reviews(path)
+    with pytest.raises(AssetError, match=f"expected {movie_reviews.VADER_SHA256}"):
+        movie_reviews.read_reviews(path)

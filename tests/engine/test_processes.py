@@ -1,0 +1,56 @@
+"""``--processes``: a cell whose fine-tuning several processes share has the number of one, up to rounding."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from click.testing import CliRunner
+
+from benchmark.cells import expand
+from benchmark.cli import cli
+from benchmark.runner import CellRunner, Settings
+from benchmark.store import Store
+from benchmark.suite import MethodSpec, Suite
+
+
+def test_a_shared_fine_tuning_gives_the_same_cell(store: Store, suite: Suite) -> None:
+    shared = dataclasses.replace(suite, methods=(MethodSpec("quanttune", {"distillation": 0.5}),))
+    found = []
+    for processes in (1, 2):
+        kept = Store(store.root / str(processes))
+        stages: list[tuple[str, int, int]] = []
+        runner = CellRunner(
+            Settings(kept.root, processes=processes), lambda *stage, to=stages: to.append(stage)
+        )
+        cell = expand(shared)[0]
+        outcome = runner.run(cell)
+        assert outcome.status == "done", outcome.message
+        record = kept.load(cell)
+        assert record is not None
+        assert record.provenance.get("processes", 1) == processes
+        assert record.result is not None
+        assert any(name == "quanttune fine-tuning" for name, *_ in stages)
+        found.append((cell.cell_id, record.result.value, record.result.fp32_own, record.sites))
+    assert found[0][:3] == found[1][:3]
+    for one, other in zip(found[0][3], found[1][3], strict=True):
+        for bound in ("low", "high"):
+            assert one[bound] == pytest.approx(other[bound], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--processes", "0"], "--processes 0"),
+        (["--processes", "2", "--executor", "local"], "--executor serial, not local"),
+        (["--processes", "2", "--jobs", "2"], "--executor serial, not local"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(
+    options: list[str], words: str, suite_file: str, store: Store
+) -> None:
+    done = CliRunner().invoke(
+        cli, ["run", "--all", "--suite", suite_file, "--results", str(store.root), *options]
+    )
+    assert done.exit_code == 2
+    assert words in done.stderr
