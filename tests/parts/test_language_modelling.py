@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from benchmark.measure import evaluate
 from benchmark.models.entry import CausalTextEntry, get_model
 from benchmark.tasks.language_modelling import UNSCORED, LastToken, SlidingWindowPerplexity
+from benchmark.tasks.task import SPLITS, get_task
 from quanttune.errors import ConfigError, QuantTuneError, UnknownNameError
 
 TEXTS = {"train": "abcdefghijklmnopqrst", "validation": "abcdefgh", "test": "tsrqponmlk"}
@@ -259,3 +262,31 @@ def test_a_model_that_is_no_language_model_is_refused_in_words() -> None:
     task = letters(5, 5)
     with pytest.raises(ConfigError, match="tiny_bert is no language model"):
         task.collate(get_model("tiny_bert"), task.split_ids("train"))
+
+
+@pytest.mark.parametrize("name", ["moby_dick", "moby_dick_excerpt"])
+def test_bundled_texts_are_the_chapters_of_their_split_in_order(name: str, cache: Path) -> None:
+    task: Any = get_task(name)
+    texts = {split: task.text(split) for split in SPLITS}
+    assert texts["train"].startswith("ETYMOLOGY.")
+    for earlier, later in (("train", "validation"), ("validation", "test")):
+        number = int(re.findall(r"^CHAPTER (\d+)\.", texts[earlier], flags=re.MULTILINE)[-1])
+        assert texts[later].startswith(f"CHAPTER {number + 1}. ")
+    assert texts["test"].endswith("only found another orphan.\n")
+    assert "\n\nCHAPTER 2. The Carpet-Bag.\n\n" in texts["train"]
+    entry = get_model("tiny_opt_lm")
+    for split in SPLITS:
+        ids = task.split_ids(split)
+        assert len(ids) == task.windows[split]
+        first = task.collate(entry, ids[:1]).inputs["input_ids"][0]
+        assert bytes(first.tolist()) == texts[split].encode()[: task.length]
+    assert len(task.calibration_ids(128, 0)) == 128
+
+
+def test_other_data_or_windows_are_another_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    task: Any = get_task("moby_dick")
+    before = {task.fingerprint(), get_task("moby_dick_excerpt").fingerprint()}
+    assert len(before) == 2
+    assert replace(task, stride=128).fingerprint() not in before
+    monkeypatch.setattr("benchmark.tasks.task.data_fingerprint", lambda dataset: "other")
+    assert task.fingerprint() not in before
