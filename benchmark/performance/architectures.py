@@ -105,7 +105,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "transformers",
         "OPTForCausalLM",
         items=4,
-        tokens=256,
+        tokens=128,
         depth="num_hidden_layers",
         settings={
             "hidden_size": 1024,

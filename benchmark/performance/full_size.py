@@ -27,7 +27,7 @@ WEIGHT_SHARE = 2.5
 """Memory that quantizing may take, in multiples of the FP32 weights, the weights themselves included."""
 RULES = ("minmax", "percentile", "mse", "omse")
 PRECISIONS = ("W8A8", "W7A7", "W6A6")
-_STEPS = 4
+_STEPS = 3
 _MIB = 2**20
 
 
