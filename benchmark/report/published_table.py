@@ -82,7 +82,9 @@ def make_published_table(rows: SuiteRows) -> PublishedTable:
 def _line(value: Published, rows: SuiteRows) -> Line:
     names = list(dict.fromkeys(cell.model for cell in rows.cells))
     wanted = value.family or value.model
-    ours = next((name for name in names if get_model(name).checkpoint == wanted), None)
+    same = [name for name in names if get_model(name).checkpoint == wanted]
+    # a checkpoint may be measured on several tasks, each a model of the suite
+    ours = next((name for name in same if _benchmark(name) == value.data), same[0] if same else None)
     measured = drop = None
     if ours is None:
         why = value.why or "no model of the suite has these weights"
@@ -108,6 +110,10 @@ def _line(value: Published, rows: SuiteRows) -> Line:
         difference=None if measured is None else measured - value.value,
         why=why,
     )
+
+
+def _benchmark(model: str) -> str | None:
+    return get_task(get_model(model).task).benchmark
 
 
 def _counterparts(value: Published, cells: list[Cell]) -> tuple[list[Cell], str]:
