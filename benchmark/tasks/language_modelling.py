@@ -10,7 +10,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from benchmark.data.loader import load_bundled
@@ -92,14 +91,17 @@ class SlidingWindowPerplexity(NextToken):
 
     def protocol(self) -> dict[str, Any]:
         """Length, stride and number of the windows."""
-        return {"length": self.length, "stride": self.stride, "windows": dict(self.windows)}
+        return {"length": self.length, "stride": self.stride, "windows": dict(self._counts())}
 
-    @cached_property
+    def _counts(self) -> Mapping[str, int]:
+        """Number of windows of each split."""
+        return self.windows
+
+    @property
     def _numbers(self) -> dict[str, range]:
-        starts = {
-            split: sum(self.windows[earlier] for earlier in SPLITS[:at]) for at, split in enumerate(SPLITS)
-        }
-        return {split: range(starts[split], starts[split] + self.windows[split]) for split in SPLITS}
+        counts = self._counts()
+        starts = {split: sum(counts[earlier] for earlier in SPLITS[:at]) for at, split in enumerate(SPLITS)}
+        return {split: range(starts[split], starts[split] + counts[split]) for split in SPLITS}
 
     def _splits(self) -> Mapping[str, Sequence[int]]:
         return self._numbers
@@ -116,9 +118,10 @@ class SlidingWindowPerplexity(NextToken):
         if key not in self._tokens:
             ids = torch.tensor(entry.tokenize(self.text(split)), dtype=torch.int64)
             found = (len(ids) - self.length) // self.stride + 1 if len(ids) >= self.length else 0
-            if found < self.windows[split]:
+            wanted = self._counts()[split]
+            if found < wanted:
                 raise ConfigError(
-                    f"task {self.name} has {self.windows[split]} windows in split {split!r}, but its text "
+                    f"task {self.name} has {wanted} windows in split {split!r}, but its text "
                     f"gives {found} with the {len(ids):,} tokens of model {entry.name}; use a model with a "
                     "smaller vocabulary or a task with fewer windows"
                 )
@@ -137,8 +140,9 @@ class SlidingWindowPerplexity(NextToken):
         return Batch(entry.text_inputs(windows.tolist()), targets)
 
     def _window(self, entry: ModelEntry, item: int) -> Tensor:
-        split = next(split for split, numbers in self._numbers.items() if item in numbers)
-        start = (item - self._numbers[split].start) * self.stride
+        numbers = self._numbers
+        split = next(split for split, those in numbers.items() if item in those)
+        start = (item - numbers[split].start) * self.stride
         return self.tokens(entry, split)[start : start + self.length]
 
     def item_scores(self, logits: Tensor, targets: Tensor) -> Tensor:

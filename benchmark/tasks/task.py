@@ -128,13 +128,17 @@ class Task(ABC):
         ids come in the committed order of the split.
 
         Raises:
-            ConfigError: If ``n`` is not between 1 and the number of training items.
+            ConfigError: If ``n`` is not between 1 and the number of items that may be drawn.
         """
-        ids = self.split_ids("train")
+        ids = self._calibration_pool()
         if not 1 <= n <= len(ids):
             raise ConfigError(f"{n} calibration items asked of task {self.name}; it has 1 to {len(ids)}")
         chosen = set(sorted(ids, key=lambda item: derive_seed(seed, "calibration", self.name, item))[:n])
         return [item for item in ids if item in chosen]
+
+    def _calibration_pool(self) -> list[int]:
+        """The training items that calibration draws from, in the committed order: all of them by default."""
+        return self.split_ids("train")
 
     def batches(
         self,
