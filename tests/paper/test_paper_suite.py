@@ -16,6 +16,9 @@ from click.testing import CliRunner, Result
 from benchmark.cells import expand
 from benchmark.cli import cli
 from benchmark.models.entry import MODELS
+from benchmark.report.published_table import make_published_table
+from benchmark.report.rows import collect_rows
+from benchmark.store import Store
 from benchmark.suite import load_suite
 from benchmark.tasks.task import TASKS
 from tests.paper.standins import save_data
@@ -110,6 +113,14 @@ def test_the_listing_as_json_holds_every_cells_obstacles(tmp_path: Path) -> None
         for obstacle in row["obstacles"]:
             assert set(obstacle) == {"reason", "remedy"}
             assert "not on this machine" in obstacle["reason"]
+
+
+def test_published_values_belong_to_the_model_of_their_task(tmp_path: Path) -> None:
+    lines = make_published_table(collect_rows(Store(tmp_path), SUITE, allow_partial=True)).lines
+    told = {(line.model, line.cell_model) for line in lines if line.data == "LAMBADA"}
+    assert told == {(f"facebook/opt-{size}", f"opt_{size}_lambada") for size in ("125m", "350m")}
+    known = {line.cell_model for line in lines if line.source == "FQ-ViT README"}
+    assert known >= {name for name in SUITE.models if MODELS.get(name).task == "imagenet"}
 
 
 def test_no_obstacle_where_weights_and_data_are_here(stand_ins: Path, tmp_path: Path) -> None:
