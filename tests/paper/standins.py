@@ -132,19 +132,19 @@ def as_hub_cache(folder: Path, cache: Path, repo: str, commit: str, reference: s
 
 def save_data(root: Path) -> Path:
     """Every data set of the paper suite, small, in the forms that a user may have."""
-    save_photos(root / "imagenet", {"train": 48, "validation": 12}, classes=4)
+    save_photos(root / "imagenet", {"train": 96, "validation": 12}, classes=4)
     for name, columns in (
         ("glue_sst2", ("sentence",)),
         ("glue_mrpc", ("sentence1", "sentence2")),
         ("glue_qnli", ("question", "sentence")),
         ("glue_stsb", ("sentence1", "sentence2")),
     ):
-        save_glue(root / name, columns, {"train": 48, "validation": 16}, scores=name == "glue_stsb")
+        save_glue(root / name, columns, {"train": 96, "validation": 16}, scores=name == "glue_stsb")
     lines = {"train": 160, "validation": 60, "test": 60}
     for split, number in lines.items():
         save_text(root / "wikitext2" / f"{split}.txt", number)
-    declare(root / "wikitext2", lines)
-    passages = {"validation": 40, "test": 12}
+    declare(root / "wikitext2", lines, windows={"train": 20, "validation": 4, "test": 8})
+    passages = {"validation": 96, "test": 12}
     for split, number in passages.items():
         rows = [{"text": sentence(f"lambada {split} {row}", 12)} for row in range(number)]
         save_parquet(root / "lambada" / f"{split}.parquet", rows)
@@ -157,7 +157,7 @@ def sentence(seed: str, length: int = 6) -> str:
     return " ".join(WORDS[derive_seed(0, seed, place) % len(WORDS)] for place in range(length))
 
 
-def declare(folder: Path, rows: dict[str, int], **facts: int) -> None:
+def declare(folder: Path, rows: dict[str, int], **facts: int | dict[str, int]) -> None:
     """Say that a copy of a data set is smaller than the whole."""
     (folder / "dataset.json").write_text(json.dumps({"rows": rows, **facts}))
 
