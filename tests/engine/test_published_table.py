@@ -28,7 +28,7 @@ from benchmark.report.published_values import IMAGENET, published_values
 from benchmark.report.reference import load_published, published_names
 from benchmark.report.rows import collect_rows
 from benchmark.store import Store
-from benchmark.suite import Suite, parse_suite
+from benchmark.suite import Suite, load_suite, parse_suite
 from benchmark.tasks.task import TASKS
 
 VIT_B = "vit_base_patch16_224.augreg_in21k_ft_in1k"
@@ -253,3 +253,21 @@ def test_a_declared_checkpoint_has_a_task_to_compare_on() -> None:
         entry = MODELS.get(name)
         if entry.checkpoint in known:
             assert TASKS.get(entry.task).benchmark == known[entry.checkpoint], name
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [("published_fq_vit", "FQ-ViT README"), ("published_ptq4vit", "PTQ4ViT README")],
+)
+def test_a_suite_in_a_tables_own_setting_has_a_cell_for_each_of_its_values(
+    name: str, source: str, store: Store
+) -> None:
+    suite = load_suite(name)
+    for cell in expand(suite):
+        result = Result("accuracy", True, 80.0, FP32, None, FP32 - 80.0, 0.0, 0.0, 40)
+        store.save(Record(cell, "done", "2026-01-01T00:00:00+00:00", 1.0, result))
+    shown = [line for line in make_published_table(collect_rows(store, suite)).shown if line.source == source]
+    assert {line.cell_model for line in shown} == set(suite.models)
+    assert [line.why for line in shown if line.measured is None] == []
+    methods = {cell.method for cell in expand(suite)}
+    assert {line.method for line in shown} == methods
