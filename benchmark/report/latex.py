@@ -14,8 +14,8 @@ def to_latex(table: Table, label: str) -> str:
 
     layout = arrange(table)
     cells = [[_latex_cell(table, *place) for place in places] for _, _, places in layout.lines]
-    names = [escape_latex(name) for _, name, _ in layout.lines]
-    columns = [escape_latex(name) for name in layout.columns]
+    names = [_latex_name(name) for _, name, _ in layout.lines]
+    columns = [_latex_name(name) for name in layout.columns]
     frame = pd.DataFrame(cells, index=pd.Index(names), columns=columns)
     body = frame.style.to_latex(
         hrules=True,
@@ -50,6 +50,17 @@ def _latex_cell(table: Table, row: RowKey, method: str) -> str:
     drop, _, interval = second.partition(" ")
     lines = [first, *(f"{{\\scriptsize {line}}}" for line in (drop, interval) if line)]
     return first if len(lines) == 1 else "\\shortstack[r]{" + " \\\\ ".join(lines) + "}"
+
+
+def _latex_name(name: str) -> str:
+    """A head or stub; the parameters of a method get a line each, so that they take no width."""
+    method, mark, rest = name.partition("[")
+    if not mark:
+        return escape_latex(name)
+    parameters, _, calibrator = rest.partition("]")
+    lines = [escape_latex(method + calibrator)]
+    lines += [f"{{\\scriptsize {escape_latex(text)}}}" for text in parameters.split(",")]
+    return "\\shortstack[l]{" + " \\\\ ".join(lines) + "}"
 
 
 _LATEX = {

@@ -128,7 +128,7 @@ def check_latex(text: str) -> None:
     body = text[text.index("\\toprule") : text.index("\\bottomrule")]
     (columns,) = re.findall(r"\\begin\{tabular\}\{(\w+)\}", text)
     # what is inside \shortstack has its own line breaks
-    flat = re.sub(r"\\shortstack\[r\]\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}", "x", body)
+    flat = re.sub(r"\\shortstack\[[lr]\]\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}", "x", body)
     lines = [line for line in flat.splitlines() if line.endswith("\\\\")]
     assert lines
     data = [line for line in lines if not line.startswith("\\multicolumn")]
@@ -179,6 +179,10 @@ def test_many_methods_stand_one_below_the_other(full: SuiteRows) -> None:
     (places,) = (places for _, name, places in layout.lines if name == "minmax")
     assert places == [(row, "minmax") for row in table.rows]
     check_latex(to_latex(many, "x"))
+    named = dataclasses.replace(many, methods=[*many.methods[:-1], "mse[p_q=0.5,twin=False]+omse"])
+    stub = "\\shortstack[l]{mse+omse \\\\ {\\scriptsize p\\_q=0.5} \\\\ {\\scriptsize twin=False}}"
+    assert stub in to_latex(named, "x")
+    check_latex(to_latex(named, "x"))
     grid = to_grid(many, "github")
     (line,) = (line for line in grid.splitlines() if line.startswith("| toy") and "| minmax" in line)
     assert all(text_of(many, row, "minmax")[0] in line for row in table.rows)
