@@ -20,6 +20,8 @@ COLUMNS = (
     "panel", "method", "precision", "drop", "low", "high", "value", "fp32", "metric", "higher_is_better",
 )  # fmt: skip
 
+_ACROSS = 2
+"""Panels side by side: three would leave no room for their titles."""
 _SPREAD = 0.56  # of a row's height, over which the precisions of one method are spread
 
 
@@ -61,9 +63,14 @@ def draw_overview(frame: pd.DataFrame) -> Figure:
     panels = list(dict.fromkeys(frame["panel"]))
     methods = list(dict.fromkeys(frame["method"]))
     precisions = [name for name in dict.fromkeys(frame["precision"]) if name != OWN_ROW]
-    height = 0.9 + 0.34 * len(methods)
+    across = min(max(len(panels), 1), _ACROSS)
+    down = max(math.ceil(len(panels) / across), 1)
+    height = 0.3 + down * (0.6 + (0.34 if down == 1 else 0.26) * len(methods))
     figure = new_figure(max(height, 1.6))
-    axes = figure.subplots(1, max(len(panels), 1), squeeze=False, sharey=True)[0]
+    grid = figure.subplots(down, across, squeeze=False, sharey=True)
+    axes = grid.flatten()
+    for spare in axes[len(panels) or 1 :]:
+        spare.set_axis_off()
     handles: dict[str, Any] = {}
     for place, panel in zip(axes, panels, strict=False):
         part = frame[frame["panel"] == panel]
@@ -71,14 +78,12 @@ def draw_overview(frame: pd.DataFrame) -> Figure:
         first = part.iloc[0]
         metric, fp32 = str(first["metric"]), float(first["fp32"])
         points = metric == POINTS
-        place.set_title(
-            f"{panel}: {metric} {number(fp32, metric)}{' %' if points else ''} in FP32", loc="left"
-        )
+        place.set_title(f"{panel}: FP32 {metric} {number(fp32, metric)}{' %' if points else ''}", loc="left")
         _scale(place, part, 2.0 if points else 0.05 * fp32)
         lost = loss_name(bool(first["higher_is_better"]))
-        place.set_xlabel(f"{lost} against FP32 ({'points' if points else metric}); left is better")
+        place.set_xlabel(f"{lost} ({'points' if points else metric}); left is better")
     if methods:
-        axes[0].set_yticks(range(len(methods)), methods)
+        axes[0].set_yticks(range(len(methods)), methods)  # every panel shares them
         axes[0].set_ylim(len(methods) - 0.5, -0.5)
     names = [name for name in (*precisions, OWN_ROW) if name in handles]
     labels = ["own weights, unquantized" if name == OWN_ROW else name for name in names]
