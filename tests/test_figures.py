@@ -367,6 +367,18 @@ def test_every_method_and_model_has_its_place_in_the_overview(data: dict[str, An
     assert high - low >= 2  # no difference does not look like one
 
 
+@pytest.mark.parametrize(("count", "shape"), [(1, (1, 1)), (2, (1, 2)), (3, (2, 2)), (5, (3, 2))])
+def test_two_panels_of_the_overview_stand_side_by_side(count: int, shape: tuple[int, int]) -> None:
+    line = {"method": "minmax", "precision": "W8A8", "drop": 1.0, "low": 0.5, "high": 1.5, "value": 84.0}
+    rest = {"fp32": 85.0, "metric": "accuracy", "higher_is_better": True}
+    frame = pd.DataFrame([{"panel": f"model {index}", **line, **rest} for index in range(count)])
+    with canvas.style():
+        figure = draw_overview(frame)
+    drawn = [axes for axes in figure.axes if axes.get_title(loc="left")]
+    assert len(drawn) == count
+    assert figure.axes[0].get_gridspec().get_geometry() == shape
+
+
 def test_a_rise_of_perplexity_is_drawn_to_the_right_and_by_powers_if_it_explodes(
     data: dict[str, Any],
 ) -> None:
@@ -376,8 +388,8 @@ def test_a_rise_of_perplexity_is_drawn_to_the_right_and_by_powers_if_it_explodes
     with canvas.style():
         figure = draw_overview(pd.concat([frame, exploded]))
     first, second = figure.axes
-    assert first.get_xlabel() == "rise against FP32 (perplexity); left is better"
-    assert first.get_title(loc="left") == "tiny_vit: perplexity 30.00 in FP32"
+    assert first.get_xlabel() == "rise (perplexity); left is better"
+    assert first.get_title(loc="left") == "tiny_vit: FP32 perplexity 30.00"
     points = {float(x) for line in first.lines if line.get_marker() != "None" for x in line.get_xdata()}
     assert points == {5.0}
     assert (first.get_xscale(), second.get_xscale()) == ("linear", "symlog")
