@@ -6,7 +6,6 @@ import dataclasses
 import json
 import re
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +80,7 @@ def test_the_suite_holds_the_models_methods_and_widths_of_the_paper() -> None:
 
 
 def test_a_dry_run_says_why_every_cell_cannot_run_and_what_would_help(tmp_path: Path) -> None:
-    began = time.monotonic()
     result = command("run", "--suite", "paper", "--dry-run", "--results", str(tmp_path))
-    assert time.monotonic() - began < 20  # seconds: the network is not asked cell by cell
     assert result.exit_code == 0
     grid, _, told = result.output.partition("\n\n")
     cells = expand(SUITE)
@@ -130,11 +127,9 @@ def test_no_obstacle_where_weights_and_data_are_here(stand_ins: Path, tmp_path: 
 
 def test_cells_with_obstacles_fail_with_the_reason_and_the_others_run(tmp_path: Path) -> None:
     path = suite_file(tmp_path, ("opt_125m_wikitext2", "tiny_bert"), ("fp32", "minmax"))
-    began = time.monotonic()
     result = command(
         "run", "--all", "--suite", path, "--limit", "20", "--no-tracking", "--results", str(tmp_path / "r")
     )
-    assert time.monotonic() - began < 60
     assert result.exit_code == 1
     assert "4 cells: 2 done, 2 failed" in result.stdout
     (line,) = (line for line in result.stderr.splitlines() if "and 1 cells more" in line)
