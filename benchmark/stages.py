@@ -17,7 +17,7 @@ from benchmark.atomic import write_atomically, write_text_atomically
 from benchmark.record import SCHEMA
 from benchmark.store import file_lock
 from quanttune.digests import json_digest, sha256_file
-from quanttune.errors import ConfigError
+from quanttune.errors import ConfigError, TuningDivergedError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,10 +38,13 @@ class Stages:
         self.scope = dict(scope or {})
         self.seconds = 0.0
         """Time spent on computing stages, as opposed to reading them."""
+        self._refused: dict[str, TuningDivergedError] = {}
 
     def scoped(self, **scope: Any) -> Stages:
         """The same folder with more in every key."""
-        return Stages(self.folder, {**self.scope, **scope})
+        scoped = Stages(self.folder, {**self.scope, **scope})
+        scoped._refused = self._refused
+        return scoped
 
     def tensors(
         self, stage: str, key: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]
@@ -55,6 +58,8 @@ class Stages:
 
         Raises:
             StoreError: If the disk is full or cannot be written.
+            TuningDivergedError: If ``make`` raised it, now or earlier in this process: the same training would
+                diverge again for each cell that shares it. A new process may try again.
         """
         full_key, digest = self._identify(stage, key)
         path = self.folder / stage / f"{digest}.safetensors"
@@ -65,8 +70,15 @@ class Stages:
             found = _load(path)  # another process may have made it while this one waited
             if found is not None:
                 return found
+            if digest in self._refused:
+                raise self._refused[digest].with_traceback(None)
             started = time.monotonic()
-            tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in make().items()}
+            try:
+                made = make()
+            except TuningDivergedError as error:
+                self._refused[digest] = error
+                raise
+            tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in made.items()}
             seconds = time.monotonic() - started
             self.seconds += seconds
             _save(path, tensors, {"stage": stage, **full_key, "seconds": round(seconds, 3)})

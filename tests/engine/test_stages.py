@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmark.stages import Stages
-from quanttune.errors import ConfigError
+from quanttune.errors import ConfigError, TuningDivergedError
 
 
 def count_calls(folder: Path, counter: Path) -> None:
@@ -46,6 +46,23 @@ def test_a_stage_is_computed_once(stages: Stages) -> None:
     assert len(calls) == 1
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_refused_training_is_not_repeated_by_the_cells_that_share_it(stages: Stages) -> None:
+    calls = []
+
+    def diverge() -> dict[str, torch.Tensor]:
+        calls.append(1)
+        raise TuningDivergedError("the smoothed task loss rose")
+
+    for _ in ("W8A8", "W7A7"):
+        with pytest.raises(TuningDivergedError, match="rose"):
+            stages.scoped(reference="r").tensors("tuning", {"seed": 0}, diverge)
+    assert len(calls) == 1
+    assert list(stages.scoped(reference="r").tensors("tuning", {"seed": 1}, lambda: {"w": torch.ones(1)}))
+    with pytest.raises(TuningDivergedError):  # another process tries again
+        Stages(stages.folder).scoped(reference="r").tensors("tuning", {"seed": 0}, diverge)
+    assert len(calls) == 2
 
 
 def test_keys_names_and_scopes_are_kept_apart(stages: Stages) -> None:
