@@ -67,11 +67,16 @@ class FineTuning(Method):
     def quantize(self, context: Context) -> Quantized:
         """Tune once for all widths, profiles and calibrators; then calibrate the tuned weights."""
         schedule = self._schedule(context)
+        # The schedule tells steps and rate, whoever set them: a search then finds the weights of the recipe.
         key = {
             **context.identity,
             "method": self.name,
             "version": self.version,
-            "parameters": {name: value for name, value in self.parameters().items() if name != "calibrator"},
+            "parameters": {
+                name: None if name in _RECIPE else value
+                for name, value in self.parameters().items()
+                if name != "calibrator"
+            },
             "schedule": dataclasses.asdict(schedule),
             "seed": context.seed,
         }

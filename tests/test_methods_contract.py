@@ -426,6 +426,28 @@ class TestCalibratorsShareOnePass:
             assert torch.equal(quantizers[weight].scale, results["minmax"][weight].scale)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if METHODS.get(name).trains])
+class TestTuningIsShared:
+    def test_by_widths_calibrators_and_a_search_that_tries_the_recipe(self, name: str) -> None:
+        stages, method = CountingStages(), METHODS.get(name)
+        recipe = dict(context_for("vit").recipe)
+        given = {key: recipe[key] for key in ("steps", "learning_rate")}
+        method().quantize(context_for("vit", stages=stages))
+        method(calibrator="percentile").quantize(context_for("vit", precision="W6A6", stages=stages))
+        method(**given).quantize(context_for("vit", stages=stages))
+        assert stages.made.count("tuning") == 1
+
+    def test_but_not_by_other_rates_steps_or_seeds(self, name: str) -> None:
+        stages, method = CountingStages(), METHODS.get(name)
+        recipe = dict(context_for("vit").recipe)
+        method().quantize(context_for("vit", stages=stages))
+        method(learning_rate=2 * recipe["learning_rate"]).quantize(context_for("vit", stages=stages))
+        method(steps=recipe["steps"] + 1).quantize(context_for("vit", stages=stages))
+        method(distillation=0.5).quantize(context_for("vit", stages=stages))
+        method().quantize(context_for("vit", stages=stages, seed=1))
+        assert stages.made.count("tuning") == 5
+
+
 def test_labels_tell_parameters_apart() -> None:
     percentile = METHODS.get("percentile")
     assert percentile().label == "percentile"
