@@ -58,8 +58,8 @@ class Stages:
 
         Raises:
             StoreError: If the disk is full or cannot be written.
-            TuningDivergedError: If ``make`` raised it, now or earlier in this process: the same training would
-                diverge again for each cell that shares it. A new process may try again.
+            TuningDivergedError: If ``make`` raised it, now or earlier in this process: the same training
+                would diverge again for each cell that shares it. A new process may try again.
         """
         full_key, digest = self._identify(stage, key)
         path = self.folder / stage / f"{digest}.safetensors"
