@@ -26,6 +26,7 @@ ENGINE_VERSION = 1
 
 REFERENCE_METHOD = "fp32"
 REFERENCE_PRECISION = "FP32"
+_NO_RECIPE = "{}"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Cell:
         split: The split measured: ``test``, or ``validation`` in a search of hyperparameters.
         autocast: Mixed precision of the reference's evaluation and of fine-tuning, see
             :data:`benchmark.environment.AUTOCAST`; simulations compute in FP32 whatever it is.
+        recipe_json: For a method that trains, the model's recipe as canonical JSON; empty for the others.
     """
 
     model: str
@@ -60,6 +62,7 @@ class Cell:
     limit: int | None
     split: str = "test"
     autocast: str = FULL_PRECISION
+    recipe_json: str = _NO_RECIPE
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -75,6 +78,9 @@ class Cell:
         """The cell as a JSON object, with the engine's version: what :attr:`cell_id` is the digest of."""
         fields = asdict(self)
         fields["parameters"] = json.loads(fields.pop("parameters_json"))
+        recipe = json.loads(fields.pop("recipe_json"))
+        if recipe:
+            fields["recipe"] = recipe
         if self.split == "test":
             del fields["split"]  # what a cell of a table measures needs no saying
         if self.autocast == FULL_PRECISION:
@@ -86,6 +92,7 @@ class Cell:
         """The inverse of :meth:`identity`."""
         fields = {name: value for name, value in identity.items() if name != "engine"}
         fields["parameters_json"] = canonical_json(fields.pop("parameters"))
+        fields["recipe_json"] = canonical_json(fields.pop("recipe", {}))
         return cls(**fields)
 
     @cached_property
@@ -225,9 +232,12 @@ def _cell(
     symmetric: bool,
     seed: int,
 ) -> Cell:
-    reference = name == REFERENCE_METHOD
+    if name == REFERENCE_METHOD:
+        base = base | {"calibration_items": 0}
+    if not method.trains:
+        base = base | {"recipe_json": _NO_RECIPE}
     return Cell(
-        **(base | {"calibration_items": 0} if reference else base),
+        **base,
         method=name,
         variant=method.variant,
         method_version=str(method.version),
@@ -252,6 +262,7 @@ def _model_fields(name: str) -> dict[str, Any]:
         "model_identity": json_digest(entry.identity()),
         "task": entry.task,
         "task_fingerprint": get_task(entry.task).fingerprint(),
+        "recipe_json": canonical_json(dict(entry.recipe)),
     }
 
 

@@ -49,6 +49,7 @@ CHANGES = {
     "limit": 3,
     "split": "validation",
     "autocast": "bf16",
+    "recipe_json": '{"steps":1}',
 }
 
 
@@ -60,6 +61,16 @@ def test_the_changes_cover_every_field() -> None:
 def test_every_field_is_part_of_the_id(field: str, cells: list[Cell]) -> None:
     cell = next(cell for cell in cells if cell.method == "minmax")
     assert dataclasses.replace(cell, **{field: CHANGES[field]}).cell_id != cell.cell_id
+
+
+def test_a_changed_recipe_makes_new_cells_of_what_is_trained_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = "".join(f'[[methods]]\nname = "{name}"\n' for name in ("fp32", "minmax", "toy_trained"))
+    suite = parse_suite("s", f'models = ["toy"]\nprecisions = ["W8A8"]\n{methods}', "s")
+    before = {cell.method: cell.cell_id for cell in expand(suite)}
+    entry = MODELS.get("toy")
+    monkeypatch.setattr(type(entry), "recipe", {**entry.recipe, "learning_rate": 0.5})
+    after = {cell.method: cell.cell_id for cell in expand(suite)}
+    assert [name for name in before if before[name] != after[name]] == ["toy_trained"]
 
 
 def test_identity_survives_json(cells: list[Cell]) -> None:
