@@ -64,7 +64,7 @@ MODELS.register("smollm2_135m")(
         },
         max_length=8192,
         pad_id=2,
-        # By suite decoder_search: the residual stream reaches 26,000, and small steps do not take that down in
+        # By suite decoder_search: the residual stream reaches 26,000, which small steps do not take down in
         # time. At 1e-5 the tuner's guard refuses the weights.
         recipe={"steps": 50, "learning_rate": 1e-3, "batch_size": 4},
         expected=74.2,
