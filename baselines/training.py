@@ -16,6 +16,7 @@ from baselines.method import METHODS, Context, Method, Quantized, silent
 from quanttune.errors import ConfigError
 from quanttune.inputs import ModelInputs, call_model, logits_of, to_device
 from quanttune.outlier_loss import OutlierLoss, OutlierLossConfig
+from quanttune.quantization import SiteKind
 from quanttune.replicas import run_replicated
 from quanttune.seeds import derive_seed, torch_generator
 from quanttune.tuner import Schedule, tune
@@ -86,10 +87,10 @@ class FineTuning(Method):
         model = copy.deepcopy(context.model)
         model.load_state_dict(weights)
         model.to(context.device).eval()
-        quantized = METHODS.get(self.calibrator)().quantize(dataclasses.replace(context, model=model))
-        return Quantized(
-            quantized.quantizers, weights, {**quantized.details, "schedule": dataclasses.asdict(schedule)}
-        )
+        tuned = dataclasses.replace(context, model=model)
+        quantized = METHODS.get(self.calibrator)().quantize(tuned)
+        details = {"schedule": dataclasses.asdict(schedule), **_outermost(tuned)}
+        return Quantized(quantized.quantizers, weights, {**quantized.details, **details})
 
     def _schedule(self, context: Context) -> Schedule:
         given = {name: getattr(self, name, None) for name in _RECIPE}
@@ -177,6 +178,18 @@ class FineTuning(Method):
             return (1 - share) * training.loss(logits, taught.targets) + share * matched
 
         return with_teacher(), loss
+
+
+def _outermost(context: Context) -> dict[str, Any]:
+    """The largest outlier's distance from its mean in deviations, and its site; softmax outputs aside."""
+    sites = context.profile_sites
+    found = [
+        (statistics.ratio, site_id)
+        for site_id, statistics in context.statistics().items()
+        if sites[site_id].kind is not SiteKind.SOFTMAX and statistics.std > 0
+    ]
+    ratio, site_id = max(found, default=(None, None))
+    return {"largest_ratio": ratio, "largest_ratio_site": site_id}
 
 
 @dataclass(frozen=True)

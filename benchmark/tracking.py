@@ -299,6 +299,7 @@ def _metrics(record: Record) -> dict[str, float]:
         "drop_ci_high": result.ci_high,
         "n": float(result.n),
         "duration_s": record.duration_s,
+        "largest_ratio": record.details.get("largest_ratio"),
     }
     return {key: value for key, value in values.items() if value is not None}
 

@@ -13,18 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.method import METHODS, Batch, Context, MemoryStages, Method, Quantized
+from baselines.method import METHODS, Batch, Context, Method, Quantized
 from quanttune.digests import canonical_json, tensor_digest
-from quanttune.quantization import Precision, SiteKind, simulate
+from quanttune.quantization import SiteKind, simulate
 from quanttune.seeds import torch_generator
-from tests.quantization.models import build, inputs, logits, one_thread, sites
+from tests.method_contexts import CausalTraining, CountingStages, batch_of, causal_batch, context_for, made
+from tests.quantization.models import inputs, logits, one_thread, sites
 from tests.quantization.walking import hooks
 
 NAMES = METHODS.names()
 MODELS = ("vit", "bert")
 CAUSAL = ("opt", "llama")
 OPT_EMBEDDING = "model.decoder.embed_tokens.weight"
-RECIPE = {"learning_rate": 1e-3, "steps": 4, "batch_size": 4}
 
 every_method = pytest.mark.parametrize("name", NAMES)
 each_model = pytest.mark.parametrize("model", MODELS)
@@ -35,57 +35,6 @@ each_profile = pytest.mark.parametrize("profile", ["full", "matmul"])
 def _one_thread() -> Iterator[None]:
     with one_thread():
         yield
-
-
-class Training:
-    """Random items with random labels: enough to train on."""
-
-    size = 16
-
-    def __init__(self, model: str) -> None:
-        self.model = model
-
-    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-        while True:
-            seed = int(torch.randint(0, 8, (), generator=generator))
-            yield batch_of(self.model, batch_size, seed)
-
-    def loss(self, predicted: Tensor, targets: Tensor) -> Tensor:
-        return torch.nn.functional.cross_entropy(predicted, targets)
-
-
-class CausalTraining(Training):
-    """The next token of random tokens; padding is not scored."""
-
-    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-        while True:
-            yield causal_batch(self.model, batch_size, int(torch.randint(0, 8, (), generator=generator)))
-
-    def loss(self, predicted: Tensor, targets: Tensor) -> Tensor:
-        return torch.nn.functional.cross_entropy(predicted[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
-
-
-def causal_batch(model: str, items: int, seed: int) -> Batch:
-    """Tokens, half of them padded in every second item, as their own targets."""
-    batch = inputs(model, items, seed)
-    assert not isinstance(batch, Tensor)
-    return Batch(batch, batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100))
-
-
-def batch_of(model: str, items: int, seed: int) -> Batch:
-    return Batch(
-        inputs(model, items, seed), torch.randint(0, 3, (items,), generator=torch_generator(seed, "targets"))
-    )
-
-
-def context_for(model: str, profile: str = "full", precision: str = "W8A8", **changes: Any) -> Context:
-    settings: dict[str, Any] = {
-        "training": Training(model),
-        "recipe": RECIPE,
-        "identity": {"model": model},
-        "calibration": [batch_of(model, 6, seed) for seed in (1, 2)],
-    }
-    return Context(build(model), sites(model), profile, Precision.parse(precision), **(settings | changes))
 
 
 def state_of(quantizer: Any) -> Any:
@@ -99,21 +48,6 @@ def state_of(quantizer: Any) -> Any:
     if hasattr(quantizer, "__dict__"):
         return (type(quantizer).__name__, state_of(vars(quantizer)))
     return quantizer
-
-
-_made: dict[tuple[str, ...], tuple[Context, Quantized]] = {}
-
-
-def made(name: str, model: str, profile: str, precision: str = "W8A8") -> tuple[Context, Quantized]:
-    """A method's result on a model, computed once for all tests that only look at it."""
-    key = (name, model, profile, precision)
-    if key not in _made:
-        context = context_for(model, profile, precision)
-        method = METHODS.get(name)()
-        reason = method.skip(context.sites, profile)
-        assert reason is None, f"{name} must apply to a {model}: {reason}"
-        _made[key] = (context, method.quantize(context))
-    return _made[key]
 
 
 def quantized_logits(context: Context, quantized: Quantized, batch: Any) -> Tensor:
@@ -275,25 +209,6 @@ def test_gives_the_same_result_twice(name: str, model: str) -> None:
         assert tensor_digest(first.weights) == tensor_digest(second.weights)
 
 
-class CountingStages(MemoryStages):
-    """Counts what is made anew, by stage."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[str] = []
-
-    def tensors(self, stage: str, key: Any, make: Any) -> dict[str, Tensor]:
-        canonical_json(dict(key))  # a key must be plain, or no store can hold it
-
-        def counted() -> dict[str, Tensor]:
-            self.made.append(stage)
-            tensors = make()
-            assert all(isinstance(tensor, Tensor) for tensor in tensors.values())
-            return tensors
-
-        return super().tensors(stage, key, counted)
-
-
 @every_method
 def test_stages_are_used_again_and_change_nothing(name: str) -> None:
     stages = CountingStages()
@@ -424,28 +339,6 @@ class TestCalibratorsShareOnePass:
             assert quantizers.keys() == results["minmax"].keys()
             weight = "blocks.0.attn.qkv/linear.weight"
             assert torch.equal(quantizers[weight].scale, results["minmax"][weight].scale)
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if METHODS.get(name).trains])
-class TestTuningIsShared:
-    def test_by_widths_calibrators_and_a_search_that_tries_the_recipe(self, name: str) -> None:
-        stages, method = CountingStages(), METHODS.get(name)
-        recipe = dict(context_for("vit").recipe)
-        given = {key: recipe[key] for key in ("steps", "learning_rate")}
-        method().quantize(context_for("vit", stages=stages))
-        method(calibrator="percentile").quantize(context_for("vit", precision="W6A6", stages=stages))
-        method(**given).quantize(context_for("vit", stages=stages))
-        assert stages.made.count("tuning") == 1
-
-    def test_but_not_by_other_rates_steps_or_seeds(self, name: str) -> None:
-        stages, method = CountingStages(), METHODS.get(name)
-        recipe = dict(context_for("vit").recipe)
-        method().quantize(context_for("vit", stages=stages))
-        method(learning_rate=2 * recipe["learning_rate"]).quantize(context_for("vit", stages=stages))
-        method(steps=recipe["steps"] + 1).quantize(context_for("vit", stages=stages))
-        method(distillation=0.5).quantize(context_for("vit", stages=stages))
-        method().quantize(context_for("vit", stages=stages, seed=1))
-        assert stages.made.count("tuning") == 5
 
 
 def test_labels_tell_parameters_apart() -> None:

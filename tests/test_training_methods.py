@@ -1,0 +1,72 @@
+"""What is true of every method that trains, on a tiny model of the real class."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from baselines.method import METHODS
+from quanttune.inputs import call_model
+from quanttune.quantization import SiteHandlers, SiteKind
+from tests.method_contexts import CountingStages, context_for, made
+from tests.quantization.models import one_thread
+
+TRAINING = [name for name in METHODS.names() if METHODS.get(name).trains]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.mark.parametrize("name", TRAINING)
+class TestTuningIsShared:
+    def test_by_widths_calibrators_and_a_search_that_tries_the_recipe(self, name: str) -> None:
+        stages, method = CountingStages(), METHODS.get(name)
+        recipe = dict(context_for("vit").recipe)
+        given = {key: recipe[key] for key in ("steps", "learning_rate")}
+        method().quantize(context_for("vit", stages=stages))
+        method(calibrator="percentile").quantize(context_for("vit", precision="W6A6", stages=stages))
+        method(**given).quantize(context_for("vit", stages=stages))
+        assert stages.made.count("tuning") == 1
+
+    def test_but_not_by_other_rates_steps_or_seeds(self, name: str) -> None:
+        stages, method = CountingStages(), METHODS.get(name)
+        recipe = dict(context_for("vit").recipe)
+        method().quantize(context_for("vit", stages=stages))
+        method(learning_rate=2 * recipe["learning_rate"]).quantize(context_for("vit", stages=stages))
+        method(steps=recipe["steps"] + 1).quantize(context_for("vit", stages=stages))
+        method(distillation=0.5).quantize(context_for("vit", stages=stages))
+        method().quantize(context_for("vit", stages=stages, seed=1))
+        assert stages.made.count("tuning") == 5
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_tuning_tells_the_largest_outlier_that_is_left(name: str) -> None:
+    context, quantized = made(name, "vit", "full")
+    model = copy.deepcopy(context.model)
+    model.load_state_dict(dict(quantized.weights or {}))
+    seen: dict[str, list[np.ndarray]] = {}
+    sites = {
+        site.id for site in context.profile_sites.activations().values() if site.kind is not SiteKind.SOFTMAX
+    }
+
+    def keep(site_id: str, values: Tensor) -> Tensor:
+        seen.setdefault(site_id, []).append(values.double().numpy().ravel())
+        return values
+
+    with torch.no_grad(), SiteHandlers(model, {site_id: partial(keep, site_id) for site_id in sites}):
+        for batch in context.calibration:
+            call_model(model, batch.inputs)
+    values = {site_id: np.concatenate(arrays) for site_id, arrays in seen.items()}
+    ratios = {site_id: np.abs(x - x.mean()).max() / x.std() for site_id, x in values.items()}
+    worst = max(ratios, key=lambda site_id: ratios[site_id])
+    assert quantized.details["largest_ratio_site"] == worst
+    assert quantized.details["largest_ratio"] == pytest.approx(ratios[worst], rel=1e-3)
