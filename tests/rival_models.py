@@ -18,7 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from baselines import METHODS
 from baselines.curvature import output_curvature
-from baselines.method import Batch, Context, MemoryStages
+from baselines.method import Batch, Context, MemoryStages, Quantized
 from baselines.products import capture, find_products
 from baselines.ptq4vit import first_items
 from benchmark.models.entry import get_model
@@ -276,3 +276,13 @@ def _pretrained_parts(name: str) -> tuple[nn.Module, list[Batch]]:
     model.load_state_dict(entry.make_reference(stages, lambda *_: None))
     task = get_task(entry.task)
     return model.eval(), list(task.batches("train", entry, ids=task.calibration_ids(128, 0), batch_size=32))
+
+
+def logit_error(context: Context, quantized: Quantized) -> float:
+    """Norm of what quantization changes in the logits of a calibration batch, over their norm."""
+    inputs = context.calibration[0].inputs
+    with torch.no_grad():
+        exact = logits_of(call_model(context.model, inputs))
+        with simulate(context.model, quantized.quantizers):
+            changed = logits_of(call_model(context.model, inputs))
+    return float((changed - exact).norm() / exact.norm())

@@ -18,7 +18,7 @@ from quanttune.inputs import call_model, logits_of
 from quanttune.quantization import Precision, SiteKind, UniformQuantizer, discover_sites, simulate
 from quanttune.quantization.log2 import IntegerSoftmaxQuantizer, Log2Quantizer
 from quanttune.quantization.powers_of_two import shift_errors, shifted_quantizer
-from tests.rival_models import ALL_MODELS, context_for, token_batch
+from tests.rival_models import ALL_MODELS, context_for, logit_error, token_batch
 
 
 def numpy_log2(p: np.ndarray, bits: int) -> np.ndarray:
@@ -141,13 +141,7 @@ def test_every_model_gets_one_quantizer_a_site_and_stays_near_its_logits(name, a
     context = context_for(name, profile, "W12A12")
     result = FqVit(attention=attention).quantize(context)
     assert set(result.quantizers) == set(context.profile_sites)
-    inputs = context.calibration[0].inputs
-    with torch.no_grad():
-        exact = logits_of(call_model(context.model, inputs))
-        with simulate(context.model, result.quantizers):
-            quantized = logits_of(call_model(context.model, inputs))
-    error = (quantized - exact).norm() / exact.norm()
-    assert 0 < error < (0.05 if attention == "uniform" else 0.6)
+    assert 0 < logit_error(context, result) < (0.05 if attention == "uniform" else 0.6)
 
 
 @pytest.mark.parametrize("name", ALL_MODELS)

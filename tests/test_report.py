@@ -21,7 +21,7 @@ from benchmark.record import Record, Result
 from benchmark.report.claims import ABSENT, Claim, _verdict, claims
 from benchmark.report.comparison import Comparison, Estimate, comparison_frame
 from benchmark.report.figures import SPECS, csv_of
-from benchmark.report.html import inline, make_report
+from benchmark.report.html import make_report
 from benchmark.report.rows import SuiteRows, collect_rows
 from benchmark.store import Store
 from benchmark.suite import Suite, parse_suite
@@ -372,18 +372,6 @@ def test_published_values_stand_in_the_page(
     words = words_of()
     assert "90.00 +8.15" in words  # the reference of 90 beside 81.85
     assert "78.02 (3.83) -- -- activation ranges published asymmetric, here symmetric" in words
-
-
-def test_inlined_figures_do_not_share_ids() -> None:
-    svg = (
-        '<?xml version="1.0"?>\n<!DOCTYPE svg>\n<svg xmlns="x"><metadata>made by</metadata>'
-        '<path id="m1"/><use xlink:href="#m1" clip-path="url(#m1)"/></svg>'
-    )
-    made = inline(svg, "fig", 'a "b"')
-    assert made == (
-        '<svg role="img" aria-label="a &quot;b&quot;" xmlns="x">'
-        '<path id="fig-m1"/><use xlink:href="#fig-m1" clip-path="url(#fig-m1)"/></svg>'
-    )
 
 
 def test_the_command_writes_the_page(tmp_path: Path, suite: Suite, store: Store, monkeypatch: Any) -> None:

@@ -1,98 +1,33 @@
-"""Figures say what was measured, measure it once, and look the same every time."""
+"""Figures say what was measured, measure it once, and refuse what they cannot draw."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 import shutil
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from click.testing import CliRunner, Result
-from matplotlib.figure import Figure
+from click.testing import CliRunner
 
 import benchmark.session
 from baselines.training import FineTuning
-from benchmark.cells import expand
 from benchmark.cli import cli
-from benchmark.report import canvas, frames, panels
+from benchmark.report import frames
 from benchmark.report.analyses import ModelAnalysis, analyses_of
-from benchmark.report.figures import FIGURES, SPECS, choose, csv_of, svg_of
-from benchmark.report.overview import draw_overview, overview_frame
-from benchmark.report.rows import SuiteRows, collect_rows
+from benchmark.report.figures import SPECS, choose, svg_of
+from benchmark.report.overview import overview_frame
+from benchmark.report.rows import SuiteRows
 from benchmark.report.site_tables import REACHES, RULES
 from benchmark.report.tables import make_table
-from benchmark.runner import CellRunner, Settings
 from benchmark.store import Store
-from benchmark.suite import load_suite
 from quanttune.analysis import SATURATIONS, decompose, infinity_norms
-from quanttune.errors import ConfigError, StoreError, UnknownNameError
+from quanttune.errors import StoreError, UnknownNameError
 from quanttune.quantization import RANGE_RULES, collect_statistics
-
-SUITE = """
-models = ["tiny_vit"]
-precisions = ["W8A8", "W6A6"]
-calibration_items = 8
-limit = 40
-methods = [{name = "fp32"}, {name = "minmax"}, {name = "mse"}, {name = "finetune"}, {name = "quanttune"}]
-"""
-
-
-@pytest.fixture(scope="module")
-def suite_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("suite") / "drawn.toml"
-    path.write_text(SUITE)
-    return path
-
-
-@pytest.fixture(scope="module")
-def results(suite_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished suite of a tiny model of a real class."""
-    folder = tmp_path_factory.mktemp("drawn") / "results"
-    threads = torch.get_num_threads()
-    runner = CellRunner(Settings(folder), lambda *_: None)
-    for cell in expand(load_suite(str(suite_file))):
-        assert runner.run(cell).status == "done"
-    torch.set_num_threads(threads)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def rows(results: Path, suite_file: Path) -> SuiteRows:
-    return collect_rows(Store(results), load_suite(str(suite_file)))
-
-
-@pytest.fixture(scope="module")
-def analysis(rows: SuiteRows, results: Path) -> ModelAnalysis:
-    (found,) = analyses_of(rows, Store(results), torch.device("cpu"), lambda *_: None)
-    return found
-
-
-@pytest.fixture(scope="module")
-def data(rows: SuiteRows, analysis: ModelAnalysis) -> dict[str, pd.DataFrame]:
-    return {
-        spec.name: spec.of_suite(rows) if spec.of_suite else spec.of_model(analysis, 40)  # type: ignore[misc]
-        for spec in SPECS
-    }
-
-
-def call(command: str, suite_file: Path, results: Path, *more: str) -> Result:
-    threads = torch.get_num_threads()
-    try:
-        return CliRunner().invoke(
-            cli, [command, "--suite", str(suite_file), "--results", str(results), *more]
-        )
-    finally:
-        torch.set_num_threads(threads)
-
-
-# --- what the figures say
+from tests.figures.conftest import SUITE, call
 
 
 def test_the_overview_is_the_table(rows: SuiteRows) -> None:
@@ -226,9 +161,6 @@ def test_coarse_bins_count_every_value_once(scale: float) -> None:
         assert binned.sum() == len(value)
 
 
-# --- measured once
-
-
 def test_a_second_call_needs_no_model_and_writes_the_same_bytes(
     results: Path, suite_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,125 +226,6 @@ def test_tuned_weights_are_known_by_their_content(
     shutil.rmtree(copied / "stages" / "site_analysis")
     with pytest.raises(InterruptedError, match="quanttune"):  # what is gone is made again
         again.metrics(again.weight_sets[2])
-
-
-# --- how they look
-
-
-def drawn(name: str, data: dict[str, Any]) -> Figure:
-    with canvas.style():
-        return FIGURES[name].draw(data[name])
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_files_are_whole_and_carry_no_date(name: str, data: dict[str, Any]) -> None:
-    with canvas.style():
-        figure = FIGURES[name].draw(data[name])
-        contents = {form: canvas.rendered(figure, form) for form in ("svg", "pdf", "png")}
-    root = ElementTree.fromstring(contents["svg"])  # noqa: S314 - our own file
-    assert root.tag.endswith("svg")
-    assert contents["pdf"].startswith(b"%PDF")
-    assert contents["png"].startswith(b"\x89PNG")
-    for content in contents.values():
-        assert b"CreationDate" not in content
-        assert not re.search(rb"20\d\d-\d\d-\d\dT", content)
-        assert b"matplotlib" not in content.lower() or b"Matplotlib v" not in content
-    with pytest.raises(ConfigError, match="pdf"):
-        canvas.rendered(figure, "bmp")
-
-
-def test_lines_differ_without_colour(data: dict[str, Any]) -> None:
-    for name in ("outliers", "saturation"):
-        for axes in drawn(name, data).axes:
-            looks = [(str(line._dash_pattern), line.get_marker()) for line in axes.get_lines()]
-            assert len(set(looks)) == len(looks) >= 3
-    for axes in drawn("histograms", data).axes:
-        looks = [str(patch._dash_pattern) for patch in axes.patches]
-        assert len(set(looks)) == len(looks) == 3
-    seven = [(str(panels._line(index)["linestyle"]), panels._line(index)["marker"]) for index in range(7)]
-    assert len(set(seven)) == 7
-
-
-def test_bars_differ_without_colour(data: dict[str, Any]) -> None:
-    looks = {}
-    for bars in drawn("decomposition", data).axes[0].containers:
-        face = bars.patches[0].get_facecolor()
-        looks[bars.get_label()] = (
-            round(0.3 * face[0] + 0.59 * face[1] + 0.11 * face[2], 2),
-            bars.patches[0].get_hatch(),
-        )
-    named = {label: look for label, look in looks.items() if not label.startswith("_")}
-    assert len(named) == len(set(named.values())) == 4
-
-
-def test_markers_of_the_overview_differ_without_colour(data: dict[str, Any]) -> None:
-    (legend,) = drawn("overview", data).legends
-    assert [text.get_text() for text in legend.get_texts()] == ["W8A8", "W6A6", "own weights, unquantized"]
-    assert len({handle.get_marker() for handle in legend.legend_handles}) == 3  # type: ignore[union-attr]
-
-
-def test_every_method_and_model_has_its_place_in_the_overview(data: dict[str, Any]) -> None:
-    frame = data["overview"]
-    twice = pd.concat([frame, frame.assign(panel="other model", drop=0.0, low=0.0, high=0.0)])
-    with canvas.style():
-        figure = draw_overview(twice)
-    assert [axes.get_title(loc="left").partition(":")[0] for axes in figure.axes] == [
-        "tiny_vit",
-        "other model",
-    ]
-    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == list(
-        dict.fromkeys(frame["method"])
-    )
-    low, high = figure.axes[1].get_xlim()
-    assert high - low >= 2  # no difference does not look like one
-
-
-@pytest.mark.parametrize(("count", "shape"), [(1, (1, 1)), (2, (1, 2)), (3, (2, 2)), (5, (3, 2))])
-def test_two_panels_of_the_overview_stand_side_by_side(count: int, shape: tuple[int, int]) -> None:
-    line = {"method": "minmax", "precision": "W8A8", "drop": 1.0, "low": 0.5, "high": 1.5, "value": 84.0}
-    rest = {"fp32": 85.0, "metric": "accuracy", "higher_is_better": True}
-    frame = pd.DataFrame([{"panel": f"model {index}", **line, **rest} for index in range(count)])
-    with canvas.style():
-        figure = draw_overview(frame)
-    drawn = [axes for axes in figure.axes if axes.get_title(loc="left")]
-    assert len(drawn) == count
-    assert figure.axes[0].get_gridspec().get_geometry() == shape
-
-
-def test_a_rise_of_perplexity_is_drawn_to_the_right_and_by_powers_if_it_explodes(
-    data: dict[str, Any],
-) -> None:
-    frame = data["overview"].assign(metric="perplexity", higher_is_better=False, fp32=30.0)
-    frame = frame.assign(drop=-5.0, low=-6.0, high=-4.0)
-    exploded = frame.assign(panel="exploded", drop=-40_000.0, low=-41_000.0, high=-39_000.0)
-    with canvas.style():
-        figure = draw_overview(pd.concat([frame, exploded]))
-    first, second = figure.axes
-    assert first.get_xlabel() == "rise (perplexity); left is better"
-    assert first.get_title(loc="left") == "tiny_vit: FP32 perplexity 30.00"
-    points = {float(x) for line in first.lines if line.get_marker() != "None" for x in line.get_xdata()}
-    assert points == {5.0}
-    assert (first.get_xscale(), second.get_xscale()) == ("linear", "symlog")
-
-
-def test_drawing_leaves_the_users_settings_alone(data: dict[str, Any]) -> None:
-    before = dict(matplotlib.rcParams)
-    with matplotlib.rc_context({"font.size": 30, "svg.hashsalt": None, "lines.linewidth": 9}):
-        mine = dict(matplotlib.rcParams)
-        changed = svg_of(FIGURES["outliers"], data["outliers"])
-        assert dict(matplotlib.rcParams) == mine
-    assert dict(matplotlib.rcParams) == before
-    assert changed == svg_of(FIGURES["outliers"], data["outliers"])
-    from matplotlib import _pylab_helpers
-
-    assert not _pylab_helpers.Gcf.figs
-
-
-def test_numbers_are_written_short() -> None:
-    assert csv_of(pd.DataFrame({"a": [1 / 3, 2.0], "b": ["x,y", None]})) == 'a,b\n0.333333333,"x,y"\n2,\n'
-
-
-# --- what is refused
 
 
 def test_names_are_suggested(suite_file: Path, results: Path) -> None:

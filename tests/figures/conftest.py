@@ -1,0 +1,75 @@
+"""One small suite, measured once, that all tests of figures read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from benchmark.cells import expand
+from benchmark.cli import cli
+from benchmark.report.analyses import ModelAnalysis, analyses_of
+from benchmark.report.figures import SPECS
+from benchmark.report.rows import SuiteRows, collect_rows
+from benchmark.runner import CellRunner, Settings
+from benchmark.store import Store
+from benchmark.suite import load_suite
+
+SUITE = """
+models = ["tiny_vit"]
+precisions = ["W8A8", "W6A6"]
+calibration_items = 8
+limit = 40
+methods = [{name = "fp32"}, {name = "minmax"}, {name = "mse"}, {name = "finetune"}, {name = "quanttune"}]
+"""
+
+
+@pytest.fixture(scope="package")
+def suite_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("suite") / "drawn.toml"
+    path.write_text(SUITE)
+    return path
+
+
+@pytest.fixture(scope="package")
+def results(suite_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished suite of a tiny model of a real class."""
+    folder = tmp_path_factory.mktemp("drawn") / "results"
+    threads = torch.get_num_threads()
+    runner = CellRunner(Settings(folder), lambda *_: None)
+    for cell in expand(load_suite(str(suite_file))):
+        assert runner.run(cell).status == "done"
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture(scope="package")
+def rows(results: Path, suite_file: Path) -> SuiteRows:
+    return collect_rows(Store(results), load_suite(str(suite_file)))
+
+
+@pytest.fixture(scope="package")
+def analysis(rows: SuiteRows, results: Path) -> ModelAnalysis:
+    (found,) = analyses_of(rows, Store(results), torch.device("cpu"), lambda *_: None)
+    return found
+
+
+@pytest.fixture(scope="package")
+def data(rows: SuiteRows, analysis: ModelAnalysis) -> dict[str, pd.DataFrame]:
+    return {
+        spec.name: spec.of_suite(rows) if spec.of_suite else spec.of_model(analysis, 40)  # type: ignore[misc]
+        for spec in SPECS
+    }
+
+
+def call(command: str, suite_file: Path, results: Path, *more: str) -> Result:
+    threads = torch.get_num_threads()
+    try:
+        return CliRunner().invoke(
+            cli, [command, "--suite", str(suite_file), "--results", str(results), *more]
+        )
+    finally:
+        torch.set_num_threads(threads)

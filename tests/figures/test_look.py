@@ -1,0 +1,143 @@
+"""Figures look the same every time, and can be read in black and white."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ElementTree
+from typing import Any
+
+import matplotlib
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from benchmark.report import canvas, panels
+from benchmark.report.figures import FIGURES, csv_of, svg_of
+from benchmark.report.html import inline
+from benchmark.report.overview import draw_overview
+from quanttune.errors import ConfigError
+
+
+def drawn(name: str, data: dict[str, Any]) -> Figure:
+    with canvas.style():
+        return FIGURES[name].draw(data[name])
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_files_are_whole_and_carry_no_date(name: str, data: dict[str, Any]) -> None:
+    with canvas.style():
+        figure = FIGURES[name].draw(data[name])
+        contents = {form: canvas.rendered(figure, form) for form in ("svg", "pdf", "png")}
+    root = ElementTree.fromstring(contents["svg"])  # noqa: S314 - our own file
+    assert root.tag.endswith("svg")
+    assert contents["pdf"].startswith(b"%PDF")
+    assert contents["png"].startswith(b"\x89PNG")
+    for content in contents.values():
+        assert b"CreationDate" not in content
+        assert not re.search(rb"20\d\d-\d\d-\d\dT", content)
+        assert b"matplotlib" not in content.lower() or b"Matplotlib v" not in content
+    with pytest.raises(ConfigError, match="pdf"):
+        canvas.rendered(figure, "bmp")
+
+
+def test_lines_differ_without_colour(data: dict[str, Any]) -> None:
+    for name in ("outliers", "saturation"):
+        for axes in drawn(name, data).axes:
+            looks = [(str(line._dash_pattern), line.get_marker()) for line in axes.get_lines()]
+            assert len(set(looks)) == len(looks) >= 3
+    for axes in drawn("histograms", data).axes:
+        looks = [str(patch._dash_pattern) for patch in axes.patches]
+        assert len(set(looks)) == len(looks) == 3
+    seven = [(str(panels._line(index)["linestyle"]), panels._line(index)["marker"]) for index in range(7)]
+    assert len(set(seven)) == 7
+
+
+def test_bars_differ_without_colour(data: dict[str, Any]) -> None:
+    looks = {}
+    for bars in drawn("decomposition", data).axes[0].containers:
+        face = bars.patches[0].get_facecolor()
+        looks[bars.get_label()] = (
+            round(0.3 * face[0] + 0.59 * face[1] + 0.11 * face[2], 2),
+            bars.patches[0].get_hatch(),
+        )
+    named = {label: look for label, look in looks.items() if not label.startswith("_")}
+    assert len(named) == len(set(named.values())) == 4
+
+
+def test_markers_of_the_overview_differ_without_colour(data: dict[str, Any]) -> None:
+    (legend,) = drawn("overview", data).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["W8A8", "W6A6", "own weights, unquantized"]
+    assert len({handle.get_marker() for handle in legend.legend_handles}) == 3  # type: ignore[union-attr]
+
+
+def test_every_method_and_model_has_its_place_in_the_overview(data: dict[str, Any]) -> None:
+    frame = data["overview"]
+    twice = pd.concat([frame, frame.assign(panel="other model", drop=0.0, low=0.0, high=0.0)])
+    with canvas.style():
+        figure = draw_overview(twice)
+    assert [axes.get_title(loc="left").partition(":")[0] for axes in figure.axes] == [
+        "tiny_vit",
+        "other model",
+    ]
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == list(
+        dict.fromkeys(frame["method"])
+    )
+    low, high = figure.axes[1].get_xlim()
+    assert high - low >= 2  # no difference does not look like one
+
+
+@pytest.mark.parametrize(("count", "shape"), [(1, (1, 1)), (2, (1, 2)), (3, (2, 2)), (5, (3, 2))])
+def test_two_panels_of_the_overview_stand_side_by_side(count: int, shape: tuple[int, int]) -> None:
+    line = {"method": "minmax", "precision": "W8A8", "drop": 1.0, "low": 0.5, "high": 1.5, "value": 84.0}
+    rest = {"fp32": 85.0, "metric": "accuracy", "higher_is_better": True}
+    frame = pd.DataFrame([{"panel": f"model {index}", **line, **rest} for index in range(count)])
+    with canvas.style():
+        figure = draw_overview(frame)
+    drawn = [axes for axes in figure.axes if axes.get_title(loc="left")]
+    assert len(drawn) == count
+    assert figure.axes[0].get_gridspec().get_geometry() == shape
+
+
+def test_a_rise_of_perplexity_is_drawn_to_the_right_and_by_powers_if_it_explodes(
+    data: dict[str, Any],
+) -> None:
+    frame = data["overview"].assign(metric="perplexity", higher_is_better=False, fp32=30.0)
+    frame = frame.assign(drop=-5.0, low=-6.0, high=-4.0)
+    exploded = frame.assign(panel="exploded", drop=-40_000.0, low=-41_000.0, high=-39_000.0)
+    with canvas.style():
+        figure = draw_overview(pd.concat([frame, exploded]))
+    first, second = figure.axes
+    assert first.get_xlabel() == "rise (perplexity); left is better"
+    assert first.get_title(loc="left") == "tiny_vit: FP32 perplexity 30.00"
+    points = {float(x) for line in first.lines if line.get_marker() != "None" for x in line.get_xdata()}
+    assert points == {5.0}
+    assert (first.get_xscale(), second.get_xscale()) == ("linear", "symlog")
+
+
+def test_drawing_leaves_the_users_settings_alone(data: dict[str, Any]) -> None:
+    before = dict(matplotlib.rcParams)
+    with matplotlib.rc_context({"font.size": 30, "svg.hashsalt": None, "lines.linewidth": 9}):
+        mine = dict(matplotlib.rcParams)
+        changed = svg_of(FIGURES["outliers"], data["outliers"])
+        assert dict(matplotlib.rcParams) == mine
+    assert dict(matplotlib.rcParams) == before
+    assert changed == svg_of(FIGURES["outliers"], data["outliers"])
+    from matplotlib import _pylab_helpers
+
+    assert not _pylab_helpers.Gcf.figs
+
+
+def test_numbers_are_written_short() -> None:
+    assert csv_of(pd.DataFrame({"a": [1 / 3, 2.0], "b": ["x,y", None]})) == 'a,b\n0.333333333,"x,y"\n2,\n'
+
+
+def test_inlined_figures_do_not_share_ids() -> None:
+    svg = (
+        '<?xml version="1.0"?>\n<!DOCTYPE svg>\n<svg xmlns="x"><metadata>made by</metadata>'
+        '<path id="m1"/><use xlink:href="#m1" clip-path="url(#m1)"/></svg>'
+    )
+    made = inline(svg, "fig", 'a "b"')
+    assert made == (
+        '<svg role="img" aria-label="a &quot;b&quot;" xmlns="x">'
+        '<path id="fig-m1"/><use xlink:href="#fig-m1" clip-path="url(#fig-m1)"/></svg>'
+    )
