@@ -32,6 +32,7 @@ class QuantTune(FineTuning):
         power: See there.
         penalty: See there.
         kinds: Kinds of site by name, joined by ``,``; ``all`` for every kind but softmax outputs.
+        branch_threshold: See there; 0 leaves the other kinds alone.
     """
 
     name: ClassVar[str] = "quanttune"
@@ -44,6 +45,7 @@ class QuantTune(FineTuning):
     power: int = _DEFAULT.power
     penalty: str = _DEFAULT.penalty
     kinds: str = ",".join(_DEFAULT.kinds or ())
+    branch_threshold: float = _DEFAULT.branch_threshold or 0.0
 
     def outlier_settings(self) -> OutlierLossConfig:
         """The settings of the outlier-driven loss."""
@@ -58,4 +60,5 @@ class QuantTune(FineTuning):
             power=self.power,
             penalty=self.penalty,
             kinds=kinds,
+            branch_threshold=self.branch_threshold or None,
         )

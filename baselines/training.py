@@ -24,7 +24,7 @@ from quanttune.tuner import Schedule, tune
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_RECIPE = ("steps", "learning_rate", "batch_size")
+_RECIPE = ("steps", "learning_rate", "batch_size", "norm_rate")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class FineTuning(Method):
         calibrator: Registered name of the calibrator that quantizes the tuned weights.
         steps: Optimizer steps; ``None`` for the entry's.
         learning_rate: Peak learning rate; ``None`` for the entry's.
+        norm_rate: Factor on the learning rate of normalisation parameters and biases; ``None`` for the entry's.
         distillation: Share of the loss, 0 to 1, that compares with the reference's logits and not with the
             labels.
     """
@@ -48,6 +49,7 @@ class FineTuning(Method):
     calibrator: str = "minmax"
     steps: int | None = None
     learning_rate: float | None = None
+    norm_rate: float | None = None
     distillation: float = 0.0
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ gradient)::
     threshold k_s = max(threshold, band * r_s)
     outliers  d > k_s
     L_s           = mean over the outliers of (d - k_s) ** power
-    L             = L_task + weight * mean over the sites of L_s
+    L             = L_task + weight * (mean of L_s over the stream + mean of L_s over the branches)
 
 The threshold adapts to each site by feedback: only the outermost band of values is pulled, and the band moves
 inwards as the range shrinks. A threshold that falls on a timetable whether or not the site follows
@@ -20,9 +20,10 @@ inwards as the range shrinks. A threshold that falls on a timetable whether or n
 the few that set the range. The mean runs over outliers alone because they are one value in 10^4 or 10^5; over
 all elements their gradient would vanish. A site whose values keep within ``threshold`` costs nothing.
 
-Penalised are the tensors that carry the residual stream: embedding and residual sums and the linear outputs
+The stream are the tensors that carry the residual stream: embedding and residual sums and the linear outputs
 that feed them. Each is rounded once and then passed on, so their errors add up over the depth, while an error
-inside one branch is added once.
+inside one branch is added once. The branches' other tensors, outputs of activation functions above all, are
+sparse and one-sided by nature; they meet ``branch_threshold``, which leaves them a wider range.
 
 Parameters are tensors with ranges too, and an optimizer moves an entry of an embedding by at most the
 learning rate a step, far too slowly for one that lies 70 deviations out. Matrices therefore meet a threshold
@@ -32,6 +33,7 @@ the matrix's own largest distance, the limit of the same loss for a very large w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -73,8 +75,9 @@ class OutlierLossConfig:
         power: Exponent of the excess, 1 (absolute) or 2 (squared).
         penalty: ``outlier``; for ablations ``range`` (largest distance of a site) or ``kurtosis`` (arXiv
             2404.03605).
-        kinds: Kinds of activation site that are penalised; ``None`` for all but softmax outputs, which 1
+        kinds: Kinds of activation site that make the stream; ``None`` for all but softmax outputs, which 1
             bounds.
+        branch_threshold: The threshold of every other kind but softmax outputs; ``None`` leaves them alone.
         momentum: Weight of the past in the running moments.
 
     Raises:
@@ -90,12 +93,13 @@ class OutlierLossConfig:
     power: int = 1
     penalty: str = "outlier"
     kinds: tuple[SiteKind, ...] | None = RESIDUAL_STREAM
+    branch_threshold: float | None = None
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
         if self.weight < 0:
             raise ConfigError(f"outlier-loss weight {self.weight} is negative; use 0 to turn the loss off")
-        for threshold in (self.threshold, self.parameter_threshold):
+        for threshold in (self.threshold, self.parameter_threshold, self.branch_threshold):
             if threshold is not None and threshold <= 1:
                 raise ConfigError(
                     f"outlier threshold {threshold} does not exceed 1 standard deviation; 4 to 10 is usual"
@@ -169,11 +173,17 @@ class OutlierLoss:
         self.config = config or OutlierLossConfig()
         table = sites if isinstance(sites, SiteTable) else discover_sites(model, sites)
         activations = table.profile(profile).activations().values()
-        self._running = {site.id: _Running() for site in activations if self._penalises(site.kind)}
-        if not self._running:
+        self._final = {
+            site.id: threshold
+            for site in activations
+            if (threshold := self._final_threshold(site.kind)) is not None
+        }
+        if not self._final:
             raise ConfigError(
                 f"no site of profile {profile} is of the kinds {self.config.kinds}; nothing to penalise"
             )
+        self._share = self._shares(table)
+        self._running = {site_id: _Running() for site_id in self._final}
         self._visitor = SiteHandlers(model, {site_id: self._handler(site_id) for site_id in self._running})
         self._matrices = {
             name: parameter for name, parameter in model.named_parameters() if parameter.dim() > 1
@@ -198,9 +208,22 @@ class OutlierLoss:
             )
         self._replicas = replicas
 
-    def _penalises(self, kind: SiteKind) -> bool:
+    def _streams(self, kind: SiteKind) -> bool:
         kinds = self.config.kinds
         return kind is not SiteKind.SOFTMAX if kinds is None else kind in kinds
+
+    def _final_threshold(self, kind: SiteKind) -> float | None:
+        """Where the threshold of a site of this kind ends; ``None`` if it is not penalised."""
+        if self._streams(kind):
+            return self.config.threshold
+        return None if kind is SiteKind.SOFTMAX else self.config.branch_threshold
+
+    def _shares(self, table: SiteTable) -> dict[str, float]:
+        """Share of each site in the loss: a mean over the stream and one over the branches, so that a model
+        with many branch sites does not take weight from its stream."""
+        streams = {site_id: self._streams(table[site_id].kind) for site_id in self._final}
+        sizes = Counter(streams.values())
+        return {site_id: 1 / sizes[stream] for site_id, stream in streams.items()}
 
     def __enter__(self) -> Self:
         self._visitor.__enter__()
@@ -226,8 +249,9 @@ class OutlierLoss:
         if not values:
             return torch.zeros(())
         # Sites of a model that is spread over devices meet on the device of the first.
-        total = torch.stack([value.to(values[0].device) for value in values]).sum()
-        return self.config.weight * total / (forwards * len(self._running))
+        shared = [self._share[term.site] * value for term, value in zip(terms, values, strict=True)]
+        total = torch.stack([value.to(shared[0].device) for value in shared]).sum()
+        return self.config.weight * total / forwards
 
     def _of_all_outliers(self, terms: list[_Term], forwards: int, replicas: Replicas) -> list[Tensor]:
         """Means over this process's outliers, weighted so that the processes' sum is the mean over all."""
@@ -286,7 +310,7 @@ class OutlierLoss:
         running = self._running[site_id]
         if not self.config.weight or not running.std > 0:
             return
-        limit = self._activation_limit(running)
+        limit = self._activation_limit(running, self._final[site_id])
         if self.config.penalty == "kurtosis":
             self._terms.append(_Term(site_id, forward, _kurtosis(values.float())))
         elif self.config.penalty == "range":
@@ -297,8 +321,7 @@ class OutlierLoss:
             settings = (running.mean, running.std, limit, self.config.power)
             self._terms.append(_Term(site_id, forward, *_MeanExcess.apply(values, *settings)))
 
-    def _activation_limit(self, running: _Running) -> float:
-        final = self.config.threshold
+    def _activation_limit(self, running: _Running, final: float) -> float:
         if self.config.schedule == "feedback":
             return max(final, self.config.band * running.recent)
         return self._annealed(running, final) if self.config.schedule == "anneal" else final

@@ -101,9 +101,9 @@ def test_feedback_pulls_only_the_outermost_band() -> None:
     config = OutlierLossConfig(threshold=1.5, band=0.8, kinds=(SiteKind.RESIDUAL_SUM,))
     outliers = watched(model, inputs, config)
     (running,) = outliers._running.values()
-    assert outliers._activation_limit(running) == pytest.approx(0.8 * running.recent)
+    assert outliers._activation_limit(running, config.threshold) == pytest.approx(0.8 * running.recent)
     running.recent = 1.0
-    assert outliers._activation_limit(running) == 1.5  # never below the threshold
+    assert outliers._activation_limit(running, config.threshold) == 1.5  # never below the threshold
 
 
 def test_annealing_goes_from_the_own_ratio_to_the_threshold() -> None:
@@ -114,7 +114,7 @@ def test_annealing_goes_from_the_own_ratio_to_the_threshold() -> None:
     limits = []
     for step in range(20):
         outliers._step = step
-        limits.append(outliers._activation_limit(running))
+        limits.append(outliers._activation_limit(running, config.threshold))
     assert limits[0] == pytest.approx(running.start)
     assert all(np.diff(limits) <= 1e-12)
     assert limits[10:] == pytest.approx([2.0] * 10)
