@@ -71,6 +71,29 @@ def test_penalty_is_the_formula(device: str, power: int) -> None:
     assert expected > 0
 
 
+def test_branches_meet_their_own_threshold_in_a_mean_of_their_own() -> None:
+    model, inputs = Block(), heavy_tailed((8, 5, 16))
+    config = OutlierLossConfig(
+        weight=0.7, threshold=2.0, schedule="fixed", kinds=(SiteKind.RESIDUAL_SUM,), branch_threshold=3.0
+    )
+    outliers = watched(model, inputs, config)
+    with outliers:
+        model(inputs)
+        penalty = float(outliers.penalty())
+    inner = model.inner(inputs)
+    total = inputs + inner
+
+    def term(values: Tensor, limit: float) -> float:
+        array = values.detach().double().numpy()
+        return expected_term(array, array.mean(), array.std(ddof=1), limit, 1)
+
+    stream = term(total, 2.0)
+    branches = [term(values, 3.0) for values in (inputs, inner, model.head(total))]
+    assert stream > 0
+    assert max(branches) > 0
+    assert penalty == pytest.approx(0.7 * (stream + sum(branches) / 3), rel=1e-4)
+
+
 @pytest.mark.parametrize("power", [1, 2])
 def test_gradient_is_that_of_the_formula_and_leaves_ordinary_values_alone(power: int) -> None:
     from quanttune.outlier_loss import _MeanExcess
@@ -223,6 +246,7 @@ def test_other_penalties_against_numpy(penalty: str) -> None:
         {"weight": -1.0},
         {"threshold": 0.5},
         {"parameter_threshold": 1.0},
+        {"branch_threshold": 0.9},
         {"band": 1.5},
         {"anneal": -0.1},
         {"power": 3},

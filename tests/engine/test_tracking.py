@@ -83,6 +83,8 @@ def test_a_run_logs_a_parent_and_a_child_for_each_cell(results: Path, client: An
             record.result.ci_low,
             record.result.ci_high,
         )
+        assert metrics.get("largest_ratio") == record.details.get("largest_ratio")
+        assert ("largest_ratio" in metrics) == cell.make_method().trains
         (dataset,) = run.inputs.dataset_inputs
         assert dataset.dataset.digest == cell.task_fingerprint[:32]
         names = {item.path for item in client.list_artifacts(run.info.run_id)}
