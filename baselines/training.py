@@ -39,7 +39,8 @@ class FineTuning(Method):
         calibrator: Registered name of the calibrator that quantizes the tuned weights.
         steps: Optimizer steps; ``None`` for the entry's.
         learning_rate: Peak learning rate; ``None`` for the entry's.
-        norm_rate: Factor on the learning rate of normalisation parameters and biases; ``None`` for the entry's.
+        norm_rate: Factor on the learning rate of normalisation parameters and biases; ``None`` for the
+            entry's.
         distillation: Share of the loss, 0 to 1, that compares with the reference's logits and not with the
             labels.
     """

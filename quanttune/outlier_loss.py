@@ -43,6 +43,7 @@ import torch
 from torch import Tensor, nn
 
 from quanttune.errors import ConfigError
+from quanttune.excess import MeanExcess, kurtosis_of, moments_of, sample_of
 from quanttune.inputs import ModelInputs
 from quanttune.quantization import SiteHandlers, SiteKind, SiteTable, discover_sites
 from quanttune.quantization.tracing import Handler
@@ -53,8 +54,6 @@ SCHEDULES = ("feedback", "anneal", "fixed")
 RESIDUAL_STREAM = (SiteKind.EMBEDDING_SUM, SiteKind.RESIDUAL_SUM, SiteKind.LINEAR_OUTPUT)
 """Kinds of site that carry the residual stream, where rounding errors add up over the depth."""
 
-_SAMPLE = 1 << 16
-"""Values per site and step that running moments are estimated from; a strided sample keeps the step cheap."""
 _PROJECT_EVERY = 10
 """Optimizer steps between projections of the matrices, whose entries move slowly."""
 
@@ -219,8 +218,11 @@ class OutlierLoss:
         return None if kind is SiteKind.SOFTMAX else self.config.branch_threshold
 
     def _shares(self, table: SiteTable) -> dict[str, float]:
-        """Share of each site in the loss: a mean over the stream and one over the branches, so that a model
-        with many branch sites does not take weight from its stream."""
+        """Share of each site in the loss.
+
+        A mean over the stream and one over the branches: a model with many branch sites does not take weight
+        from its stream.
+        """
         streams = {site_id: self._streams(table[site_id].kind) for site_id in self._final}
         sizes = Counter(streams.values())
         return {site_id: 1 / sizes[stream] for site_id, stream in streams.items()}
@@ -305,21 +307,21 @@ class OutlierLoss:
     def _watch(self, site_id: str, values: Tensor) -> None:
         forward = self._pending.get(site_id, 0)
         self._pending[site_id] = forward + 1
-        moments = _moments(values)
-        self._observed.append((site_id, moments, _sample_of(values).numel()))
+        moments = moments_of(values)
+        self._observed.append((site_id, moments, sample_of(values).numel()))
         running = self._running[site_id]
         if not self.config.weight or not running.std > 0:
             return
         limit = self._activation_limit(running, self._final[site_id])
         if self.config.penalty == "kurtosis":
-            self._terms.append(_Term(site_id, forward, _kurtosis(values.float())))
+            self._terms.append(_Term(site_id, forward, kurtosis_of(values.float())))
         elif self.config.penalty == "range":
             distance = (values.float() - running.mean).abs().amax() / running.std
             excess = (distance - limit).clamp(min=0)
             self._terms.append(_Term(site_id, forward, excess**self.config.power))
         elif values.is_cuda or _reaches(moments, running, limit):
             settings = (running.mean, running.std, limit, self.config.power)
-            self._terms.append(_Term(site_id, forward, *_MeanExcess.apply(values, *settings)))
+            self._terms.append(_Term(site_id, forward, *MeanExcess.apply(values, *settings)))
 
     def _activation_limit(self, running: _Running, final: float) -> float:
         if self.config.schedule == "feedback":
@@ -338,7 +340,7 @@ class OutlierLoss:
     def _project(self, final: float) -> None:
         for name, matrix in self._matrices.items():
             running = self._parameters[name]
-            running.update(_moments(matrix).tolist(), momentum=0.0)
+            running.update(moments_of(matrix).tolist(), momentum=0.0)
             if running.std > 0:
                 reach = self._annealed(running, final) * running.std
                 matrix.clamp_(running.mean - reach, running.mean + reach)
@@ -354,64 +356,7 @@ class _Term:
     count: Tensor | float = 1.0
 
 
-def _moments(values: Tensor) -> Tensor:
-    """Mean, standard deviation, minimum and maximum, shape ``(4,)``; the moments from a strided sample."""
-    std, mean = torch.std_mean(_sample_of(values).float())
-    low, high = torch.aminmax(values.detach())
-    return torch.stack([mean, std, low.float(), high.float()])
-
-
-def _sample_of(values: Tensor) -> Tensor:
-    flat = values.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLE)]
-
-
 def _reaches(moments: Tensor, running: _Running, limit: float) -> bool:
     """Whether any value is an outlier; on a CPU the look is free and spares most sites the rest."""
     _, _, low, high = moments.tolist()
     return bool(max(high - running.mean, running.mean - low) > limit * running.std)
-
-
-class _MeanExcess(torch.autograd.Function):
-    """Mean over the outliers of ``(|x - mean| / std - limit) ** power``, and their number; keeps no copy."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, mean: float, std: float, limit: float, power: int
-    ) -> tuple[Tensor, Tensor]:
-        flat = values.detach().reshape(-1)
-        ctx.settings = (mean, std, limit, power)
-        if flat.is_cuda:  # dense: finding the few outliers would stall the device
-            ctx.save_for_backward(values)
-            excess = ((flat.float() - mean).abs_() / std).sub_(limit).clamp_(min=0)
-            ctx.count = torch.count_nonzero(excess).clamp(min=1)
-            ctx.mark_non_differentiable(ctx.count)
-            return (excess**power).sum() / ctx.count, ctx.count
-        outliers = ((flat - mean).abs_() > limit * std).nonzero().squeeze(1)
-        found = flat[outliers].float() - mean
-        excess = found.abs() / std - limit
-        slope = power * excess ** (power - 1) * found.sign() / (std * max(len(outliers), 1))
-        ctx.save_for_backward(outliers, slope)
-        ctx.shape, ctx.dtype = values.shape, values.dtype
-        count = torch.tensor(len(outliers))
-        ctx.mark_non_differentiable(count)
-        return ((excess**power).mean() if len(outliers) else excess.sum()), count
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        mean, std, limit, power = ctx.settings
-        if grads[0].is_cuda:
-            (values,) = ctx.saved_tensors
-            centred = values.float() - mean
-            excess = (centred.abs() / std).sub_(limit).clamp_(min=0)
-            slope = centred.sign_() * (excess > 0 if power == 1 else power * excess ** (power - 1))
-            return (slope * (grads[0] / (std * ctx.count))).to(values.dtype), None, None, None, None
-        outliers, slope = ctx.saved_tensors
-        gradient = torch.zeros(ctx.shape, dtype=ctx.dtype)
-        gradient.view(-1)[outliers] = (slope * grads[0]).to(ctx.dtype)
-        return gradient, None, None, None, None
-
-
-def _kurtosis(values: Tensor) -> Tensor:
-    centred = values - values.mean()
-    return (centred**4).mean() / (centred**2).mean() ** 2

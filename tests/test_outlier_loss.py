@@ -96,10 +96,10 @@ def test_branches_meet_their_own_threshold_in_a_mean_of_their_own() -> None:
 
 @pytest.mark.parametrize("power", [1, 2])
 def test_gradient_is_that_of_the_formula_and_leaves_ordinary_values_alone(power: int) -> None:
-    from quanttune.outlier_loss import _MeanExcess
+    from quanttune.excess import MeanExcess
 
     values = heavy_tailed((40, 7)).double().requires_grad_()
-    loss = _MeanExcess.apply(values, 0.1, 1.3, 2.5, power)[0]
+    loss = MeanExcess.apply(values, 0.1, 1.3, 2.5, power)[0]
     (gradient,) = torch.autograd.grad(loss, values)
 
     plain = values.detach().clone().requires_grad_()

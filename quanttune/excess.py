@@ -1,0 +1,90 @@
+"""The tensor arithmetic of the outlier-driven loss: moments, and the mean excess with its gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SAMPLE = 1 << 16
+"""Values per site and step that running moments are estimated from; a strided sample keeps the step cheap."""
+
+
+def moments_of(values: Tensor) -> Tensor:
+    """Mean, standard deviation, minimum and maximum, shape ``(4,)``; the moments from a strided sample."""
+    std, mean = torch.std_mean(sample_of(values).float())
+    low, high = torch.aminmax(values.detach())
+    return torch.stack([mean, std, low.float(), high.float()])
+
+
+def sample_of(values: Tensor) -> Tensor:
+    """The strided sample that moments are estimated from, flat."""
+    flat = values.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLE)]
+
+
+class MeanExcess(torch.autograd.Function):
+    """Mean over the outliers of ``(|x - mean| / std - limit) ** power``, and their number; keeps no copy.
+
+    Example:
+        >>> loss, count = MeanExcess.apply(torch.tensor([0.0, 1.0, -4.0]), 0.0, 1.0, 3.0, 1)
+        >>> float(loss), int(count)
+        (1.0, 1)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, mean: float, std: float, limit: float, power: int
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and number of outliers, both scalars; the number has no gradient."""
+        ctx.settings = (mean, std, limit, power)
+        if values.is_cuda:  # dense: finding the few outliers would stall the device
+            ctx.save_for_backward(values)
+            excess = ((values.float() - mean).abs_() / std).sub_(limit).clamp_(min=0)
+            ctx.count = torch.count_nonzero(excess).clamp(min=1)
+            ctx.mark_non_differentiable(ctx.count)
+            return (excess**power).sum() / ctx.count, ctx.count
+        outliers, found = _beyond(values.detach(), mean - limit * std, mean + limit * std)
+        found = found.float() - mean
+        excess = found.abs() / std - limit
+        slope = power * excess ** (power - 1) * found.sign() / (std * max(len(outliers), 1))
+        ctx.save_for_backward(outliers, slope)
+        ctx.shape, ctx.dtype = values.shape, values.dtype
+        count = torch.tensor(len(outliers))
+        ctx.mark_non_differentiable(count)
+        return ((excess**power).mean() if len(outliers) else excess.sum()), count
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient of ``values`` alone, zero but at the outliers."""
+        mean, std, limit, power = ctx.settings
+        if grads[0].is_cuda:
+            (values,) = ctx.saved_tensors
+            centred = values.float() - mean
+            excess = (centred.abs() / std).sub_(limit).clamp_(min=0)
+            slope = centred.sign_() * (excess > 0 if power == 1 else power * excess ** (power - 1))
+            return (slope * (grads[0] / (std * ctx.count))).to(values.dtype), None, None, None, None
+        outliers, slope = ctx.saved_tensors
+        gradient = torch.zeros(ctx.shape, dtype=ctx.dtype)
+        gradient.view(-1)[outliers] = (slope * grads[0]).to(ctx.dtype)
+        return gradient, None, None, None, None
+
+
+def _beyond(values: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Flat indices of the values outside ``[low, high]``, and those values.
+
+    The extremes of each row tell nearly for free which few rows are worth a search; searching everything
+    costs ten times as much and would be most of the loss's price on a CPU.
+    """
+    rows = values.reshape(-1, values.shape[-1])
+    reaching = ((rows.amax(1) > high) | (rows.amin(1) < low)).nonzero().squeeze(1)
+    candidates = rows[reaching]
+    row, column = ((candidates > high) | (candidates < low)).nonzero(as_tuple=True)
+    return reaching[row] * rows.shape[1] + column, candidates[row, column]
+
+
+def kurtosis_of(values: Tensor) -> Tensor:
+    """Fourth standardised moment, a scalar with a gradient; 3 for a Gaussian."""
+    centred = values - values.mean()
+    return (centred**4).mean() / (centred**2).mean() ** 2
