@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,10 @@ DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")),
 ]
+
+
+ONLY_SUMS: dict[str, Any] = {"kinds": (SiteKind.RESIDUAL_SUM,), "branch_threshold": None}
+"""Settings that penalise nothing but the block's residual sum, which the tests can compute."""
 
 
 class Block(nn.Module):
@@ -58,9 +64,7 @@ def watched(model: nn.Module, inputs: Tensor, config: OutlierLossConfig, steps: 
 def test_penalty_is_the_formula(device: str, power: int) -> None:
     model = Block().to(device)
     inputs = heavy_tailed((8, 5, 16)).to(device)
-    config = OutlierLossConfig(
-        weight=0.7, threshold=2.0, schedule="fixed", power=power, kinds=(SiteKind.RESIDUAL_SUM,)
-    )
+    config = OutlierLossConfig(weight=0.7, threshold=2.0, schedule="fixed", power=power, **ONLY_SUMS)
     outliers = watched(model, inputs, config)
     with outliers:
         model(inputs)
@@ -121,7 +125,7 @@ def test_a_tensor_without_outliers_costs_nothing() -> None:
 
 def test_feedback_pulls_only_the_outermost_band() -> None:
     model, inputs = Block(), heavy_tailed((8, 5, 16))
-    config = OutlierLossConfig(threshold=1.5, band=0.8, kinds=(SiteKind.RESIDUAL_SUM,))
+    config = OutlierLossConfig(threshold=1.5, band=0.8, **ONLY_SUMS)
     outliers = watched(model, inputs, config)
     (running,) = outliers._running.values()
     assert outliers._activation_limit(running, config.threshold) == pytest.approx(0.8 * running.recent)
@@ -131,7 +135,7 @@ def test_feedback_pulls_only_the_outermost_band() -> None:
 
 def test_annealing_goes_from_the_own_ratio_to_the_threshold() -> None:
     model, inputs = Block(), heavy_tailed((8, 5, 16))
-    config = OutlierLossConfig(threshold=2.0, schedule="anneal", anneal=0.5, kinds=(SiteKind.RESIDUAL_SUM,))
+    config = OutlierLossConfig(threshold=2.0, schedule="anneal", anneal=0.5, **ONLY_SUMS)
     outliers = watched(model, inputs, config, steps=20)
     (running,) = outliers._running.values()
     limits = []
@@ -174,7 +178,7 @@ def test_outliers_shrink_and_the_ratio_is_reported() -> None:
         model.inner.bias[2] = 30.0
     inputs = torch.randn(16, 5, 16, generator=torch_generator(3, "inputs"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    config = OutlierLossConfig(weight=1.0, threshold=2.5, kinds=(SiteKind.RESIDUAL_SUM,))
+    config = OutlierLossConfig(weight=1.0, threshold=2.5, **ONLY_SUMS)
     with OutlierLoss(model, inputs, steps=200, config=config) as outliers:
         for _ in range(200):
             model(inputs)
@@ -190,7 +194,7 @@ def test_outliers_shrink_and_the_ratio_is_reported() -> None:
 
 def test_accumulated_forward_passes_are_averaged() -> None:
     model, inputs = Block(), heavy_tailed((8, 5, 16))
-    config = OutlierLossConfig(threshold=2.0, schedule="fixed", kinds=(SiteKind.RESIDUAL_SUM,))
+    config = OutlierLossConfig(threshold=2.0, schedule="fixed", **ONLY_SUMS)
     outliers = watched(model, inputs, config)
     with outliers:
         model(inputs)
@@ -224,9 +228,7 @@ def test_state_goes_on_where_it_was() -> None:
 @pytest.mark.parametrize("penalty", ["range", "kurtosis"])
 def test_other_penalties_against_numpy(penalty: str) -> None:
     model, inputs = Block(), heavy_tailed((8, 5, 16))
-    config = OutlierLossConfig(
-        weight=1.0, threshold=2.0, schedule="fixed", penalty=penalty, kinds=(SiteKind.RESIDUAL_SUM,)
-    )
+    config = OutlierLossConfig(weight=1.0, threshold=2.0, schedule="fixed", penalty=penalty, **ONLY_SUMS)
     outliers = watched(model, inputs, config)
     with outliers:
         model(inputs)
@@ -263,6 +265,6 @@ def test_a_model_without_the_wanted_sites_is_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2))
     sites = discover_sites(model, torch.randn(2, 3, 4))
     with pytest.raises(ConfigError, match="nothing to penalise"):
-        OutlierLoss(model, sites, steps=5, config=OutlierLossConfig(kinds=(SiteKind.RESIDUAL_SUM,)))
+        OutlierLoss(model, sites, steps=5, config=OutlierLossConfig(**ONLY_SUMS))
     with pytest.raises(ConfigError, match="steps"):
         OutlierLoss(model, sites, steps=0, config=OutlierLossConfig(kinds=None))
