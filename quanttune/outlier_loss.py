@@ -92,7 +92,7 @@ class OutlierLossConfig:
     power: int = 1
     penalty: str = "outlier"
     kinds: tuple[SiteKind, ...] | None = RESIDUAL_STREAM
-    branch_threshold: float | None = 12.0
+    branch_threshold: float | None = None
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
