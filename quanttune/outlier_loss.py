@@ -24,7 +24,7 @@ The stream are the tensors that carry the residual stream: embedding and residua
 that feed them. Each is rounded once and then passed on, so their errors add up over the depth, while an error
 inside one branch is added once. The branches' other tensors, outputs of activation functions above all, are
 sparse and one-sided by nature. They can meet a wider ``branch_threshold``; by default they are left alone,
-which costs a ViT half a point and spares BERT more (``docs/quanttune.md``).
+because holding them gave a ViT up to one point and took up to two from BERT (``docs/quanttune.md``).
 
 Parameters are tensors with ranges too, and an optimizer moves an entry of an embedding by at most the
 learning rate a step, far too slowly for one that lies 70 deviations out. Matrices therefore meet a threshold

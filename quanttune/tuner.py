@@ -60,6 +60,10 @@ class Schedule:
         for name in ("steps", "learning_rate", "batch_size", "accumulation", "clip"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"schedule: {name} is {getattr(self, name)}; it must be positive")
+        if self.norm_rate < 0:
+            raise ConfigError(
+                f"schedule: norm_rate is {self.norm_rate}; use 0 to freeze normalisation and biases"
+            )
 
     def rate(self, step: int) -> float:
         """Fraction of the peak learning rate at ``step``, counted from 0."""

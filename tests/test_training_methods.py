@@ -13,6 +13,7 @@ from torch import Tensor
 
 from baselines.method import METHODS
 from quanttune.inputs import call_model
+from quanttune.outlier_loss import OutlierLossConfig
 from quanttune.quantization import SiteHandlers, SiteKind
 from tests.method_contexts import CountingStages, context_for, made
 from tests.quantization.models import one_thread
@@ -31,7 +32,7 @@ class TestTuningIsShared:
     def test_by_widths_calibrators_and_a_search_that_tries_the_recipe(self, name: str) -> None:
         stages, method = CountingStages(), METHODS.get(name)
         recipe = dict(context_for("vit").recipe)
-        given = {key: recipe[key] for key in ("steps", "learning_rate")}
+        given = {key: recipe[key] for key in ("steps", "learning_rate")} | {"norm_rate": 1.0}
         method().quantize(context_for("vit", stages=stages))
         method(calibrator="percentile").quantize(context_for("vit", precision="W6A6", stages=stages))
         method(**given).quantize(context_for("vit", stages=stages))
@@ -44,8 +45,16 @@ class TestTuningIsShared:
         method(learning_rate=2 * recipe["learning_rate"]).quantize(context_for("vit", stages=stages))
         method(steps=recipe["steps"] + 1).quantize(context_for("vit", stages=stages))
         method(distillation=0.5).quantize(context_for("vit", stages=stages))
+        method(norm_rate=5.0).quantize(context_for("vit", stages=stages))
         method().quantize(context_for("vit", stages=stages, seed=1))
-        assert stages.made.count("tuning") == 5
+        assert stages.made.count("tuning") == 6
+
+
+def test_quanttune_passes_its_settings_on() -> None:
+    method = METHODS.get("quanttune")
+    assert method().outlier_settings() == OutlierLossConfig()
+    changed = method(branch_threshold=12.0, parameter_threshold=0.0, kinds="all").outlier_settings()
+    assert changed == OutlierLossConfig(branch_threshold=12.0, parameter_threshold=None, kinds=None)
 
 
 @pytest.mark.parametrize("name", TRAINING)

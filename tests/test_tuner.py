@@ -145,9 +145,26 @@ def test_mixed_precision_keeps_float32_weights(vit: nn.Module) -> None:
 
 
 def test_bad_schedules_are_refused() -> None:
-    for settings in ({"steps": 0}, {"learning_rate": -1.0}, {"batch_size": 0}, {"accumulation": 0}):
+    for settings in (
+        {"steps": 0},
+        {"learning_rate": -1.0},
+        {"batch_size": 0},
+        {"accumulation": 0},
+        {"norm_rate": -1.0},
+    ):
         with pytest.raises(ConfigError):
             Schedule(**{"steps": 1, "learning_rate": 1e-3, **settings})
+
+
+def test_norms_and_biases_step_at_their_own_rate(vit: nn.Module) -> None:
+    """The first step of Adam has the size of the rate wherever there is a gradient."""
+    model = copy.deepcopy(vit)
+    schedule = Schedule(steps=1, learning_rate=1e-3, weight_decay=0.0, norm_rate=5.0)
+    tune(model, batches(), cross_entropy, schedule)
+    before = dict(vit.named_parameters())
+    for name, parameter in model.named_parameters():
+        moved = float((parameter - before[name]).detach().abs().max())
+        assert moved == pytest.approx(5e-3 if parameter.dim() == 1 else 1e-3, rel=0.05), name
 
 
 def test_the_rate_rises_then_falls_to_zero() -> None:
