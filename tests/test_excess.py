@@ -19,20 +19,27 @@ VALUES = arrays.arrays(
 
 
 @given(VALUES, st.floats(-9, 9, width=32), st.floats(0, 9, width=32))
-def test_rows_hide_no_outlier_and_add_none(values: np.ndarray, low: float, width: float) -> None:
-    high = low + width
-    indices, found = _beyond(torch.from_numpy(values), low, high)
+def test_rows_hide_no_outlier_and_add_none(values: np.ndarray, mean: float, reach: float) -> None:
+    indices, found = _beyond(torch.from_numpy(values), mean, reach)
     flat = values.reshape(-1)
-    expected = np.flatnonzero((flat < low) | (flat > high))
+    expected = np.flatnonzero(np.abs(flat - np.float32(mean)) > np.float32(reach))
     assert indices.tolist() == expected.tolist()
     assert found.tolist() == flat[expected].tolist()
+
+
+@given(VALUES, st.floats(-9, 9, width=32), st.floats(0, 9, width=32))
+def test_the_search_is_that_of_everything_to_the_bit(values: np.ndarray, mean: float, reach: float) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        tensor = torch.from_numpy(values).to(dtype)
+        everything = ((tensor.reshape(-1) - mean).abs() > reach).nonzero().squeeze(1)
+        assert torch.equal(_beyond(tensor, mean, reach)[0], everything)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_transposed_tensor_keeps_its_places(dtype: torch.dtype) -> None:
     values = torch.zeros(4, 3, dtype=dtype).T
     values[1, 2] = -7.0
-    indices, found = _beyond(values, -3.0, 3.0)
+    indices, found = _beyond(values, 0.0, 3.0)
     assert indices.tolist() == [1 * 4 + 2]
     assert found.tolist() == [-7.0]
 
