@@ -93,7 +93,7 @@ def test_training_is_shared_and_its_own_fp32_measured(runner: Run, store: Store,
         # no quantizers: the trained weights are measured as they are
         assert record.result.fp32_own == record.result.value
         assert record.weights_digest != record.reference_digest
-        assert record.details == {"steps": 2, "evaluation_batch": 50}
+        assert record.details == {"steps": 2, "largest_ratio": 21.5, "evaluation_batch": 50}
     assert len(cells) == 2
     assert METHODS.get("toy_trained").calls == 1  # type: ignore[attr-defined]
 
