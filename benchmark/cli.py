@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
-from benchmark.suite import DEFAULT_SUITE
+from benchmark.grid.suite import DEFAULT_SUITE
 from quanttune.errors import QuantTuneError, UnknownNameError
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130

@@ -21,9 +21,9 @@ from baselines.curvature import output_curvature
 from baselines.method import Batch, Context, MemoryStages, Quantized
 from baselines.products import capture, find_products
 from baselines.ptq4vit import first_items
-from benchmark.models.entry import get_model
-from benchmark.stages import Stages
-from benchmark.tasks.task import get_task
+from benchmark.keep.stages import Stages
+from benchmark.subject.lookup import get_model
+from benchmark.subject.tasks.task import get_task
 from quanttune.inputs import call_model, logits_of
 from quanttune.quantization import Precision, UniformQuantizer, discover_sites, simulate
 from quanttune.seeds import torch_generator

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmark.models.entry import get_model
-from benchmark.tasks.task import get_task
+from benchmark.subject.lookup import get_model
+from benchmark.subject.tasks.task import get_task
 from quanttune.analysis import (
     SATURATIONS,
     decompose,

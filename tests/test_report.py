@@ -13,19 +13,20 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from benchmark.cells import Cell, expand
 from benchmark.cli import cli
-from benchmark.measure import drop_interval
-from benchmark.models.entry import MODELS
-from benchmark.record import Record, Result
+from benchmark.engine.measure import drop_interval
+from benchmark.grid.cells import Cell
+from benchmark.grid.expand import expand
+from benchmark.grid.suite import Suite, parse_suite
+from benchmark.keep.record import Record, Result
+from benchmark.keep.store import Store
 from benchmark.report.claims import ABSENT, Claim, _verdict, claims
 from benchmark.report.comparison import Comparison, Estimate, comparison_frame
 from benchmark.report.figures import SPECS, csv_of
 from benchmark.report.html import make_report
 from benchmark.report.rows import SuiteRows, collect_rows
-from benchmark.store import Store
-from benchmark.suite import Suite, parse_suite
-from benchmark.tasks.task import get_task
+from benchmark.subject.models.entry import MODELS
+from benchmark.subject.tasks.task import get_task
 from quanttune.errors import StoreError
 from quanttune.seeds import numpy_generator
 

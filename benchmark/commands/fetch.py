@@ -14,7 +14,7 @@ from quanttune.errors import AssetError
 @suite_option
 def fetch(suite: str) -> None:
     """Download, verify and convert the weights and data a suite needs; nothing is fetched twice."""
-    from benchmark.suite import load_suite
+    from benchmark.grid.suite import load_suite
 
     failures = fetch_models(load_suite(suite).models, announce=True)
     if failures:
@@ -36,9 +36,8 @@ def fetch_models(models: Iterable[str], announce: bool = False) -> dict[str, str
     Returns:
         For each model that cannot run here, why; the message says what to do.
     """
-    from benchmark.models.entry import get_model
-    from benchmark.obstacles import obstacles_of
-    from benchmark.tasks.task import get_task
+    from benchmark.subject.lookup import get_model, obstacles_of
+    from benchmark.subject.tasks.task import get_task
 
     def say(line: str) -> None:
         click.echo(line, err=True)

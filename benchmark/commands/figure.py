@@ -46,12 +46,12 @@ def open_suite(
             device is not there.
         UnknownNameError: If no suite has the name.
     """
-    from benchmark.environment import DEFAULT_THREADS, prepare_torch
-    from benchmark.progress import Display
+    from benchmark.engine.environment import DEFAULT_THREADS, prepare_torch
+    from benchmark.engine.progress import Display
+    from benchmark.grid.suite import load_suite
+    from benchmark.keep.store import Store
     from benchmark.report.analyses import analyses_of
     from benchmark.report.rows import collect_rows
-    from benchmark.store import Store
-    from benchmark.suite import load_suite
     from quanttune.errors import ConfigError
 
     store = Store(results)

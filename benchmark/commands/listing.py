@@ -12,9 +12,9 @@ import click
 from benchmark.cli import cli, results_option, suite_option
 
 if TYPE_CHECKING:
-    from benchmark.cells import Cell
-    from benchmark.obstacles import Obstacle
-    from benchmark.store import Store
+    from benchmark.grid.cells import Cell
+    from benchmark.keep.store import Store
+    from benchmark.subject.obstacles import Obstacle
 
 _KINDS = ("suites", "models", "methods", "tasks", "cells")
 
@@ -27,9 +27,9 @@ _KINDS = ("suites", "models", "methods", "tasks", "cells")
 def list_command(kind: str, suite: str, as_json: bool, results: Path) -> None:
     """List suites, models, methods, tasks, or the cells of a suite with their status."""
     if kind == "cells":
-        from benchmark.cells import expand
-        from benchmark.store import Store
-        from benchmark.suite import load_suite
+        from benchmark.grid.expand import expand
+        from benchmark.grid.suite import load_suite
+        from benchmark.keep.store import Store
 
         echo_cells(Store(results), expand(load_suite(suite)), as_json)
         return
@@ -42,7 +42,7 @@ def list_command(kind: str, suite: str, as_json: bool, results: Path) -> None:
 @results_option
 def show(cell_id_prefix: str, results: Path) -> None:
     """Print everything the store knows about the cell whose id starts with CELL_ID_PREFIX, as JSON."""
-    from benchmark.store import Store
+    from benchmark.keep.store import Store
 
     click.echo(json.dumps(Store(results).find(cell_id_prefix).to_json(), indent=2))
 
@@ -91,7 +91,7 @@ class _Obstacles:
         self._cells: Counter[str] = Counter()
 
     def of(self, cell: Cell) -> tuple[Obstacle, ...]:
-        from benchmark.obstacles import obstacles_of
+        from benchmark.subject.lookup import obstacles_of
 
         if cell.model not in self._by_model:
             self._by_model[cell.model] = obstacles_of(cell.model)
@@ -124,7 +124,7 @@ def cell_status(store: Store, cell: Cell) -> tuple[str, str]:
 
 
 def _suites() -> list[dict[str, Any]]:
-    from benchmark.suite import load_suite, suite_names
+    from benchmark.grid.suite import load_suite, suite_names
 
     suites = [load_suite(name) for name in suite_names()]
     return [
@@ -140,7 +140,7 @@ def _suites() -> list[dict[str, Any]]:
 
 
 def _models() -> list[dict[str, Any]]:
-    from benchmark.models.entry import MODELS
+    from benchmark.subject.models.entry import MODELS
 
     return [
         {"model": name, "family": entry.family, "task": entry.task, "source": entry.source}
@@ -164,7 +164,7 @@ def _methods() -> list[dict[str, Any]]:
 
 
 def _tasks() -> list[dict[str, Any]]:
-    from benchmark.tasks.task import TASKS
+    from benchmark.subject.tasks.task import TASKS
 
     return [
         {

@@ -20,10 +20,10 @@ def report(suite: str, items: int, device: str, allow_partial: bool, results: Pa
     The file RESULTS/report/SUITE.html needs no other file and no network. What needs a model is measured once
     and kept, as in `figure`.
     """
-    from benchmark.atomic import write_text_atomically
+    from benchmark.keep.atomic import write_text_atomically
+    from benchmark.keep.store import Store
     from benchmark.report.figures import choose, make_frames
     from benchmark.report.html import make_report
-    from benchmark.store import Store
 
     rows, analyses = open_suite(suite, results, device, allow_partial)
     frames = make_frames(choose(()), rows, analyses, items)

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import click
 
 from benchmark.cli import EXIT_FAILED, EXIT_INTERRUPTED, cli, results_option, suite_option
-from benchmark.environment import AUTOCAST
+from benchmark.grid.autocast import AUTOCAST
 from quanttune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from benchmark.cells import Cell
-    from benchmark.runner import Outcome, Settings
-    from benchmark.store import Store
+    from benchmark.engine.runner import Outcome, Settings
+    from benchmark.grid.cells import Cell
+    from benchmark.keep.store import Store
 
 _ORDER = ("done", "cached", "skipped", "failed", "interrupted", "missing")
 
@@ -106,11 +106,11 @@ def run(
         raise ConfigError(
             "nothing is selected; give --all, or --model, --method, --precision, --profile or --seed"
         )
-    from benchmark.cells import Selection, expand
-    from benchmark.environment import DEFAULT_THREADS
-    from benchmark.runner import Settings, stored_outcome
-    from benchmark.store import Store
-    from benchmark.suite import load_suite
+    from benchmark.engine.environment import DEFAULT_THREADS
+    from benchmark.engine.runner import Settings, stored_outcome
+    from benchmark.grid.expand import Selection, expand
+    from benchmark.grid.suite import load_suite
+    from benchmark.keep.store import Store
 
     for option, value in (("--jobs", jobs), ("--threads", threads), ("--processes", processes)):
         if value is not None and value < 1:
@@ -152,7 +152,7 @@ def run(
 
 
 def _choose_executor(name: str | None, jobs: int | None, threads: int) -> tuple[str, int]:
-    from benchmark.executors import EXECUTORS
+    from benchmark.engine.executors import EXECUTORS
 
     count = jobs or (max(1, (os.cpu_count() or 1) // threads) if name not in (None, "serial") else 1)
     chosen = name or ("local" if count > 1 else "serial")
@@ -178,10 +178,10 @@ def _run_missing(
     ``track`` is the suite's name for the tracker, ``None`` to leave MLflow alone.
     """
     from benchmark.commands.fetch import fetch_models
-    from benchmark.environment import prepare_torch
-    from benchmark.executors import EXECUTORS
-    from benchmark.progress import Display
-    from benchmark.tracking import open_tracker
+    from benchmark.engine.environment import prepare_torch
+    from benchmark.engine.executors import EXECUTORS
+    from benchmark.engine.progress import Display
+    from benchmark.tracking.tracker import open_tracker
 
     prepare_torch(settings.threads, settings.device)  # refuse a device that is not there before any work
     click.echo(f"{len(outcomes)} cells are finished, {len(missing)} are to run", err=True)
@@ -224,7 +224,7 @@ def _tell_interrupted(cells: list[Cell], outcomes: dict[str, Outcome]) -> None:
 
 
 def _summary(cells: list[Cell], outcomes: dict[str, Outcome]) -> None:
-    from benchmark.progress import outcome_line
+    from benchmark.engine.progress import outcome_line
 
     counts = Counter(outcomes[cell.cell_id].status for cell in cells)
     failed: dict[str, list[Outcome]] = {}

@@ -35,16 +35,16 @@ _STYLES = {"markdown": "github", "terminal": "simple_grid"}
 @results_option
 def table(suite: str, form: str, allow_partial: bool, published: bool, results: Path) -> None:
     """Print the table of a suite; every form but `terminal` is also written to RESULTS/tables/."""
+    from benchmark.grid.suite import load_suite
+    from benchmark.keep.store import Store
     from benchmark.report.rows import collect_rows
-    from benchmark.store import Store
-    from benchmark.suite import load_suite
 
     store = Store(results)
     rows = collect_rows(store, load_suite(suite), allow_partial)
     text = (_published if published else _measured)(rows, form)
     click.echo(text, nl=False)
     if form in _ENDINGS:
-        from benchmark.atomic import write_text_atomically
+        from benchmark.keep.atomic import write_text_atomically
 
         name = f"{rows.suite.name}-published" if published else rows.suite.name
         path = store.root / "tables" / f"{name}.{_ENDINGS[form]}"

@@ -15,8 +15,8 @@ from quanttune.errors import ConfigError, StoreError
 @results_option
 def ui(port: int, results: Path) -> None:
     """Serve the MLflow UI on 127.0.0.1 over the suite's own database."""
-    from benchmark.store import Store
-    from benchmark.tracking import serve_ui, tracking_uri
+    from benchmark.keep.store import Store
+    from benchmark.tracking.tracker import serve_ui, tracking_uri
 
     if not 1 <= port <= 65535:
         raise ConfigError(f"--port {port}: it must be between 1 and 65535")
@@ -31,8 +31,8 @@ def ui(port: int, results: Path) -> None:
 @results_option
 def sync(results: Path) -> None:
     """Log every cell of the store that MLflow does not have yet, or has otherwise."""
-    from benchmark.store import Store
-    from benchmark.tracking import sync_store
+    from benchmark.keep.store import Store
+    from benchmark.tracking.tracker import sync_store
 
     logged, present = sync_store(Store(results))
     click.echo(f"{logged} cells logged, {present} were there already")

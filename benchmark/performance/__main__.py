@@ -44,7 +44,7 @@ def _run(name: str, model: str, repeats: int, results: Path, device: str, thread
     import torch
     from tabulate import tabulate
 
-    from benchmark.environment import prepare_torch
+    from benchmark.engine.environment import prepare_torch
     from benchmark.performance.measurement import MEASUREMENTS, Setup
 
     measurement = MEASUREMENTS.get(name)

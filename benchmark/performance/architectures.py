@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from benchmark.models.entry import own_random_state
+from benchmark.subject.models.entry import own_random_state
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

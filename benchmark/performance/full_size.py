@@ -59,7 +59,7 @@ def in_own_process(key: str, device: str, threads: int, repeats: int, layers: in
 
 
 def _measure(key: str, device: str, threads: int, repeats: int, layers: int | None) -> list[Row]:
-    from benchmark.environment import prepare_torch
+    from benchmark.engine.environment import prepare_torch
     from quanttune.inputs import to_device
     from quanttune.quantization import discover_sites
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from baselines.method import Context
-    from benchmark.session import Session
+    from benchmark.engine.session import Session
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Setup:
     @cached_property
     def session(self) -> Session:
         """The model with its reference weights, sites and data; opened by the first who asks."""
-        from benchmark.session import Session
-        from benchmark.stages import Stages
+        from benchmark.engine.session import Session
+        from benchmark.keep.stages import Stages
 
         return Session(self.model, Stages(self.results / "stages"), self.device, lambda *_: None)
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmark.cells import Cell
+from benchmark.grid.cells import Cell
+from benchmark.keep.stages import Stages
+from benchmark.keep.store import Store
 from benchmark.report.rows import SuiteRows
 from benchmark.report.site_tables import (
     REACHES,
@@ -20,8 +22,6 @@ from benchmark.report.site_tables import (
     reaches_of,
     site_tables,
 )
-from benchmark.stages import Stages
-from benchmark.store import Store
 from quanttune.errors import StoreError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from baselines.method import Context
-    from benchmark.session import Session
+    from benchmark.engine.session import Session
     from quanttune.quantization import TensorStatistics
 
 Progress = Callable[[str, int, int], None]
@@ -161,7 +161,7 @@ class ModelAnalysis:
     def _sweep(self, precision: str, limit: int) -> dict[str, Tensor]:
         import torch
 
-        from benchmark.measure import Items, evaluate
+        from benchmark.engine.measure import Items, evaluate
         from quanttune.analysis import SATURATIONS, saturation_sweep
         from quanttune.quantization import Precision
 
@@ -295,7 +295,7 @@ class ModelAnalysis:
 
     @cached_property
     def _session(self) -> Session:
-        from benchmark.session import Session
+        from benchmark.engine.session import Session
 
         session = Session(self.model, Stages(self._store.root / "stages"), self._device, self._progress)
         if session.reference_digest != self._reference_digest:

@@ -15,10 +15,10 @@ from benchmark.report.comparison import (
     Estimate,
 )
 from benchmark.report.frames import by_layer
-from benchmark.report.metric import POINTS
-from benchmark.report.reference import load_published
+from benchmark.report.published.reader import load_published
 from benchmark.report.rows import SuiteRows
 from benchmark.report.site_tables import REACHES
+from benchmark.subject.metrics.display import POINTS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -196,7 +196,7 @@ def _verdict(gain: Estimate, stated: float | None, before: float) -> str:
 
 
 def _against_state_of_the_art(rows: SuiteRows, comparison: Comparison, stated: float) -> Claim:
-    from benchmark.models.entry import get_model
+    from benchmark.subject.lookup import get_model
 
     statement = "More accurate than the state of the art on ViT models"
     how = "The same against the better of FQ-ViT and PTQ4ViT, on ViT models and on the same profile."

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmark.measure import CONFIDENCE, RESAMPLES
-from benchmark.record import Record
-from benchmark.report.metric import POINTS
+from benchmark.engine.measure import CONFIDENCE, RESAMPLES
+from benchmark.keep.record import Record
+from benchmark.keep.store import Store
 from benchmark.report.rows import SuiteRows
-from benchmark.store import Store
-from benchmark.tasks.task import get_task
+from benchmark.subject.metrics.display import POINTS
+from benchmark.subject.tasks.task import get_task
 from quanttune.errors import StoreError
 from quanttune.seeds import numpy_generator
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmark.atomic import write_atomically, write_text_atomically
+from benchmark.keep.atomic import write_atomically, write_text_atomically
 from benchmark.report import canvas, frames, panels
 from benchmark.report.analyses import ModelAnalysis
 from benchmark.report.overview import draw_overview, overview_frame

@@ -105,7 +105,7 @@ def saturation_frame(analysis: ModelAnalysis, items: int) -> pd.DataFrame:
     """A line per precision and saturation: the reference's metric on evenly spaced test items."""
     import pandas as pd
 
-    from benchmark.tasks.task import get_task
+    from benchmark.subject.tasks.task import get_task
     from quanttune.analysis import SATURATIONS
 
     task = get_task(analysis.cell.task)

@@ -11,6 +11,7 @@ from html import escape
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from benchmark.keep.store import Store
 from benchmark.report.claims import CLOSE, KEPT, claims
 from benchmark.report.comparison import CALIBRATORS, Comparison, comparison_frame
 from benchmark.report.figures import SPECS, FigureSpec, csv_of, svg_of
@@ -18,7 +19,6 @@ from benchmark.report.frames import by_layer
 from benchmark.report.published_table import HEADS, make_published_table, published_frame, text_rows
 from benchmark.report.rows import SuiteRows
 from benchmark.report.tables import Table, make_table, text_of
-from benchmark.store import Store
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -204,8 +204,8 @@ def _machines(rows: SuiteRows) -> list[dict[str, Any]]:
 
 def _references(rows: SuiteRows) -> list[dict[str, str]]:
     """Each model with its task and the digests that identify its weights and data."""
-    from benchmark.models.entry import get_model
-    from benchmark.tasks.task import get_task
+    from benchmark.subject.lookup import get_model
+    from benchmark.subject.tasks.task import get_task
 
     found = {}
     for record in rows.records.values():

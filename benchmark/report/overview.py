@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from benchmark.cells import REFERENCE_METHOD
+from benchmark.grid.cells import REFERENCE_METHOD
 from benchmark.report.canvas import MARKERS, SHADES, new_figure
-from benchmark.report.metric import POINTS, loss, loss_name, number
 from benchmark.report.rows import SuiteRows
 from benchmark.report.tables import OWN_ROW, make_table
+from benchmark.subject.metrics.display import POINTS, loss, loss_name, number
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from benchmark.report.analyses import REFERENCE
 from benchmark.report.canvas import COLOURS, DASHES, MARKERS, new_figure
 from benchmark.report.frames import by_layer
-from benchmark.report.metric import POINTS, with_unit
 from benchmark.report.site_tables import RULES
+from benchmark.subject.metrics.display import POINTS, with_unit
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from benchmark.cells import Cell
-from benchmark.models.entry import get_model
+from benchmark.grid.cells import Cell
 from benchmark.report.latex import escape_latex
 from benchmark.report.published_values import REMARKS, Published, published_values
 from benchmark.report.rows import SuiteRows
-from benchmark.tasks.task import get_task
+from benchmark.subject.lookup import get_model
+from benchmark.subject.tasks.task import get_task
 
 if TYPE_CHECKING:
     import pandas as pd

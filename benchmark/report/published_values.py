@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmark.cells import REFERENCE_METHOD, REFERENCE_PRECISION
-from benchmark.report.reference import load_published
+from benchmark.grid.cells import REFERENCE_METHOD, REFERENCE_PRECISION
+from benchmark.report.published.reader import load_published
 
 IMAGENET = "ImageNet-1k"
 LAMBADA = "LAMBADA"

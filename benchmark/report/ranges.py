@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmark.record import Record
+from benchmark.keep.record import Record
 
 
 def save_range_plot(record: Record, path: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmark.cells import Cell, expand
-from benchmark.record import Record
-from benchmark.store import Store
-from benchmark.suite import Suite
+from benchmark.grid.cells import Cell
+from benchmark.grid.expand import expand
+from benchmark.grid.suite import Suite
+from benchmark.keep.record import Record
+from benchmark.keep.store import Store
 from quanttune.errors import ConfigError
 
 ROW_FIELDS = (

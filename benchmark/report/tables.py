@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
-from benchmark.cells import REFERENCE_METHOD, Cell
-from benchmark.record import Record
-from benchmark.report.metric import POINTS, as_shown, loss, loss_name, number, with_unit
+from benchmark.grid.cells import REFERENCE_METHOD, Cell
+from benchmark.keep.record import Record
 from benchmark.report.rows import SuiteRows
+from benchmark.subject.metrics.display import POINTS, as_shown, loss, loss_name, number, with_unit
 
 if TYPE_CHECKING:
     import pandas as pd

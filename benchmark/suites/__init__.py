@@ -1,1 +1,1 @@
-"""Suites: one TOML file each; read by :mod:`benchmark.suite`."""
+"""Suites: one TOML file each; read by :mod:`benchmark.grid.suite`."""

@@ -12,11 +12,11 @@ import PIL.Image
 import pytest
 import torch
 
-from benchmark.data.rows import decode
-from benchmark.measure import drop_interval
-from benchmark.models.entry import CausalTextEntry, ImageEntry, TextEntry
-from benchmark.tasks.external import ExternalTask
-from benchmark.tasks.task import SPLITS, TASKS, get_task
+from benchmark.engine.measure import drop_interval
+from benchmark.subject.data.rows import decode
+from benchmark.subject.models.entry import CausalTextEntry, ImageEntry, TextEntry
+from benchmark.subject.tasks.external import ExternalTask
+from benchmark.subject.tasks.task import SPLITS, TASKS, get_task
 from quanttune.errors import AssetError
 from tests.data_sets.conftest import CLASSES, colour, declare, pairs, parquet
 
@@ -225,7 +225,7 @@ def test_listing_tasks_needs_neither_data_nor_torch() -> None:
     import subprocess
 
     program = (
-        "import sys; from benchmark.tasks.task import TASKS;"
+        "import sys; from benchmark.subject.tasks.task import TASKS;"
         "[task.split_ids('test') for _, task in TASKS.items()];"
         "assert not {'torch', 'datasets', 'timm', 'transformers'} & set(sys.modules)"
     )
@@ -236,6 +236,6 @@ def _fresh(name: str) -> Any:
     """The task, with nothing open."""
     import dataclasses
 
-    from benchmark.tasks.external import _Opened
+    from benchmark.subject.tasks.external import _Opened
 
     return dataclasses.replace(get_task(name), _open=_Opened(), _tokens={})

@@ -13,11 +13,11 @@ import pytest
 from datasets.table import embed_table_storage
 from huggingface_hub.errors import GatedRepoError
 
-from benchmark.data import locate
-from benchmark.data.draws import draw, training_draw, write
-from benchmark.data.external import EXTERNAL, get_external
-from benchmark.data.locate import content_fingerprints, fetch_data, obstacle, open_split
-from benchmark.data.rows import ParquetRows
+from benchmark.subject.data import locate
+from benchmark.subject.data.draws import draw, training_draw, write
+from benchmark.subject.data.external import EXTERNAL, get_external
+from benchmark.subject.data.locate import content_fingerprints, fetch_data, obstacle, open_split
+from benchmark.subject.data.rows import ParquetRows
 from quanttune.errors import AssetError
 from tests.data_sets.conftest import CLASSES, declare, pairs, parquet, picture
 
@@ -286,7 +286,7 @@ def test_a_missing_or_empty_class_is_named(image_folder: Path) -> None:
 
 
 def test_the_committed_draws_are_those_of_the_command(tmp_path: Path) -> None:
-    from benchmark.data.draws import FILE
+    from benchmark.subject.data.draws import FILE
 
     write(tmp_path / "external.json")
     assert (tmp_path / "external.json").read_bytes() == FILE.read_bytes()

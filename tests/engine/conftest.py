@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from baselines.method import METHODS, Batch, Context, Method, Quantized
-from benchmark.cells import Cell, expand
-from benchmark.models.entry import MODELS, ModelEntry, Progress
-from benchmark.store import Store
-from benchmark.suite import Suite, parse_suite
-from benchmark.tasks.task import TASKS, ClassificationTask
+from benchmark.grid.cells import Cell
+from benchmark.grid.expand import expand
+from benchmark.grid.suite import Suite, parse_suite
+from benchmark.keep.store import Store
+from benchmark.subject.models.entry import MODELS, ModelEntry, Progress
+from benchmark.subject.tasks.task import TASKS, ClassificationTask
 from quanttune.registry import Registry
 
 SUITE = """

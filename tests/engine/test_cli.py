@@ -10,10 +10,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from benchmark.cli import cli
-from benchmark.record import SCHEMA
+from benchmark.engine.runner import CellRunner
+from benchmark.grid.suite import suite_names
+from benchmark.keep.record import SCHEMA
 from benchmark.report.rows import ROW_FIELDS
-from benchmark.runner import CellRunner
-from benchmark.suite import suite_names
 
 
 @pytest.fixture

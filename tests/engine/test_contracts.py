@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from baselines import METHODS
-from benchmark.assets.catalogue import get_asset
-from benchmark.cells import Cell, expand
-from benchmark.models.entry import MODELS
-from benchmark.runner import CellRunner, Settings
-from benchmark.store import Store
-from benchmark.suite import MethodSpec, Suite
-from benchmark.tasks.task import TASKS
+from benchmark.engine.runner import CellRunner, Settings
+from benchmark.grid.cells import Cell
+from benchmark.grid.expand import expand
+from benchmark.grid.suite import MethodSpec, Suite
+from benchmark.keep.store import Store
+from benchmark.subject.assets.catalogue import get_asset
+from benchmark.subject.models.entry import MODELS
+from benchmark.subject.tasks.task import TASKS
 from quanttune.digests import canonical_json, tensor_digest
 
 METHOD_NAMES = METHODS.names()

@@ -11,17 +11,18 @@ import torch
 from click.testing import CliRunner
 
 from baselines import METHODS
-from benchmark.cells import Cell, expand
 from benchmark.cli import cli
-from benchmark.environment import AUTOCAST, autocast_type
-from benchmark.measure import evaluate
-from benchmark.models.entry import get_model
-from benchmark.record import Record
-from benchmark.runner import CellRunner, Settings
-from benchmark.session import Session
-from benchmark.stages import Stages
-from benchmark.store import Store
-from benchmark.suite import MethodSpec, Suite, parse_suite
+from benchmark.engine.measure import evaluate
+from benchmark.engine.runner import CellRunner, Settings
+from benchmark.engine.session import Session
+from benchmark.grid.autocast import AUTOCAST, autocast_type
+from benchmark.grid.cells import Cell
+from benchmark.grid.expand import expand
+from benchmark.grid.suite import MethodSpec, Suite, parse_suite
+from benchmark.keep.record import Record
+from benchmark.keep.stages import Stages
+from benchmark.keep.store import Store
+from benchmark.subject.lookup import get_model
 from quanttune.errors import UnknownNameError
 from quanttune.inputs import call_model, logits_of, to_device
 from tests.engine.conftest import SUITE

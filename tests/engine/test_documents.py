@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from baselines import METHODS
-from benchmark.cells import expand
-from benchmark.runner import CellRunner, Settings
-from benchmark.store import Store
-from benchmark.suite import parse_suite
+from benchmark.engine.runner import CellRunner, Settings
+from benchmark.grid.expand import expand
+from benchmark.grid.suite import parse_suite
+from benchmark.keep.store import Store
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmark.cells import expand
 from benchmark.cli import cli
+from benchmark.grid.expand import expand
+from benchmark.grid.suite import load_suite
+from benchmark.keep.store import Store
 from benchmark.report.latex import to_latex
 from benchmark.report.rows import collect_rows
 from benchmark.report.tables import make_table
-from benchmark.store import Store
-from benchmark.suite import load_suite
 from tests.engine.test_tables import check_latex
 
 SUITE = """

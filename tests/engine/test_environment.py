@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from benchmark.environment import DEFAULT_THREADS, prepare_torch, provenance
+from benchmark.engine.environment import DEFAULT_THREADS, prepare_torch, provenance
 from quanttune.errors import ConfigError
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmark.cells import Cell
-from benchmark.measure import Items, evaluate
-from benchmark.memory import OutOfMemoryError, in_fitting_batches, is_out_of_memory
-from benchmark.models.entry import get_model
-from benchmark.runner import CellRunner, Settings
-from benchmark.store import Store
-from benchmark.tasks.task import get_task
+from benchmark.engine.measure import Items, evaluate
+from benchmark.engine.memory import OutOfMemoryError, in_fitting_batches, is_out_of_memory
+from benchmark.engine.runner import CellRunner, Settings
+from benchmark.grid.cells import Cell
+from benchmark.keep.store import Store
+from benchmark.subject.lookup import get_model
+from benchmark.subject.tasks.task import get_task
 from quanttune.quantization import UniformQuantizer, discover_sites, simulate
 from tests.engine.conftest import Block, ToyModel
 

@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 from click.testing import CliRunner
 
-from benchmark.cells import expand
 from benchmark.cli import cli
-from benchmark.runner import CellRunner, Settings
-from benchmark.store import Store
-from benchmark.suite import MethodSpec, Suite
+from benchmark.engine.runner import CellRunner, Settings
+from benchmark.grid.expand import expand
+from benchmark.grid.suite import MethodSpec, Suite
+from benchmark.keep.store import Store
 
 
 def test_a_shared_fine_tuning_gives_the_same_cell(store: Store, suite: Suite) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmark.cells import Cell
-from benchmark.progress import Display, Estimator, duration_text, outcome_line
-from benchmark.runner import Outcome
+from benchmark.engine.progress import Display, Estimator, duration_text, outcome_line
+from benchmark.engine.runner import Outcome
+from benchmark.grid.cells import Cell
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_long_stages_speak_now_and_then(
     cells: list[Cell], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("benchmark.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("benchmark.engine.progress.time.monotonic", lambda: now[0])
     with Display(cells, 1) as display:
         display.started(0, cells[0])
         for step in range(1, 101):
@@ -75,7 +75,7 @@ def test_resumed_work_is_timed_from_where_it_began(
     cells: list[Cell], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("benchmark.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("benchmark.engine.progress.time.monotonic", lambda: now[0])
     with Display(cells, 1) as display:
         display.started(0, cells[0])
         for step in range(500, 541):  # ten seconds a step: 460 steps are 4,600 s

@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from benchmark.cells import Cell, expand
 from benchmark.cli import cli
-from benchmark.models.entry import MODELS
-from benchmark.record import Record, Result
+from benchmark.grid.cells import Cell
+from benchmark.grid.expand import expand
+from benchmark.grid.suite import Suite, load_suite, parse_suite
+from benchmark.keep.record import Record, Result
+from benchmark.keep.store import Store
+from benchmark.report.published.reader import load_published, published_names
 from benchmark.report.published_table import (
     Line,
     PublishedTable,
@@ -25,11 +28,9 @@ from benchmark.report.published_table import (
     published_latex,
 )
 from benchmark.report.published_values import IMAGENET, published_values
-from benchmark.report.reference import load_published, published_names
 from benchmark.report.rows import collect_rows
-from benchmark.store import Store
-from benchmark.suite import Suite, load_suite, parse_suite
-from benchmark.tasks.task import TASKS
+from benchmark.subject.models.entry import MODELS
+from benchmark.subject.tasks.task import TASKS
 
 VIT_B = "vit_base_patch16_224.augreg_in21k_ft_in1k"
 FP32 = 84.0

@@ -12,15 +12,16 @@ import pytest
 import torch
 
 from baselines import METHODS
-from benchmark.cells import Cell, expand
-from benchmark.executors import EXECUTORS
-from benchmark.measure import RESAMPLES, drop_interval
-from benchmark.models.entry import ModelEntry
-from benchmark.runner import CellRunner, Settings
-from benchmark.session import Session
-from benchmark.stages import Stages
-from benchmark.store import Store
-from benchmark.suite import MethodSpec, Suite
+from benchmark.engine.executors import EXECUTORS
+from benchmark.engine.measure import RESAMPLES, drop_interval
+from benchmark.engine.runner import CellRunner, Settings
+from benchmark.engine.session import Session
+from benchmark.grid.cells import Cell
+from benchmark.grid.expand import expand
+from benchmark.grid.suite import MethodSpec, Suite
+from benchmark.keep.stages import Stages
+from benchmark.keep.store import Store
+from benchmark.subject.models.entry import ModelEntry
 from quanttune.errors import StoreError
 
 Run = Callable[..., CellRunner]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmark.stages import Stages
+from benchmark.keep.stages import Stages
 from quanttune.errors import ConfigError, TuningDivergedError
 
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmark.atomic import write_text_atomically
-from benchmark.cells import Cell
-from benchmark.record import SCHEMA, Record, Result, plain
-from benchmark.store import Store
+from benchmark.grid.cells import Cell
+from benchmark.keep.atomic import write_text_atomically
+from benchmark.keep.record import SCHEMA, Record, Result, plain
+from benchmark.keep.store import Store
 from quanttune.errors import StoreError
 
 
@@ -150,7 +150,7 @@ def test_a_full_disk_is_said_and_nothing_is_left(
 
 
 def test_safetensors_own_words_for_a_full_disk_are_understood(tmp_path: Path) -> None:
-    from benchmark.atomic import write_atomically
+    from benchmark.keep.atomic import write_atomically
 
     def full(_: Path) -> None:
         raise RuntimeError(
@@ -163,7 +163,7 @@ def test_safetensors_own_words_for_a_full_disk_are_understood(tmp_path: Path) ->
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
-    from benchmark.atomic import write_atomically
+    from benchmark.keep.atomic import write_atomically
 
     path = tmp_path / "x.json"
     write_text_atomically(path, "old")

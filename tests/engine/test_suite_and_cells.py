@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from baselines import METHODS
-from benchmark.cells import Cell, Selection, expand
-from benchmark.models.entry import MODELS
-from benchmark.suite import Suite, load_suite, parse_suite, suite_names
+from benchmark.grid.cells import Cell
+from benchmark.grid.expand import Selection, expand
+from benchmark.grid.suite import Suite, load_suite, parse_suite, suite_names
+from benchmark.subject.models.entry import MODELS
 from quanttune.digests import canonical_json
 from quanttune.errors import ConfigError, QuantTuneError, UnknownNameError
 
@@ -171,7 +172,7 @@ def test_every_suite_names_registered_parts(name: str) -> None:
 
 
 def test_a_folder_model_joins_any_suite(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmark.cells.get_model", lambda name: MODELS.get("toy"))
+    monkeypatch.setattr("benchmark.grid.expand.get_model", lambda name: MODELS.get("toy"))
     cells = expand(suite, Selection(models=("folder:/somewhere@toy_task",)))
     assert {cell.model for cell in cells} == {"folder:/somewhere@toy_task"}
 

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmark.cells import Cell, expand
-from benchmark.record import Record, Result
+from benchmark.grid.cells import Cell
+from benchmark.grid.expand import expand
+from benchmark.grid.suite import MethodSpec, Suite
+from benchmark.keep.record import Record, Result
+from benchmark.keep.store import Store
 from benchmark.report.latex import to_latex
-from benchmark.report.metric import as_shown, number
-from benchmark.report.reference import load_published, published_names
+from benchmark.report.published.reader import load_published, published_names
 from benchmark.report.rows import SuiteRows, collect_rows
 from benchmark.report.tables import OWN_ROW, Table, arrange, make_table, text_of, to_frame, to_grid
-from benchmark.store import Store
-from benchmark.suite import MethodSpec, Suite
+from benchmark.subject.metrics.display import as_shown, number
 from quanttune.errors import ConfigError, UnknownNameError
 
 VALUES = {("fp32", "FP32"): 80.0, ("minmax", "W8A8"): 71.26, ("mse", "W8A8"): 71.34, ("minmax", "W4A4"): 20.0}

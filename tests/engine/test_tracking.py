@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from benchmark.cells import Cell, expand
 from benchmark.cli import cli
+from benchmark.grid.cells import Cell
+from benchmark.grid.expand import expand
+from benchmark.grid.suite import load_suite
+from benchmark.keep.store import Store
 from benchmark.report.ranges import save_range_plot
-from benchmark.store import Store
-from benchmark.suite import load_suite
-from benchmark.tracking import EXPERIMENT, find_runs, sync_store, tracking_uri
+from benchmark.tracking.tracker import EXPERIMENT, find_runs, sync_store, tracking_uri
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -148,7 +149,7 @@ def test_a_backend_that_breaks_on_the_way_costs_a_warning_only(
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("the database went away")
 
-    monkeypatch.setattr("benchmark.tracking.log_record", broken)
+    monkeypatch.setattr("benchmark.tracking.tracker.log_record", broken)
     result = call("run", "--all", "--suite", suite_file, "--results", str(results))
     assert result.exit_code == 0
     assert result.stderr.count("the database went away") == 1
@@ -160,7 +161,7 @@ def test_an_interrupted_invocation_is_marked(
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("benchmark.runner.CellRunner._measure", stopped)
+    monkeypatch.setattr("benchmark.engine.runner.CellRunner._measure", stopped)
     assert call("run", "--all", "--suite", suite_file, "--results", str(results)).exit_code == 130
     assert [run.info.status for run in parents(client)] == ["KILLED"]
 

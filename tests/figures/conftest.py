@@ -9,14 +9,14 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from benchmark.cells import expand
 from benchmark.cli import cli
+from benchmark.engine.runner import CellRunner, Settings
+from benchmark.grid.expand import expand
+from benchmark.grid.suite import load_suite
+from benchmark.keep.store import Store
 from benchmark.report.analyses import ModelAnalysis, analyses_of
 from benchmark.report.figures import SPECS
 from benchmark.report.rows import SuiteRows, collect_rows
-from benchmark.runner import CellRunner, Settings
-from benchmark.store import Store
-from benchmark.suite import load_suite
 
 SUITE = """
 models = ["tiny_vit"]

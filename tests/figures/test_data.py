@@ -13,9 +13,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-import benchmark.session
+import benchmark.engine.session
 from baselines.training import FineTuning
 from benchmark.cli import cli
+from benchmark.engine.session import Session
+from benchmark.keep.store import Store
 from benchmark.report import frames
 from benchmark.report.analyses import ModelAnalysis, analyses_of
 from benchmark.report.figures import SPECS, choose, svg_of
@@ -23,7 +25,6 @@ from benchmark.report.overview import overview_frame
 from benchmark.report.rows import SuiteRows
 from benchmark.report.site_tables import REACHES, RULES
 from benchmark.report.tables import make_table
-from benchmark.store import Store
 from quanttune.analysis import SATURATIONS, decompose, infinity_norms
 from quanttune.errors import StoreError, UnknownNameError
 from quanttune.quantization import RANGE_RULES, collect_statistics
@@ -54,7 +55,7 @@ def test_the_overview_is_the_table(rows: SuiteRows) -> None:
 def test_every_site_is_measured_before_and_after(analysis: ModelAnalysis, data: dict[str, Any]) -> None:
     frame = data["outliers"]
     assert list(dict.fromkeys(frame["weights"])) == ["reference", "finetune", "quanttune"]
-    session = benchmark.session.Session("tiny_vit", analysis._stages, torch.device("cpu"), lambda *_: None)
+    session = Session("tiny_vit", analysis._stages, torch.device("cpu"), lambda *_: None)
     context = session.context(analysis.cell)
     reference = session.entry.make_reference(analysis._stages, lambda *_: None)
     tuned = next(weights for weights in analysis.weight_sets if weights.name == "quanttune")
@@ -174,7 +175,7 @@ def test_a_second_call_needs_no_model_and_writes_the_same_bytes(
     def refuse(*arguments: object) -> None:
         raise AssertionError("a model was made")
 
-    monkeypatch.setattr(benchmark.session, "Session", refuse)
+    monkeypatch.setattr(benchmark.engine.session, "Session", refuse)
     for path in (results / "figures").iterdir():
         path.unlink()
     second = call("figure", suite_file, results, "--items", "40")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmark.models.entry import own_random_state
+from benchmark.subject.models.entry import own_random_state
 from quanttune.seeds import derive_seed
 
 WORDS = [

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmark.assets import pretrained
-from benchmark.assets.catalogue import Hub
-from benchmark.assets.pretrained import find, obstacle, obtain
-from benchmark.assets.sources import SourceUnavailable
-from benchmark.lock import Lock, LockError
+from benchmark.keep.lock import Lock, LockError
+from benchmark.subject.assets import pretrained
+from benchmark.subject.assets.catalogue import Hub
+from benchmark.subject.assets.pretrained import find, obstacle, obtain
+from benchmark.subject.assets.sources import SourceUnavailable
 from quanttune.errors import AssetError, StoreError
 from tests.paper.standins import as_hub_cache
 

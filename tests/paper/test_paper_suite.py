@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from benchmark.cells import expand
 from benchmark.cli import cli
-from benchmark.models.entry import MODELS
+from benchmark.grid.expand import expand
+from benchmark.grid.suite import load_suite
+from benchmark.keep.store import Store
 from benchmark.report.published_table import make_published_table
 from benchmark.report.rows import collect_rows
-from benchmark.store import Store
-from benchmark.suite import load_suite
-from benchmark.tasks.task import TASKS
+from benchmark.subject.models.entry import MODELS
+from benchmark.subject.tasks.task import TASKS
 from tests.paper.standins import save_data
 
 SUITE = load_suite("paper")

@@ -15,14 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from baselines.method import MemoryStages
-from benchmark.models.entry import MODELS, ModelEntry
-from benchmark.models.glue import GlueBert
-from benchmark.models.imagenet import ImageNetClassifier
-from benchmark.models.opt_released import ReleasedOpt
-from benchmark.suite import load_suite
-from benchmark.tasks.image_classification import ImageClassification
-from benchmark.tasks.task import TASKS
-from benchmark.tasks.text_classification import Polarity
+from benchmark.grid.suite import load_suite
+from benchmark.subject.models.entry import MODELS, ModelEntry
+from benchmark.subject.models.glue import GlueBert
+from benchmark.subject.models.imagenet import ImageNetClassifier
+from benchmark.subject.models.opt_released import ReleasedOpt
+from benchmark.subject.tasks.image_classification import ImageClassification
+from benchmark.subject.tasks.task import TASKS
+from benchmark.subject.tasks.text_classification import Polarity
 from quanttune.digests import canonical_json, tensor_digest
 from quanttune.errors import AssetError
 from tests.paper.standins import TINY_TIMM, save_timm

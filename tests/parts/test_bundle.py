@@ -13,8 +13,9 @@ import torch
 from tokenizers import Tokenizer
 
 from baselines.method import MemoryStages
-from benchmark.models import train_opt_mini
-from benchmark.models.bundle import (
+from benchmark.studies import train_opt_mini
+from benchmark.subject.lookup import get_model
+from benchmark.subject.models.bundle import (
     MANIFEST,
     SHARD_BYTES,
     TOKENIZER,
@@ -24,10 +25,9 @@ from benchmark.models.bundle import (
     seal_bundle,
     write_weights,
 )
-from benchmark.models.decoder import OUTPUT
-from benchmark.models.entry import get_model
-from benchmark.tasks.language_modelling import UNSCORED
-from benchmark.tasks.task import SPLITS, get_task
+from benchmark.subject.models.decoder import OUTPUT
+from benchmark.subject.tasks.language_modelling import UNSCORED
+from benchmark.subject.tasks.task import SPLITS, get_task
 from quanttune.digests import tensor_digest
 from quanttune.errors import AssetError
 from quanttune.inputs import call_model, logits_of

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmark.assets import catalogue
+from benchmark.subject.assets import catalogue
 
 
 def test_every_catalogued_asset_is_pinned() -> None:
@@ -25,7 +25,7 @@ def test_dinov2_from_onnx_restores_names_and_layouts(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     from onnx import TensorProto, helper, numpy_helper
 
-    from benchmark.assets.convert_dinov2 import from_onnx
+    from benchmark.subject.assets.convert_dinov2 import from_onnx
 
     generator = torch.Generator().manual_seed(1)
     expected: dict[str, torch.Tensor] = {}
@@ -87,7 +87,7 @@ def test_dinov2_from_onnx_restores_names_and_layouts(tmp_path: Path) -> None:
 def test_dinov2_from_timm_leaves_out_the_mask_token(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    from benchmark.assets.convert_dinov2 import from_timm
+    from benchmark.subject.assets.convert_dinov2 import from_timm
 
     path = tmp_path / "model.safetensors"
     save_file({"cls_token": torch.ones(1, 1, 2).half(), "mask_token": torch.ones(1, 2)}, path)

@@ -12,9 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmark.data.builders import common, moby_dick, movie_reviews
-from benchmark.data.loader import load_bundled, read_parquet
-from benchmark.data.manifest import DATA_FOLDER, data_fingerprint, describe, dump_json, manifest, split_ids
+from benchmark.studies.builders import common, moby_dick, movie_reviews
+from benchmark.subject.data.loader import load_bundled, read_parquet
+from benchmark.subject.data.manifest import (
+    DATA_FOLDER,
+    data_fingerprint,
+    describe,
+    dump_json,
+    manifest,
+    split_ids,
+)
 from quanttune.digests import sha256_file
 from quanttune.errors import AssetError, UnknownNameError
 

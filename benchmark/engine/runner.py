@@ -1,0 +1,285 @@
+"""Runs one cell: reference, method, quantized model, evaluation, record."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmark.engine.environment import DEFAULT_THREADS, prepare_torch, provenance
+from benchmark.grid.cells import Cell
+from benchmark.keep.lock import Lock, LockError
+from benchmark.keep.record import DONE, SKIPPED, Record, Result, plain
+from benchmark.keep.stages import Stages
+from benchmark.keep.store import Store
+from benchmark.subject.lookup import obstacles_of
+from benchmark.subject.obstacles import ObstacleError
+from quanttune.errors import AssetError, QuantTuneError, StoreError
+
+if TYPE_CHECKING:
+    from baselines.method import Quantized
+    from benchmark.engine.measure import Items
+    from benchmark.engine.session import Session
+    from quanttune.quantization import SiteTable
+
+OVERWRITE = ("never", "failed", "always")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run, as opposed to what: nothing here is part of a cell.
+
+    Attributes:
+        results: The results folder.
+        threads: PyTorch threads of every process.
+        device: ``cpu`` or ``cuda``.
+        overwrite: ``never`` leaves every cell that has a record or a failure, ``failed`` tries failed cells
+            again, ``always`` measures every cell again.
+        processes: How many processes share one fine-tuning, each on a device of its own.
+    """
+
+    results: Path
+    threads: int = DEFAULT_THREADS
+    device: str = "cpu"
+    overwrite: str = "failed"
+    processes: int = 1
+
+    def provenance(self) -> dict[str, Any]:
+        """What a record says about where it was made."""
+        several = {"processes": self.processes} if self.processes > 1 else {}
+        return provenance(self.threads, self.device) | several
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one cell ended.
+
+    Attributes:
+        status: ``done``, ``cached``, ``skipped``, ``failed`` or ``interrupted``.
+        message: The reason or the error, empty otherwise.
+        seconds: Time this run spent on it.
+    """
+
+    cell: Cell
+    status: str
+    message: str = ""
+    seconds: float = 0.0
+    value: float | None = None
+    drop: float | None = None
+
+
+def from_record(record: Record, status: str, seconds: float = 0.0) -> Outcome:
+    """The outcome that a record tells."""
+    shown = record.status if record.status == SKIPPED else status
+    result = record.result
+    return Outcome(
+        record.cell,
+        shown,
+        record.reason or "",
+        seconds,
+        None if result is None else result.value,
+        None if result is None else result.drop,
+    )
+
+
+def stored_outcome(store: Store, cell: Cell, overwrite: str) -> Outcome | None:
+    """What the store already says about a cell; ``None`` if it has to run."""
+    if overwrite == "always":
+        return None
+    record = store.load(cell)
+    if record is not None:
+        return from_record(record, "cached")
+    failure = store.load_failure(cell.cell_id) if overwrite == "never" else None
+    return None if failure is None else Outcome(cell, "failed", str(failure["error"]))
+
+
+class CellRunner:
+    """Runs cells one after another in this process, keeping the last model in memory.
+
+    Args:
+        settings: How to run.
+        progress: Called with a stage's name, the steps done and the steps in all.
+    """
+
+    def __init__(self, settings: Settings, progress: Callable[[str, int, int], None]) -> None:
+        self.settings = settings
+        self.progress = progress
+        self.store = Store(settings.results)
+        self.device = prepare_torch(settings.threads, settings.device)
+        self._session: Session | None = None
+        self._lock = Lock(settings.results)
+        self._broken: dict[str, QuantTuneError] = {}
+
+    def run(self, cell: Cell) -> Outcome:
+        """Measure one cell and keep its record, or keep why it failed.
+
+        Raises:
+            StoreError: If results cannot be kept; going on would waste the work.
+            KeyboardInterrupt: If the user stops it; the store then holds nothing half-written.
+        """
+        started = time.monotonic()
+        with self.store.cell_lock(cell.cell_id):
+            stored = stored_outcome(self.store, cell, self.settings.overwrite)
+            if stored is not None:  # another process finished it in the meantime
+                return stored
+            try:
+                record, items = self._measure(cell, started)
+            except StoreError:
+                raise
+            except (
+                Exception
+            ) as error:  # any failure of a method belongs in the record, not in the way of the others
+                return self._fail(cell, error, time.monotonic() - started)
+            record = self.store.save(record, None if items is None else items.arrays())
+        return from_record(record, DONE, record.duration_s)
+
+    def _fail(self, cell: Cell, error: Exception, seconds: float) -> Outcome:
+        known = isinstance(error, QuantTuneError)
+        message = str(error) if known else f"{type(error).__name__}: {error}"
+        failure = {
+            "error": message,
+            "kind": type(error).__name__,
+            "traceback": "".join(traceback.format_exception(error)),
+            "failed_at": _now(),
+            "duration_s": round(seconds, 3),
+            "provenance": self.settings.provenance(),
+        }
+        self.store.save_failure(cell, failure)
+        return Outcome(cell, "failed", message.splitlines()[0] if message else "unknown error", seconds)
+
+    def _open(self, cell: Cell) -> Session:
+        """The session of the cell's model, gated; the previous model is dropped first."""
+        from benchmark.engine.session import GateError, Session
+
+        if cell.model in self._broken:
+            raise self._broken[cell.model].with_traceback(None)
+        if self._session is None or self._session.name != cell.model:
+            self._session = None
+            try:
+                obstacles = obstacles_of(cell.model)
+                if obstacles:
+                    raise ObstacleError("; ".join(map(str, obstacles)))
+                stages = Stages(self.store.root / "stages")
+                session = Session(cell.model, stages, self.device, self.progress, self.settings.processes)
+                self._lock.check(cell.model, session.pins)  # before the weights are trusted with any work
+                self.store.save_reference_digest(cell.model, session.model_identity, session.reference_digest)
+                session.check_gate(cell.autocast)
+            except (AssetError, GateError, LockError, ObstacleError) as error:
+                self._broken[cell.model] = error
+                raise
+            self._session = session
+        if self._session.pins and not cell.is_reference:
+            self._lock.check(cell.model, self._session.calibration_pin(cell.calibration_items, cell.seed))
+        return self._session
+
+    def _measure(self, cell: Cell, started: float) -> tuple[Record, Items | None]:
+        session = self._open(cell)
+        method = cell.make_method()
+        reference = session.fp32_items(
+            session.model, session.reference_digest, cell.limit, cell.split, cell.autocast
+        )
+        if cell.is_reference:
+            return self._record(
+                cell, session, started, reference, reference, session.reference_digest
+            ), reference
+        reason = method.skip(session.sites, cell.profile)
+        if reason is not None:
+            record = Record(
+                cell,
+                SKIPPED,
+                _now(),
+                round(time.monotonic() - started, 3),
+                reason=reason,
+                reference_digest=session.reference_digest,
+                provenance=self.settings.provenance(),
+            )
+            return record, None
+        quantized = method.quantize(session.context(cell))
+        items, own, digest = self._evaluate(cell, session, quantized)
+        sites = site_rows(session.sites.profile(cell.profile), quantized)
+        record = self._record(cell, session, started, reference, items, digest, own, quantized.details, sites)
+        return record, items
+
+    def _evaluate(
+        self, cell: Cell, session: Session, quantized: Quantized
+    ) -> tuple[Items, Items | None, str]:
+        from benchmark.engine.measure import evaluate
+        from quanttune.quantization import simulate
+
+        model, digest = session.with_weights(quantized.weights)
+        own = None
+        if quantized.weights is not None:
+            own = session.fp32_items(model, digest, cell.limit, cell.split, cell.autocast)
+        with simulate(model, quantized.quantizers):
+            items = evaluate(
+                model,
+                session.task,
+                session.entry,
+                split=cell.split,
+                limit=cell.limit,
+                device=self.device,
+                progress=self.progress,
+            )
+        return items, own, digest
+
+    def _record(
+        self,
+        cell: Cell,
+        session: Session,
+        started: float,
+        reference: Items,
+        items: Items,
+        weights_digest: str,
+        own: Items | None = None,
+        details: dict[str, Any] | None = None,
+        sites: list[dict[str, Any]] | None = None,
+    ) -> Record:
+        from benchmark.engine.measure import drop_interval
+
+        metric = session.task.metric_value
+        value, fp32 = float(metric(items.scores)), float(metric(reference.scores))
+        low, high = drop_interval(reference.scores, items.scores, metric)
+        result = Result(
+            metric=session.task.metric,
+            higher_is_better=session.task.higher_is_better,
+            value=value,
+            fp32=fp32,
+            fp32_own=None if own is None else float(metric(own.scores)),
+            drop=fp32 - value,
+            ci_low=low,
+            ci_high=high,
+            n=len(items.scores),
+        )
+        return Record(
+            cell,
+            DONE,
+            _now(),
+            round(time.monotonic() - started, 3),
+            result=result,
+            reference_digest=session.reference_digest,
+            weights_digest=weights_digest,
+            details=plain({**(details or {}), "evaluation_batch": items.batch_size}),
+            sites=plain(sites or []),
+            provenance=self.settings.provenance(),
+        )
+
+
+def site_rows(sites: SiteTable, quantized: Quantized) -> list[dict[str, Any]]:
+    """One row a site: what it is and the range its quantizer represents."""
+    rows = []
+    for row in sites.to_rows():
+        quantizer = quantized.quantizers.get(str(row["id"]))
+        row["quantizer"] = None if quantizer is None else repr(quantizer)
+        for bound, reduce in (("low", min), ("high", max)):
+            value = getattr(quantizer, bound, None)
+            row[bound] = None if value is None else float(reduce(value.flatten().tolist()))
+        rows.append(row)
+    return rows
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,225 @@
+"""One model in memory: its gated reference, sites, calibration items and copies with tuned weights."""
+
+from __future__ import annotations
+
+import copy
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from benchmark.engine.measure import Items, evaluate
+from benchmark.grid.autocast import FULL_PRECISION, autocast_type
+from benchmark.keep.stages import Stages
+from benchmark.subject.lookup import get_model
+from benchmark.subject.tasks.task import get_task
+from quanttune.digests import json_digest, tensor_digest
+from quanttune.errors import QuantTuneError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import torch
+    from torch import Tensor, nn
+
+    from baselines.method import Batch, Context
+    from benchmark.grid.cells import Cell
+    from quanttune.quantization import SiteTable
+
+CALIBRATION_BATCH = 32
+
+
+class GateError(QuantTuneError):
+    """A reference whose metric is not the expected one; nothing is quantized from it."""
+
+
+class Session:
+    """What the cells of one model share while they run in the same process.
+
+    Args:
+        model: Name of the model.
+        stages: Where expensive results are kept.
+        device: Where to compute.
+        progress: Report of long work.
+        processes: How many processes share a fine-tuning.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        stages: Stages,
+        device: torch.device,
+        progress: Callable[[str, int, int], None],
+        processes: int = 1,
+    ) -> None:
+        self.name = model
+        self.entry = get_model(model)
+        self.task = get_task(self.entry.task)
+        self.device = device
+        self.progress = progress
+        self.processes = processes
+        self._stages = stages
+        self._draws: dict[tuple[int, int], list[int]] = {}
+        self._calibration: tuple[tuple[int, int], list[Batch]] | None = None
+        self._tuned: tuple[str, nn.Module] | None = None
+
+    @cached_property
+    def model_identity(self) -> str:
+        """Digest of what decides the reference weights, as in the cells."""
+        return json_digest(self.entry.identity())
+
+    @cached_property
+    def pins(self) -> dict[str, Any]:
+        """What the lock file pins of this model and its data; empty where the identity holds every digest."""
+        pins = self.entry.pins()
+        data = self.task.content_fingerprints()
+        return {**pins, **({"data": data} if data else {})}
+
+    def _calibration_ids(self, items: int, seed: int) -> list[int]:
+        if (items, seed) not in self._draws:  # among a million training items a draw takes seconds
+            self._draws[items, seed] = self.task.calibration_ids(items, seed)
+        return self._draws[items, seed]
+
+    def calibration_pin(self, items: int, seed: int) -> dict[str, Any]:
+        """Digest of the ids of a calibration draw, for the lock file."""
+        ids = self._calibration_ids(items, seed)
+        return {"calibration": {f"{items} items, seed {seed}": json_digest(ids)}}
+
+    @cached_property
+    def _weights(self) -> dict[str, Tensor]:
+        return self.entry.make_reference(self._stages, self.progress, self.device)
+
+    @cached_property
+    def reference_digest(self) -> str:
+        """Digest of the reference weights."""
+        return tensor_digest(self._weights)
+
+    @cached_property
+    def stages(self) -> Stages:
+        """Stages that belong to these reference weights, this data and this kind of device."""
+        return self._stages.scoped(**self.identity)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides everything a method computes from the reference, apart from its own settings."""
+        return {
+            "reference": self.reference_digest,
+            "task": self.task.fingerprint(),
+            "device": self.device.type,
+        }
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The reference, in evaluation mode on the device."""
+        model = self.entry.build()
+        model.load_state_dict(self._weights)
+        return model.to(self.device).eval()
+
+    def with_weights(self, weights: Mapping[str, Tensor] | None) -> tuple[nn.Module, str]:
+        """A model with the given weights and their digest; the reference itself for ``None``."""
+        if weights is None:
+            return self.model, self.reference_digest
+        digest = tensor_digest(weights)
+        if self._tuned is None or self._tuned[0] != digest:
+            model = copy.deepcopy(self.model)
+            model.load_state_dict(dict(weights))
+            self._tuned = (digest, model.eval())  # one at a time: memory stays bounded
+        return self._tuned[1], digest
+
+    @cached_property
+    def sites(self) -> SiteTable:
+        """Every site of the model."""
+        from quanttune.inputs import to_device
+        from quanttune.quantization import discover_sites
+
+        first = self.calibration(2, 0)[0]
+        return discover_sites(self.model, to_device(first.inputs, self.device))
+
+    def calibration(self, items: int, seed: int) -> list[Batch]:
+        """The calibration draw of a seed, the same for every method; a device holds one batch at a time."""
+        if self._calibration is None or self._calibration[0] != (items, seed):
+            ids = self._calibration_ids(items, seed)
+            size = min(CALIBRATION_BATCH, self.task.batch_size)
+            batches = self.task.batches("train", self.entry, ids=ids, batch_size=size)
+            self._calibration = ((items, seed), list(batches))
+        return self._calibration[1]
+
+    def context(self, cell: Cell) -> Context:
+        """Everything the method of one of this model's cells may use."""
+        from baselines.method import Context
+        from quanttune.quantization import Precision
+
+        return Context(
+            model=self.model,
+            sites=self.sites,
+            profile=cell.profile,
+            precision=Precision.parse(cell.precision),
+            calibration=self.calibration(cell.calibration_items, cell.seed),
+            training=self.task.training_data(self.entry),
+            recipe=self.entry.recipe,
+            weight_granularity=cell.weight_granularity,
+            symmetric=cell.symmetric,
+            seed=cell.seed,
+            device=self.device,
+            stages=self.stages,
+            identity=self.identity,
+            autocast=autocast_type(cell.autocast),
+            processes=self.processes,
+            progress=self.progress,
+        )
+
+    def fp32_items(
+        self,
+        model: nn.Module,
+        digest: str,
+        limit: int | None,
+        split: str = "test",
+        autocast: str = FULL_PRECISION,
+    ) -> Items:
+        """What ``model``, unquantized, does on a split; measured once for given weights.
+
+        Args:
+            model: The reference or a tuned copy.
+            digest: Digest of its weights.
+            limit: Items of the split.
+            split: ``test`` or ``validation``.
+            autocast: Name of the mixed-precision type.
+        """
+
+        def make() -> dict[str, Tensor]:
+            return evaluate(
+                model,
+                self.task,
+                self.entry,
+                split=split,
+                limit=limit,
+                device=self.device,
+                progress=self.progress,
+                stage="FP32 evaluation",
+                autocast=autocast_type(autocast),
+            ).tensors()
+
+        key = {"weights": digest, "limit": limit} | ({} if split == "test" else {"split": split})
+        key |= {} if autocast == FULL_PRECISION else {"autocast": autocast}
+        return Items.from_tensors(self.stages.tensors("fp32_items", key, make))
+
+    def check_gate(self, autocast: str = FULL_PRECISION) -> None:
+        """Refuse a reference that does not reach the metric it is known for.
+
+        The whole test split is measured, whatever the cell's limit, because the expected value belongs to it.
+
+        Args:
+            autocast: Name of the mixed-precision type to measure with.
+
+        Raises:
+            GateError: If the metric is further from the expected one than the entry's tolerance.
+        """
+        if self.entry.expected is None:
+            return
+        items = self.fp32_items(self.model, self.reference_digest, None, autocast=autocast)
+        value = self.task.metric_value(items.scores)
+        if abs(value - self.entry.expected) > self.entry.tolerance:
+            raise GateError(
+                f"reference of {self.name}: {self.task.metric} {value:.2f} on the test split, expected "
+                f"{self.entry.expected:.2f} +- {self.entry.tolerance:g}; its weights or data are not "
+                "the known ones, so nothing is quantized from it. Run with a fresh --results folder; if you "
+                "changed the recipe on purpose, update `expected` in the model's file"
+            )

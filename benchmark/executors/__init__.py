@@ -1,5 +1,0 @@
-"""Executors: ways to run a list of cells, with the same results. Pick one with ``--executor``."""
-
-from benchmark.executors.base import EXECUTORS, Events, Executor
-
-__all__ = ["EXECUTORS", "Events", "Executor"]

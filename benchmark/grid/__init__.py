@@ -1,0 +1,1 @@
+"""Suites and the cells they expand to: one generator for every executor."""

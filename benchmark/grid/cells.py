@@ -1,0 +1,122 @@
+"""Cells: one measured number each, its identity, and the one generator of a suite's grid."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from benchmark.grid.autocast import FULL_PRECISION
+from quanttune.digests import canonical_json, json_digest
+
+if TYPE_CHECKING:
+    from baselines.method import Method
+
+ENGINE_VERSION = 1
+"""Part of every cell id: raise it when the engine measures the same settings differently."""
+
+REFERENCE_METHOD = "fp32"
+REFERENCE_PRECISION = "FP32"
+NO_RECIPE = "{}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Everything that decides one number, and nothing else.
+
+    Attributes:
+        model_identity: Digest of :meth:`ModelEntry.identity`: what decides the reference weights.
+        task_fingerprint: Digest of the task's data and splits.
+        parameters_json: The method's parameters as canonical JSON.
+        profile: Which sites are quantized; ``"none"`` for the reference itself.
+        limit: Items measured, ``None`` for the whole split.
+        split: The split measured: ``test``, or ``validation`` in a search of hyperparameters.
+        autocast: Mixed precision of the reference's evaluation and of fine-tuning, see
+            :data:`benchmark.grid.autocast.AUTOCAST`; simulations compute in FP32 whatever it is.
+        recipe_json: For a method that trains, the model's recipe as canonical JSON; empty for the others.
+    """
+
+    model: str
+    model_identity: str
+    task: str
+    task_fingerprint: str
+    method: str
+    variant: str
+    method_version: str
+    parameters_json: str
+    profile: str
+    precision: str
+    weight_granularity: str
+    symmetric: bool
+    seed: int
+    calibration_items: int
+    limit: int | None
+    split: str = "test"
+    autocast: str = FULL_PRECISION
+    recipe_json: str = NO_RECIPE
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The method's parameters."""
+        return dict(json.loads(self.parameters_json))
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether this cell is a model's FP32 row."""
+        return self.method == REFERENCE_METHOD
+
+    def identity(self) -> dict[str, Any]:
+        """The cell as a JSON object, with the engine's version: what :attr:`cell_id` is the digest of."""
+        fields = asdict(self)
+        fields["parameters"] = json.loads(fields.pop("parameters_json"))
+        recipe = json.loads(fields.pop("recipe_json"))
+        if recipe:
+            fields["recipe"] = recipe
+        if self.split == "test":
+            del fields["split"]  # what a cell of a table measures needs no saying
+        if self.autocast == FULL_PRECISION:
+            del fields["autocast"]
+        return {"engine": ENGINE_VERSION, **fields}
+
+    @classmethod
+    def from_identity(cls, identity: Mapping[str, Any]) -> Cell:
+        """The inverse of :meth:`identity`."""
+        fields = {name: value for name, value in identity.items() if name != "engine"}
+        fields["parameters_json"] = canonical_json(fields.pop("parameters"))
+        fields["recipe_json"] = canonical_json(fields.pop("recipe", {}))
+        return cls(**fields)
+
+    @cached_property
+    def cell_id(self) -> str:
+        """sha256 of the identity, 64 hexadecimal digits."""
+        return json_digest(self.identity())
+
+    @property
+    def training_group(self) -> str:
+        """Digest shared by the cells that may reuse one expensive stage, such as tuned weights.
+
+        Whatever a method calibrates with comes after that stage, so cells that differ in it belong together.
+        """
+        shared = {name: value for name, value in self.parameters.items() if name != "calibrator"}
+        return json_digest([self.model_identity, self.method, shared, self.seed, self.autocast])
+
+    def make_method(self) -> Method:
+        """The method of this cell with its parameters."""
+        from baselines import METHODS
+
+        return METHODS.get(self.method)(**self.parameters)
+
+    def __str__(self) -> str:
+        if self.is_reference:
+            return f"{self.model} {self.method}"
+        extra = "" if self.weight_granularity == "per_channel" else f" {self.weight_granularity}"
+        extra += "" if self.symmetric else " asymmetric"
+        extra += "" if self.autocast == FULL_PRECISION else f" {self.autocast}"
+        return f"{self.model} {self.label} {self.precision} {self.profile}{extra} seed {self.seed}"
+
+    @cached_property
+    def label(self) -> str:
+        """The method's own short name, which tells apart other parameters."""
+        return self.make_method().label

@@ -1,0 +1,187 @@
+"""The one generator of a suite's grid: every executor consumes what it yields."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from benchmark.grid.autocast import AUTOCAST
+from benchmark.grid.cells import NO_RECIPE, REFERENCE_METHOD, REFERENCE_PRECISION, Cell
+from benchmark.grid.suite import MethodSpec, Suite
+from benchmark.subject.lookup import FOLDER_PREFIX, get_model
+from benchmark.subject.tasks.task import get_task
+from quanttune.digests import canonical_json, json_digest
+from quanttune.errors import ConfigError, UnknownNameError
+from quanttune.quantization.precision import Precision
+from quanttune.quantization.sites import PROFILES
+
+if TYPE_CHECKING:
+    from baselines.method import Method
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a user asked for out of a suite.
+
+    Model and method globs choose among the suite's; precisions, profiles and seeds replace the suite's.
+    Empty means "as the suite says".
+    """
+
+    models: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ()
+    profiles: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+
+def expand(
+    suite: Suite,
+    selection: Selection | None = None,
+    limit: int | None = None,
+    autocast: str | None = None,
+) -> list[Cell]:
+    """The grid of a suite: every cell once, in an order that lets neighbours share expensive stages.
+
+    Args:
+        suite: What to expand.
+        selection: A part of the suite; all of it by default.
+        limit: Test items, in place of the suite's own.
+        autocast: Mixed precision, in place of the suite's own.
+
+    Raises:
+        UnknownNameError: If a model or method is not registered, or a plain name is not in the suite.
+        ConfigError: If a value is out of range or nothing is left.
+    """
+    selection = selection or Selection()
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit {limit}: it must be at least 1 test item")
+    models = _choose("model", suite.models, selection.models, suite.name)
+    names = _choose("method", [spec.name for spec in suite.methods], selection.methods, suite.name)
+    methods = [(spec, _instance(spec)) for spec in suite.methods if spec.name in names]
+    precisions = [str(Precision.parse(text)) for text in selection.precisions or suite.precisions]
+    profiles = selection.profiles or suite.profiles
+    for profile in profiles:
+        if profile not in PROFILES:
+            raise UnknownNameError("profile", profile, PROFILES)
+    if autocast is not None and autocast not in AUTOCAST:
+        raise UnknownNameError("autocast type", autocast, AUTOCAST)
+    seeds = selection.seeds or suite.seeds
+    if any(seed < 0 for seed in seeds):
+        raise ConfigError(f"--seed {min(seeds)}: seeds are 0 or more")
+
+    cells: dict[str, Cell] = {}
+    for model in dict.fromkeys(models):
+        base = _model_fields(model)
+        common = {
+            "calibration_items": suite.calibration_items,
+            "limit": _effective_limit(base["task"], suite.split, suite.limit if limit is None else limit),
+            "split": suite.split,
+            "autocast": autocast or suite.autocast,
+        }
+        for cell in _model_cells(base | common, methods, suite, precisions, profiles, seeds):
+            cells.setdefault(cell.cell_id, cell)
+    if not cells:
+        raise ConfigError(
+            f"nothing of suite {suite.name} is selected; see `list cells --suite {suite.origin}`"
+        )
+    return list(cells.values())
+
+
+def _model_cells(
+    base: dict[str, Any],
+    methods: list[tuple[MethodSpec, Method]],
+    suite: Suite,
+    precisions: Iterable[str],
+    profiles: Iterable[str],
+    seeds: Iterable[int],
+) -> Iterator[Cell]:
+    precisions, profiles, seeds = list(precisions), list(profiles), list(seeds)
+    for spec, method in methods:
+        if spec.name == REFERENCE_METHOD:
+            yield _cell(base, spec.name, method, "none", REFERENCE_PRECISION, "none", True, 0)
+    for seed in seeds:
+        for profile in profiles:
+            for spec, method in methods:
+                if spec.name == REFERENCE_METHOD or (spec.profiles and profile not in spec.profiles):
+                    continue
+                for granularity in suite.weight_granularity:
+                    for symmetric in suite.symmetric:
+                        for precision in precisions:
+                            yield _cell(
+                                base, spec.name, method, profile, precision, granularity, symmetric, seed
+                            )
+
+
+def _cell(
+    base: dict[str, Any],
+    name: str,
+    method: Method,
+    profile: str,
+    precision: str,
+    granularity: str,
+    symmetric: bool,
+    seed: int,
+) -> Cell:
+    if name == REFERENCE_METHOD:
+        base = base | {"calibration_items": 0}
+    if not method.trains:
+        base = base | {"recipe_json": NO_RECIPE}
+    return Cell(
+        **base,
+        method=name,
+        variant=method.variant,
+        method_version=str(method.version),
+        parameters_json=canonical_json(method.parameters()),
+        profile=profile,
+        precision=precision,
+        weight_granularity=granularity,
+        symmetric=symmetric,
+        seed=seed,
+    )
+
+
+def _effective_limit(task: str, split: str, limit: int | None) -> int | None:
+    """A limit that the split does not reach is none: the same number must have one id."""
+    return None if limit is None or limit >= len(get_task(task).split_ids(split)) else limit
+
+
+def _model_fields(name: str) -> dict[str, Any]:
+    entry = get_model(name)
+    return {
+        "model": name,
+        "model_identity": json_digest(entry.identity()),
+        "task": entry.task,
+        "task_fingerprint": get_task(entry.task).fingerprint(),
+        "recipe_json": canonical_json(dict(entry.recipe)),
+    }
+
+
+def _instance(spec: MethodSpec) -> Method:
+    """The method, with errors that name a parameter it does not have."""
+    from baselines import METHODS
+
+    kind = METHODS.get(spec.name)
+    known = kind().parameters()
+    for key in spec.parameters:
+        if key not in known:
+            raise UnknownNameError(f"parameter of method {spec.name}:", key, known)
+    return kind(**spec.parameters)
+
+
+def _choose(kind: str, available: Iterable[str], patterns: tuple[str, ...], suite: str) -> list[str]:
+    names = list(dict.fromkeys(available))
+    if not patterns:
+        return names
+    chosen: list[str] = []
+    for pattern in patterns:
+        if kind == "model" and pattern.startswith(FOLDER_PREFIX):  # a user's own model joins any suite
+            names.append(pattern)
+        matches = [name for name in names if name == pattern or fnmatchcase(name, pattern)]
+        if not matches and not set(pattern) & set("*?["):
+            raise UnknownNameError(f"{kind} of suite {suite}:", pattern, names)
+        if not matches:
+            raise ConfigError(f"no {kind} of suite {suite} matches {pattern!r}; it has {', '.join(names)}")
+        chosen += matches
+    return [name for name in names if name in chosen]

@@ -1,0 +1,1 @@
+"""What is kept: store, records, stages and the lock file; every file whole or absent."""

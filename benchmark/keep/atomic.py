@@ -1,0 +1,64 @@
+"""Writing into the results folder: a file is whole or absent, trouble with the disk is said in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from quanttune.errors import StoreError
+from quanttune.files import whole_file
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, flush it to the disk and move it into place.
+
+    Args:
+        path: The final file; its folder is made if needed.
+        write: Called once with the temporary path.
+
+    Raises:
+        StoreError: If the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    try:
+        with whole_file(path) as temporary:
+            write(temporary)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise _store_error(path, error) from error
+    except Exception as error:
+        # safetensors reports a full disk as its own exception type, with the system's words in the message
+        if _says_full(error):
+            raise _store_error(path, error) from error
+        raise
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write UTF-8 text with :func:`write_atomically`."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _sync_folder(folder: Path) -> None:
+    # The rename itself must reach the disk; file systems that refuse to sync a folder do that by themselves.
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _says_full(error: Exception) -> bool:
+    return "No space left" in str(error) or "os error 28" in str(error)
+
+
+def _store_error(path: Path, error: Exception) -> StoreError:
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _says_full(error):
+        return StoreError(
+            f"no space left on the disk for {path}; free some or choose another --results folder"
+        )
+    return StoreError(
+        f"cannot write {path}: {error}; check its permissions or choose another --results folder"
+    )

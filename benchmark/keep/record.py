@@ -1,0 +1,115 @@
+"""What the store keeps of one cell: the number, how it was made, and a digest against damage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from benchmark.grid.cells import Cell
+from quanttune.digests import json_digest
+from quanttune.errors import StoreError
+
+SCHEMA = 1
+"""Version of the records' form; a folder written by a newer one is refused."""
+
+DONE, SKIPPED = "done", "skipped"
+
+
+@dataclass(frozen=True)
+class Result:
+    """The measured numbers of one cell on the test split.
+
+    Attributes:
+        value: The metric of the quantized model, in the metric's unit (accuracy: percent).
+        fp32: The metric of the FP32 reference on the same items.
+        fp32_own: The FP32 metric of the cell's own weights, for methods that train.
+        drop: ``fp32 - value``.
+        ci_low: Lower end of the paired 95 % interval of the drop.
+        ci_high: Its upper end.
+        n: Number of test items.
+    """
+
+    metric: str
+    higher_is_better: bool
+    value: float
+    fp32: float
+    fp32_own: float | None
+    drop: float
+    ci_low: float
+    ci_high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished cell: measured (``done``) or declined by its method with a reason (``skipped``)."""
+
+    cell: Cell
+    status: str
+    finished_at: str
+    duration_s: float
+    result: Result | None = None
+    reason: str | None = None
+    reference_digest: str | None = None
+    weights_digest: str | None = None
+    items_sha256: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+    sites: list[dict[str, Any]] = field(default_factory=list)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object that :meth:`from_json` reads back, sealed with the digest of its other fields."""
+        body = asdict(self) | {"cell": self.cell.identity(), "cell_id": self.cell.cell_id, "schema": SCHEMA}
+        body = plain(body)
+        return body | {"digest": json_digest(body)}
+
+    @classmethod
+    def from_json(cls, text: Any, origin: str) -> Record | None:
+        """Read a record; ``None`` if it was truncated or edited.
+
+        Raises:
+            StoreError: If it was written by a newer version of the suite.
+        """
+        if not isinstance(text, dict):
+            return None
+        refuse_newer(text.get("schema"), origin)
+        body = {key: value for key, value in text.items() if key != "digest"}
+        try:
+            if text.get("schema") != SCHEMA or text.get("digest") != json_digest(body):
+                return None
+        except ValueError:  # a NaN that no record of ours holds
+            return None
+        fields = {key: value for key, value in body.items() if key not in ("schema", "cell_id")}
+        fields["cell"] = Cell.from_identity(fields["cell"])
+        fields["result"] = Result(**fields["result"]) if fields["result"] is not None else None
+        return cls(**fields)
+
+
+def refuse_newer(schema: Any, origin: str) -> None:
+    """Raise if ``schema`` is newer than ours.
+
+    Raises:
+        StoreError: Naming the file and the remedy.
+    """
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise StoreError(
+            f"{origin} has schema {schema}, this version reads up to {SCHEMA}; "
+            "upgrade quanttune-bench or use another --results folder"
+        )
+
+
+def plain(value: Any) -> Any:
+    """Reduce a value to plain JSON: numbers of numpy and torch become Python's, non-finite ones ``None``."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, bool | str | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return str(value)

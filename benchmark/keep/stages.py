@@ -1,0 +1,139 @@
+"""Stages: expensive intermediate results (reference weights, statistics, tuned weights) shared by many cells.
+
+Kept as safetensors with a JSON beside them. A file is used only if its sha256 is the recorded one; two
+processes that need the same stage at once compute it once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmark.keep.atomic import write_atomically, write_text_atomically
+from benchmark.keep.record import SCHEMA
+from benchmark.keep.store import file_lock
+from quanttune.digests import json_digest, sha256_file
+from quanttune.errors import ConfigError, TuningDivergedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_NAME = re.compile(r"[a-z0-9_]{1,40}")
+
+
+class Stages:
+    """A cache of named tensors on disk; implements ``baselines.method.StageCache``.
+
+    Args:
+        folder: Where the files are, usually ``results/stages``.
+        scope: What else decides every stage asked of this object; merged into each key.
+    """
+
+    def __init__(self, folder: Path, scope: Mapping[str, Any] | None = None) -> None:
+        self.folder = folder
+        self.scope = dict(scope or {})
+        self.seconds = 0.0
+        """Time spent on computing stages, as opposed to reading them."""
+        self._refused: dict[str, TuningDivergedError] = {}
+
+    def scoped(self, **scope: Any) -> Stages:
+        """The same folder with more in every key."""
+        scoped = Stages(self.folder, {**self.scope, **scope})
+        scoped._refused = self._refused
+        return scoped
+
+    def tensors(
+        self, stage: str, key: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Return the tensors kept under ``stage`` and ``key``, computing them with ``make`` if need be.
+
+        Args:
+            stage: Lower-case name of the kind of result, e.g. ``"tuned"``.
+            key: Everything that decides the tensors, as JSON.
+            make: Computes them; called by one process at a time.
+
+        Raises:
+            StoreError: If the disk is full or cannot be written.
+            TuningDivergedError: If ``make`` raised it, now or earlier in this process: the same training
+                would diverge again for each cell that shares it. A new process may try again.
+        """
+        full_key, digest = self._identify(stage, key)
+        path = self.folder / stage / f"{digest}.safetensors"
+        found = _load(path)
+        if found is not None:
+            return found
+        with file_lock(self.folder.parent / "locks" / f"stage-{digest}.lock"):
+            found = _load(path)  # another process may have made it while this one waited
+            if found is not None:
+                return found
+            if digest in self._refused:
+                raise self._refused[digest].with_traceback(None)
+            started = time.monotonic()
+            try:
+                made = make()
+            except TuningDivergedError as error:
+                self._refused[digest] = error
+                raise
+            tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in made.items()}
+            seconds = time.monotonic() - started
+            self.seconds += seconds
+            _save(path, tensors, {"stage": stage, **full_key, "seconds": round(seconds, 3)})
+        return tensors
+
+    def checkpoint(self, stage: str, key: Mapping[str, Any]) -> Path:
+        """Where unfinished work on a stage is saved, so that an interrupted run goes on where it was."""
+        _, digest = self._identify(stage, key)
+        return self.folder / "unfinished" / f"{stage}-{digest}.safetensors"
+
+    def kept(self, stage: str) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+        """Every intact result of a stage in this scope: its key, and its tensors.
+
+        For what a record names by its content, and not by the key under which it was made.
+        """
+        for sidecar in sorted((self.folder / stage).glob("*.json")):
+            about = _read(sidecar)
+            if about.get("scope") == self.scope:
+                tensors = _load(sidecar.with_suffix(".safetensors"))
+                if tensors is not None:
+                    yield dict(about.get("key", {})), tensors
+
+    def _identify(self, stage: str, key: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+        if not _NAME.fullmatch(stage):
+            raise ConfigError(f"stage name {stage!r} must be lower-case letters, digits and underscores")
+        full_key = {"scope": self.scope, "key": dict(key)}
+        return full_key, json_digest({"stage": stage, **full_key})
+
+
+def _load(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of a stage file, ``None`` if it is absent, truncated or not what was written."""
+    sidecar = _read(path.with_suffix(".json"))
+    try:
+        if sidecar.get("schema") != SCHEMA or sidecar.get("sha256") != sha256_file(path):
+            return None
+    except FileNotFoundError:
+        return None
+    from safetensors.torch import load_file
+
+    return dict(load_file(path))
+
+
+def _read(sidecar: Path) -> dict[str, Any]:
+    """What a sidecar says; nothing if it is absent or damaged."""
+    try:
+        about = json.loads(sidecar.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def _save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    write_atomically(path, lambda temporary: save_file(tensors, temporary))
+    body = {"schema": SCHEMA, "sha256": sha256_file(path), **about}
+    # the sidecar goes last: a crash between the two leaves a file that counts as absent
+    write_text_atomically(path.with_suffix(".json"), json.dumps(body, indent=1, sort_keys=True) + "\n")

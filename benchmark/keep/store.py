@@ -1,0 +1,227 @@
+"""The store: one JSON file per cell, content-addressed, whole or absent; per-item predictions beside it.
+
+Layout of a results folder::
+
+    store.json                      schema of the folder
+    cells/<cell id>.json            a finished cell
+    cells/<cell id>.safetensors     its per-item scores and predictions
+    failures/<cell id>.json         why a cell failed last; never read as a result
+    references/<identity>.json      digest of the reference weights a model has at present
+    locks/<cell id>.lock            a cell under way, or interrupted
+    stages/<name>/<key>.safetensors expensive intermediate results, see :mod:`benchmark.keep.stages`
+    tables/, mlflow.db, mlartifacts/  views, made again by `table` and `sync`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmark.grid.cells import Cell
+from benchmark.keep.atomic import write_atomically, write_text_atomically
+from benchmark.keep.record import SCHEMA, Record, refuse_newer
+from quanttune.digests import sha256_file
+from quanttune.errors import StoreError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_PREFIX = re.compile(r"[0-9a-f]{1,64}")
+
+
+class Store:
+    """A results folder.
+
+    Args:
+        root: The folder; made on first write.
+
+    Raises:
+        StoreError: If the folder was written by a newer version or is not a folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        if self.root.exists() and not self.root.is_dir():
+            raise StoreError(f"{root} is a file, not a results folder; choose another --results")
+        marker = _read_json(self.root / "store.json")
+        if isinstance(marker, dict):
+            refuse_newer(marker.get("schema"), str(self.root / "store.json"))
+
+    def prepare(self) -> None:
+        """Make the folder and its marker, so that a full or read-only disk is noticed before the work."""
+        if _read_json(self.root / "store.json") is None:
+            write_text_atomically(self.root / "store.json", json.dumps({"schema": SCHEMA}) + "\n")
+
+    def load(self, cell: Cell) -> Record | None:
+        """The finished record of a cell.
+
+        Returns:
+            ``None`` if there is none, it was truncated or edited, its predictions are damaged, or it was
+            measured against other reference weights than the model has now.
+        """
+        record = self._read(cell.cell_id)
+        if record is None:
+            return None
+        present = self.reference_digest(cell.model_identity)
+        if record.reference_digest and present and record.reference_digest != present:
+            return None
+        return record
+
+    def save(self, record: Record, items: Mapping[str, np.ndarray] | None = None) -> Record:
+        """Keep a finished cell with its per-item arrays, and forget an earlier failure of it.
+
+        Returns:
+            The record as kept, with the digest of the items.
+
+        Raises:
+            StoreError: If the disk is full or cannot be written; then nothing half-written is left.
+        """
+        from dataclasses import replace
+
+        cell_id = record.cell.cell_id
+        if items:
+            from safetensors.numpy import save_file
+
+            path = self._file("cells", cell_id, ".safetensors")
+            write_atomically(path, lambda temporary: save_file(dict(items), temporary))
+            record = replace(record, items_sha256=sha256_file(path))
+        text = json.dumps(record.to_json(), indent=1, sort_keys=True, allow_nan=False) + "\n"
+        write_text_atomically(self._file("cells", cell_id, ".json"), text)
+        self._file("failures", cell_id, ".json").unlink(missing_ok=True)
+        return record
+
+    def items(self, cell_id: str) -> dict[str, np.ndarray]:
+        """The per-item arrays of a finished cell: ``ids``, ``scores`` and, for classifiers, ``predictions``.
+
+        Raises:
+            StoreError: If the cell has none.
+        """
+        from safetensors.numpy import load_file
+
+        path = self._file("cells", cell_id, ".safetensors")
+        if not path.exists():
+            raise StoreError(f"cell {cell_id[:12]} has no per-item predictions; run it again")
+        return dict(load_file(path))
+
+    def save_failure(self, cell: Cell, failure: Mapping[str, Any]) -> None:
+        """Keep why a cell failed."""
+        body = {"schema": SCHEMA, "cell_id": cell.cell_id, "cell": cell.identity(), **failure}
+        text = json.dumps(body, indent=1, sort_keys=True) + "\n"
+        write_text_atomically(self._file("failures", cell.cell_id, ".json"), text)
+
+    def load_failure(self, cell_id: str) -> dict[str, Any] | None:
+        """Why a cell failed last: ``error``, ``traceback``, ``failed_at``; ``None`` if it did not."""
+        failure = _read_json(self._file("failures", cell_id, ".json"))
+        return failure if isinstance(failure, dict) and "error" in failure else None
+
+    def records(self) -> Iterator[Record]:
+        """Every intact record, in order of cell id."""
+        for path in sorted((self.root / "cells").glob("*.json")):
+            if _DIGEST.fullmatch(path.stem):
+                record = self._read(path.stem)
+                if record is not None:
+                    yield record
+
+    def find(self, prefix: str) -> Record:
+        """The one record whose cell id starts with ``prefix``.
+
+        Raises:
+            StoreError: If there is none, or more than one.
+        """
+        if not _PREFIX.fullmatch(prefix):
+            raise StoreError(
+                f"{prefix!r} is not the start of a cell id; ids are hexadecimal, see `list cells`"
+            )
+        matches = sorted(path.stem for path in (self.root / "cells").glob(f"{prefix}*.json"))
+        if len(matches) > 1:
+            raise StoreError(
+                f"{prefix!r} starts {len(matches)} cell ids; give more digits, e.g. {matches[0][:16]}"
+            )
+        record = self._read(matches[0]) if matches else None
+        if record is None:
+            raise StoreError(f"no finished cell starts with {prefix!r} in {self.root}; see `list cells`")
+        return record
+
+    def reference_digest(self, model_identity: str) -> str | None:
+        """Digest of the reference weights a model has at present, ``None`` if they were not made yet."""
+        found = _read_json(self._file("references", model_identity, ".json"))
+        return found.get("digest") if isinstance(found, dict) else None
+
+    def save_reference_digest(self, model: str, model_identity: str, digest: str) -> None:
+        """Keep the digest of a model's reference weights, so that results against others count as missing."""
+        if self.reference_digest(model_identity) != digest:
+            text = json.dumps({"schema": SCHEMA, "model": model, "digest": digest}) + "\n"
+            write_text_atomically(self._file("references", model_identity, ".json"), text)
+
+    @contextlib.contextmanager
+    def cell_lock(self, cell_id: str) -> Iterator[None]:
+        """Hold a cell, so that no two processes measure it at once; freed by the system if the holder dies.
+
+        The lock's file goes when the cell is finished; one that stays behind tells of an interrupted cell.
+        """
+        path = self._file("locks", cell_id, ".lock")
+        with file_lock(path):
+            yield
+            path.unlink(missing_ok=True)
+
+    def was_interrupted(self, cell_id: str) -> bool:
+        """Whether a process began the cell and ended before the cell did."""
+        from filelock import FileLock, Timeout
+
+        path = self._file("locks", cell_id, ".lock")
+        if not path.exists():
+            return False
+        try:
+            with FileLock(path, timeout=0):
+                return True
+        except Timeout:  # it is being measured right now
+            return False
+
+    def _file(self, folder: str, digest: str, ending: str) -> Path:
+        if not _DIGEST.fullmatch(digest):  # what comes from outside must not become a path
+            raise StoreError(f"{digest!r} is not a sha256 digest")
+        return self.root / folder / f"{digest}{ending}"
+
+    def _read(self, cell_id: str) -> Record | None:
+        path = self._file("cells", cell_id, ".json")
+        record = Record.from_json(_read_json(path), str(path))
+        if record is None or record.cell.cell_id != cell_id:
+            return None
+        if record.items_sha256 is not None:
+            items = self._file("cells", cell_id, ".safetensors")
+            if not items.exists() or sha256_file(items) != record.items_sha256:
+                return None
+        return record
+
+
+def file_lock(path: Path) -> AbstractContextManager[object]:
+    """A lock on a file that ends with its process, however that ends.
+
+    Raises:
+        StoreError: If the lock file cannot be made.
+    """
+    from filelock import FileLock
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot write {path.parent}: {error}; choose another --results folder") from error
+    return FileLock(path)
+
+
+def _read_json(path: Path) -> Any:
+    """The JSON of a file, ``None`` if it is absent or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    except OSError as error:
+        raise StoreError(
+            f"cannot read {path}: {error}; check its permissions or choose another --results folder"
+        ) from error

@@ -1,0 +1,1 @@
+"""One-off work behind committed choices: searches on validation items, training of bundled weights."""

@@ -1,0 +1,1 @@
+"""What is measured on what: models, tasks, metrics, data and pretrained assets."""

@@ -1,0 +1,1 @@
+"""How predictions are judged and how the numbers are shown."""

@@ -1,0 +1,1 @@
+"""MLflow as a view that can be rebuilt from the store."""
