@@ -15,6 +15,7 @@ class BasePtq(ScaleSearch):
     """Plain uniform quantizers; one round of search for the scales that keep the output's direction."""
 
     name: ClassVar[str] = "base_ptq"
+    role: ClassVar[str] = "calibrator"
     variant: ClassVar[str] = "paper"
     metric: str = "cosine"
     twin_softmax: bool = False

@@ -18,6 +18,7 @@ class Calibrator(Method):
         rule: Registered name of the range rule.
     """
 
+    role: ClassVar[str] = "calibrator"
     rule: ClassVar[str]
 
     def range_rule(self) -> RangeRule:

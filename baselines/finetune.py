@@ -15,3 +15,4 @@ class PlainFineTuning(FineTuning):
     """Plain fine-tuning; what QuantTune gains over this row is due to its loss and not to the training."""
 
     name: ClassVar[str] = "finetune"
+    role: ClassVar[str] = "control"

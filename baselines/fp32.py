@@ -14,6 +14,7 @@ class FullPrecision(Method):
     """No quantizer anywhere."""
 
     name: ClassVar[str] = "fp32"
+    role: ClassVar[str] = "reference"
 
     def quantize(self, context: Context) -> Quantized:
         """Leave every tensor as it is."""

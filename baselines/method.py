@@ -189,6 +189,16 @@ class Quantized:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+ROLES: Mapping[str, str] = {
+    "reference": "the unquantized model itself",
+    "calibrator": "static ranges from calibration data, quantizers as usual",
+    "rival": "a published method with means of its own, without training",
+    "control": "the training of a trained method without what is new in it",
+    "trained": "changes weights by training before it calibrates",
+}
+"""What a method is in a comparison: reports choose by role, never by name."""
+
+
 @dataclass(frozen=True)
 class Method(ABC):
     """A way to turn a reference model into a quantized one; the dataclass fields are its parameters.
@@ -197,12 +207,14 @@ class Method(ABC):
         name: The registered name.
         variant: ``paper``, ``reference-code``, or ``ours`` where neither says enough.
         version: Raised whenever a change of the code changes results; part of a cell's identity.
+        role: One of :data:`ROLES`.
         trains: Whether the method fine-tunes weights.
     """
 
     name: ClassVar[str]
     variant: ClassVar[str] = "ours"
     version: ClassVar[int] = 1
+    role: ClassVar[str] = "rival"
     trains: ClassVar[bool] = False
 
     def parameters(self) -> dict[str, Any]:

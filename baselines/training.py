@@ -45,6 +45,7 @@ class FineTuning(Method):
             labels.
     """
 
+    role: ClassVar[str] = "trained"
     trains: ClassVar[bool] = True
     version: ClassVar[int] = 2
     calibrator: str = "minmax"
