@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from baselines.method import Context, Method, Quantized
-from quanttune.quantization import RANGE_RULES, RangeRule, build_quantizers
+from quanttune.quantization import RANGE_RULES, RangeRule, Scheme, SiteTable, build_quantizers
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,20 @@ class Calibrator(Method):
         rule = RANGE_RULES.get(self.rule)
         return partial(rule, **parameters) if parameters else rule
 
+    def skip(self, sites: SiteTable, scheme: Scheme) -> str | None:
+        """Where no range is chosen in calibration every rule gives what min-max gives."""
+        if scheme.is_static or self.rule == "minmax":
+            return None
+        what = "ranges are found at run time" if scheme.quantizes_activations else "activations stay in float"
+        return f"under {scheme} {what}, so the rule {self.rule} has nothing to choose; see minmax"
+
     def quantize(self, context: Context) -> Quantized:
         """Choose a range per site from statistics that every rule and width shares."""
         quantizers = build_quantizers(
             context.model,
             context.profile_sites,
             context.statistics(),
-            context.precision,
+            context.scheme,
             self.range_rule(),
-            symmetric=context.symmetric,
-            weight_granularity=context.weight_granularity,
         )
-        return Quantized(quantizers)
+        return Quantized(quantizers, scheme=context.scheme)

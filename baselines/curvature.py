@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from baselines.method import Batch
 from quanttune.inputs import call_model, logits_of
-from quanttune.quantization import Quantizer, SiteHandlers
+from quanttune.quantization import Observation, Observer, Quantizer
+from quanttune.quantization.observation import Bounds
 
 GRADIENTS = ("fisher", "cross_entropy", "minmax_divergence")
 EXACT_CLASSES = 16
@@ -96,19 +97,22 @@ def _run(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Run the model with a graph from the wanted outputs on."""
     captured: dict[str, Tensor] = {}
-
-    def capture(site_id: str) -> Callable[[Tensor], Tensor]:
-        def keep(values: Tensor) -> Tensor:
-            tracked = values if values.requires_grad else values.detach().requires_grad_()
-            captured[site_id] = tracked
-            return tracked.clone()  # the network may go on in place
-
-        return keep
-
-    handlers = {**quantizers, **{site_id: capture(site_id) for site_id in outputs}}
-    with SiteHandlers(model, handlers):
+    with Observation(model, {site_id: _Capture(captured, site_id) for site_id in outputs}, quantizers):
         logits = logits_of(call_model(model, batch.inputs))
     return captured, logits
+
+
+class _Capture(Observer):
+    """Begins a graph at a site, unless one runs through it already."""
+
+    def __init__(self, captured: dict[str, Tensor], site_id: str) -> None:
+        self._captured, self._site_id = captured, site_id
+
+    def update(self, values: Tensor, bounds: Bounds) -> Tensor:
+        tracked = values if values.requires_grad else values.detach().requires_grad_()
+        self._captured[self._site_id] = tracked
+        # The network may go on in place.
+        return tracked.clone()
 
 
 def _squared(losses: Sequence[Tensor], captured: Mapping[str, Tensor]) -> dict[str, Tensor]:

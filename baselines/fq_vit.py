@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,24 +11,28 @@ import torch
 from torch import Tensor
 
 from baselines.method import METHODS, Context, Method, Quantized
-from quanttune.errors import ConfigError, QuantTuneError
-from quanttune.inputs import call_model, to_device
+from quanttune.errors import ConfigError
+from quanttune.inputs import to_device
 from quanttune.quantization import (
+    Observer,
     Quantizer,
-    SiteHandlers,
+    Scheme,
+    Site,
     SiteKind,
     SiteTable,
     UniformQuantizer,
+    observe,
+    site_weight,
     weight_quantizer,
 )
-from quanttune.quantization.log2 import SHIFTS, IntegerSoftmaxQuantizer, Log2Quantizer
-from quanttune.quantization.powers_of_two import shift_errors, shifted_quantizer
+from quanttune.quantization.observation import Bounds
+from quanttune.quantization.quantizers.log2 import SHIFTS, IntegerSoftmaxQuantizer, Log2Quantizer
+from quanttune.quantization.quantizers.powers_of_two import shift_errors, shifted_quantizer
 
 ATTENTION = ("uniform", "log2", "integer")
 _WIDTHS = (8, 7, 6)  # searched together, so that a table's widths share one pass
 _HALF_LIMIT = 6e4  # larger activations do not fit float16
 _MASKED = -1e30
-_NORMS = ("/layer_norm", "/rms_norm")
 _EFFECTIVE = SHIFTS * math.log(2)  # scores further below their row's largest weigh nothing
 
 
@@ -75,19 +79,22 @@ class FqVit(Method):
         if self.attention not in ATTENTION:
             raise ConfigError(f"fq_vit attention {self.attention!r} is not one of {', '.join(ATTENTION)}")
 
-    def skip(self, sites: SiteTable, profile: str) -> str | None:
-        """Without a softmax or a normalisation FQ-ViT is plain min-max."""
+    def skip(self, sites: SiteTable, scheme: Scheme) -> str | None:
+        """Without a softmax or a normalisation, or without static activations, FQ-ViT is plain min-max."""
+        if not scheme.is_static:
+            return f"under {scheme} no activation has a static range, on which FQ-ViT differs from min-max"
         if any(site.kind in (SiteKind.SOFTMAX, SiteKind.NORM) for site in sites.values()):
             return None
         return "the model has neither attention nor layer normalisation, on which FQ-ViT differs from min-max"
 
     def quantize(self, context: Context) -> Quantized:
         """Calibrate all widths in one pass over the data, then build the quantizers of the cell's width."""
-        bits = context.precision.activations
+        assert context.scheme.activations is not None  # noqa: S101 - such cells are skipped
+        bits = context.scheme.activations.bits
         widths = _WIDTHS if bits in _WIDTHS else (bits,)
         key = {
             **context.stage_key(),
-            "profile": context.profile,
+            "profile": context.scheme.profile,
             "widths": list(widths),
             "version": self.version,
         }
@@ -97,13 +104,7 @@ class FqVit(Method):
         shifted: dict[str, list[int]] = {}
         for site in context.profile_sites.values():
             if site.kind is SiteKind.WEIGHT:
-                if site.parameter is None:
-                    raise ConfigError(
-                        f"site {site.id}: its weight is computed and cannot be quantized statically"
-                    )
-                quantizers[site.id] = weight_quantizer(
-                    parameters[site.parameter], context.precision.weights, context.weight_granularity
-                )
+                quantizers[site.id] = weight_quantizer(site_weight(site, parameters), context.scheme.weights)
             elif site.kind is SiteKind.SOFTMAX:
                 quantizers[site.id] = self._attention_quantizer(site.id, found, bits)
             else:
@@ -112,9 +113,10 @@ class FqVit(Method):
                 if shifts is None:
                     quantizers[site.id] = base
                 else:
-                    quantizers[site.id] = shifted_quantizer(base, shifts, int(found[f"{site.id}|axis"]))
+                    quantizers[site.id] = shifted_quantizer(base, shifts, site.channel_axis or 0)
                     shifted[site.id] = torch.bincount(shifts, minlength=4).tolist()
-        return Quantized(quantizers, details={"channels_by_shift": shifted})
+        details = {"channels_by_shift": shifted}
+        return Quantized(quantizers, details=details, scheme=context.scheme)
 
     def _attention_quantizer(self, site_id: str, found: Mapping[str, Tensor], bits: int) -> Quantizer:
         if self.attention == "uniform":
@@ -133,118 +135,93 @@ def _base(found: Mapping[str, Tensor], site_id: str, bits: int) -> UniformQuanti
 
 def calibrate(context: Context, widths: tuple[int, ...]) -> dict[str, Tensor]:
     """Ranges of every activation site and of the scores, and shifts in front of normalisations."""
-    observer = _Observer(context.profile_sites)
+    values: dict[str, _Values] = {}
+    scores: dict[str, _Scores] = {}
+    for site in context.profile_sites.activations().values():
+        values[site.id] = _Values(site.channel_axis if _is_normalised(site, context.sites) else None)
+        if site.kind is SiteKind.SOFTMAX:
+            scores[site.id] = _Scores()
+    readers = {context.sites[site_id].sibling("input"): observer for site_id, observer in scores.items()}
     total = len(context.calibration)
-    with torch.no_grad(), SiteHandlers(context.model, observer.handlers()):
-        for done, batch in enumerate(context.calibration, start=1):
-            call_model(context.model, to_device(batch.inputs, context.device))
-            observer.seen.clear()
-            context.progress("FQ-ViT calibration", done, total)
-    if not total:
-        raise QuantTuneError("the calibration set is empty; give at least one batch")
-    return observer.results(widths)
+    observe(
+        context.model,
+        (to_device(batch.inputs, context.device) for batch in context.calibration),
+        {**values, **readers},
+        progress=lambda done: context.progress("FQ-ViT calibration", done, total),
+    )
+    found = {f"{site_id}|range": observer.range for site_id, observer in values.items()}
+    found |= {f"{site_id}|scores": observer.range for site_id, observer in scores.items() if observer.seen}
+    for site_id, observer in values.items():
+        if observer.axis is None:
+            continue
+        bases = [_base(found, site_id, bits) for bits in widths]
+        for bits, errors in zip(widths, shift_errors(observer.take(), bases), strict=True):
+            found[f"{site_id}|shifts{bits}"] = errors.argmin(dim=0)
+        found[f"{site_id}|axis"] = torch.tensor(observer.axis)
+    return found
 
 
-class _Observer:
-    """What FQ-ViT needs of one pass: bounds of every site, and the values in front of normalisations."""
-
-    def __init__(self, sites: SiteTable) -> None:
-        self.seen: dict[str, Tensor] = {}
-        self._sites = sites
-        self._bounds: dict[str, tuple[float, float]] = {}
-        self._kept: dict[str, list[Tensor]] = {}
-        self._axes: dict[str, int | None] = {}
-
-    def handlers(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """One handler for every activation site, softmax input and normalisation input."""
-        handlers: dict[str, Callable[[Tensor], Tensor]] = {}
-        for site in self._sites.activations().values():
-            readers = list(_norm_readers(site.consumers))
-            handlers[site.id] = self._watch(site.id, keep=bool(readers))
-            if site.kind is SiteKind.SOFTMAX:
-                handlers[f"{site.operation}.input"] = self._scores(site.id)
-            for reader in readers:
-                handlers[reader] = self._normalised(site.id)
-        return handlers
-
-    def results(self, widths: tuple[int, ...]) -> dict[str, Tensor]:
-        """Everything as tensors that a stage can keep."""
-        found = {name: torch.tensor(bounds, dtype=torch.float64) for name, bounds in self._bounds.items()}
-        for site_id, axis in self._axes.items():
-            if axis is None:
-                continue
-            bases = [_base(found, site_id, bits) for bits in widths]
-            for bits, errors in zip(widths, shift_errors(self._kept.pop(site_id), bases), strict=True):
-                found[f"{site_id}|shifts{bits}"] = errors.argmin(dim=0)
-            found[f"{site_id}|axis"] = torch.tensor(axis)
-        return found
-
-    def _watch(self, site_id: str, keep: bool) -> Callable[[Tensor], Tensor]:
-        def watch(values: Tensor) -> Tensor:
-            low, high = (float(bound) for bound in torch.aminmax(values))
-            if not (abs(low) < float("inf") and abs(high) < float("inf")):
-                raise QuantTuneError(f"site {site_id}: a calibration activation is NaN or infinite")
-            self._widen(f"{site_id}|range", low, high)
-            if keep:
-                self.seen[site_id] = values
-            return values
-
-        return watch
-
-    def _normalised(self, site_id: str) -> Callable[[Tensor], Tensor]:
-        """Where the normalisation reads: only here is it known which dimension holds the channels."""
-
-        def keep(values: Tensor) -> Tensor:
-            source = self.seen.pop(site_id, None)  # absent if another normalisation has read it already
-            if source is not None:
-                axis = self._axes.setdefault(site_id, channel_axis(source, values))
-                if axis is not None:
-                    rows = source.movedim(axis, -1).flatten(0, -2)
-                    low, high = self._bounds[f"{site_id}|range"]
-                    small = max(-low, high) < _HALF_LIMIT
-                    kept = rows.half() if small else rows.clone()
-                    self._kept.setdefault(site_id, []).append(kept.cpu())  # too much for a GPU to hold
-            return values
-
-        return keep
-
-    def _scores(self, site_id: str) -> Callable[[Tensor], Tensor]:
-        def watch(values: Tensor) -> Tensor:
-            largest = values.amax(dim=-1, keepdim=True)
-            # Masked scores, whatever stands for minus infinity, are not counted.
-            counted = (values >= largest - _EFFECTIVE) & (largest > _MASKED)
-            low = float(torch.where(counted, values, math.inf).amin())
-            if low < math.inf:
-                self._widen(f"{site_id}|scores", low, float(largest.amax()))
-            return values
-
-        return watch
-
-    def _widen(self, name: str, low: float, high: float) -> None:
-        old_low, old_high = self._bounds.get(name, (low, high))
-        self._bounds[name] = (min(low, old_low), max(high, old_high))
+def _is_normalised(site: Site, sites: SiteTable) -> bool:
+    """Whether a normalisation reads the tensor."""
+    return any(reader in sites and sites[reader].kind is SiteKind.NORM_INPUT for reader in site.consumers)
 
 
-def _norm_readers(consumers: tuple[str, ...]) -> Iterator[str]:
-    return (reader for reader in consumers if any(norm in reader for norm in _NORMS))
+class _Bounds(Observer):
+    """The smallest and the largest value over all data."""
+
+    def __init__(self) -> None:
+        self.low, self.high = math.inf, -math.inf
+
+    @property
+    def seen(self) -> bool:
+        """Whether there was any value."""
+        return self.low <= self.high
+
+    @property
+    def range(self) -> Tensor:
+        """Both ends, float64, shape ``(2,)``."""
+        return torch.tensor((self.low, self.high), dtype=torch.float64)
+
+    def update(self, values: Tensor, bounds: Bounds) -> None:
+        self.low, self.high = min(bounds[0], self.low), max(bounds[1], self.high)
 
 
-def channel_axis(source: Tensor, normalised: Tensor) -> int | None:
-    """Which dimension of ``source`` a normalisation sees as its channels.
+class _Values(_Bounds):
+    """Bounds of a site and, in front of a normalisation, its values by channel.
 
     Args:
-        source: A tensor with the batch first.
-        normalised: A rearrangement of it, as the normalisation reads it.
-
-    Returns:
-        The dimension, or ``None`` if no dimension of ``source`` holds the channels. Where a patch merging
-        puts several positions side by side, every channel it makes belongs to one channel of ``source``,
-        whose dimension counts.
+        axis: The channel dimension, if values are to be kept.
     """
-    channels = normalised.shape[-1]
-    fitting = [axis for axis in range(1, source.dim()) if source.shape[axis] == channels]
-    if len(fitting) > 1 and source.untyped_storage().data_ptr() == normalised.untyped_storage().data_ptr():
-        fitting = [axis for axis in fitting if source.stride(axis) == normalised.stride(-1)] or fitting
-    if fitting:
-        return fitting[-1]
-    return source.dim() - 1 if channels % source.shape[-1] == 0 else None
+
+    def __init__(self, axis: int | None) -> None:
+        super().__init__()
+        self.axis = axis
+        self._kept: list[Tensor] = []
+
+    def update(self, values: Tensor, bounds: Bounds) -> None:
+        super().update(values, bounds)
+        if self.axis is not None:
+            rows = values.movedim(self.axis, -1).flatten(0, -2)
+            small = max(-self.low, self.high) < _HALF_LIMIT
+            kept = rows.half() if small else rows.clone()
+            # Too much for a GPU to hold.
+            self._kept.append(kept.cpu())
+
+    def take(self) -> list[Tensor]:
+        """The rows of all data, each part of shape ``(rows, channels)``; they are not kept any longer."""
+        kept, self._kept = self._kept, []
+        return kept
+
+
+class _Scores(_Bounds):
+    """Bounds of the attention scores that weigh something; masked ones are not counted."""
+
+    finite: ClassVar[bool] = False
+
+    def update(self, values: Tensor, bounds: Bounds) -> None:
+        largest = values.amax(dim=-1, keepdim=True)
+        # Whatever stands for minus infinity.
+        counted = (values >= largest - _EFFECTIVE) & (largest > _MASKED)
+        low = float(torch.where(counted, values, math.inf).amin())
+        if low < math.inf:
+            super().update(values, (low, float(largest.amax())))

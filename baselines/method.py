@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,9 +13,16 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from quanttune.digests import tensor_digest
+from quanttune.digests import json_digest, tensor_digest
 from quanttune.inputs import ModelInputs, to_device
-from quanttune.quantization import Precision, Quantizer, SiteTable, TensorStatistics, collect_statistics
+from quanttune.quantization import (
+    Quantized,
+    Scheme,
+    SiteTable,
+    TensorStatistics,
+    Transform,
+    collect_statistics,
+)
 from quanttune.quantization.statistics import statistics_from_tensors, statistics_to_tensors
 from quanttune.registry import Registry
 
@@ -55,6 +63,10 @@ class TrainingData(Protocol):
 class StageCache(Protocol):
     """Keeps expensive intermediate tensors, shared by every cell that needs them."""
 
+    def reference(self, stage: str, key: Mapping[str, Any]) -> str | None:
+        """How to name what is kept for ``key``, so that it is found again; ``None`` if it is not kept."""
+        ...
+
     def tensors(
         self, stage: str, key: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
@@ -71,6 +83,10 @@ class MemoryStages:
 
     def __init__(self) -> None:
         self._kept: dict[str, dict[str, Tensor]] = {}
+
+    def reference(self, stage: str, key: Mapping[str, Any]) -> str | None:
+        """Nothing outlives the process."""
+        return None
 
     def tensors(
         self, stage: str, key: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]
@@ -90,6 +106,11 @@ def _inputs_digest(inputs: ModelInputs) -> str:
     return tensor_digest(inputs if isinstance(inputs, Mapping) else {"": inputs})
 
 
+def _transform_digest(transform: Transform) -> str:
+    state = transform.state()
+    return json_digest([state.kind, state.settings, tensor_digest(state.tensors)])
+
+
 def silent(stage: str, done: int, total: int) -> None:
     """Report nothing."""
 
@@ -100,14 +121,11 @@ class Context:
 
     Args:
         model: The FP32 reference in evaluation mode; never modified.
-        sites: Every site of the model; ``sites.profile(profile)`` are those to quantize.
-        profile: Name of the profile.
-        precision: Bit widths.
+        sites: Every site of the model; ``scheme.sites(sites)`` are those to quantize.
+        scheme: Formats of weights and activations, and the profile.
         calibration: Batches of training items drawn by ``seed``.
         training: The training split; ``None`` if the task has none.
         recipe: The model entry's learning rate, steps and batch size for methods that train.
-        weight_granularity: ``per_channel`` or ``per_tensor``.
-        symmetric: Whether uniform activation quantizers are symmetric.
         seed: The cell's seed; derive further ones from it with :func:`quanttune.seeds.derive_seed`.
         device: Where to compute.
         stages: Keeps what several cells share.
@@ -115,17 +133,16 @@ class Context:
         autocast: Mixed-precision type of fine-tuning; ``None`` for full precision.
         processes: How many processes share a fine-tuning, each on a device of its own.
         progress: Report of long work.
+        weights_digest: Digest of the model's weights if it is known; computed when it is asked for otherwise.
+        copies: Gives a model with other weights, and their digest; keeps the last one.
     """
 
     model: nn.Module
     sites: SiteTable
-    profile: str
-    precision: Precision
+    scheme: Scheme
     calibration: Sequence[Batch]
     training: TrainingData | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    weight_granularity: str = "per_channel"
-    symmetric: bool = True
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     stages: StageCache = field(default_factory=MemoryStages)
@@ -133,60 +150,62 @@ class Context:
     autocast: torch.dtype | None = None
     processes: int = 1
     progress: Progress = silent
+    weights_digest: str | None = None
+    copies: Callable[[Mapping[str, Tensor]], tuple[nn.Module, str]] | None = None
 
     @property
     def profile_sites(self) -> SiteTable:
-        """The sites of the cell's profile."""
-        return self.sites.profile(self.profile)
+        """The sites to quantize."""
+        return self.scheme.sites(self.sites)
 
-    def stage_key(self, model: nn.Module | None = None) -> dict[str, Any]:
-        """What decides every stage computed from weights and calibration inputs: digests of both.
+    def changed(self, weights: Mapping[str, Tensor]) -> Context:
+        """The context of the same model with other weights; their statistics are collected anew.
 
         Args:
-            model: Whose weights; the reference's by default.
+            weights: A whole state dict.
         """
-        measured = self.model if model is None else model
+        if self.copies is not None:
+            model, digest = self.copies(weights)
+            return dataclasses.replace(self, model=model, weights_digest=digest)
+        model = copy.deepcopy(self.model)
+        model.load_state_dict(weights)
+        return dataclasses.replace(self, model=model.to(self.device).eval(), weights_digest=None)
+
+    def stage_key(self) -> dict[str, Any]:
+        """What decides every stage computed from weights and calibration inputs: digests of both."""
         return {
             **self.identity,
-            "weights": tensor_digest(measured.state_dict()),
+            "weights": self.weights_digest or tensor_digest(self.model.state_dict()),
             "calibration": [_inputs_digest(batch.inputs) for batch in self.calibration],
         }
 
-    def statistics(self, model: nn.Module | None = None) -> dict[str, TensorStatistics]:
-        """Statistics of every activation site of the profile, of ``model`` or of the reference.
+    def statistics(self, transforms: Sequence[Transform] = ()) -> dict[str, TensorStatistics]:
+        """Statistics of every activation site of the profile; none where no range is static.
 
         Collected once for given weights and calibration items, whatever the rule and the width.
+
+        Args:
+            transforms: Where one stands at a site, what the quantizer there sees is summarised.
         """
-        measured = self.model if model is None else model
         sites = self.profile_sites
+        if not self.scheme.is_static:
+            return {}
 
         def collect() -> dict[str, Tensor]:
             total = len(self.calibration)
             statistics = collect_statistics(
-                measured,
+                self.model,
                 (to_device(batch.inputs, self.device) for batch in self.calibration),
                 sites,
                 progress=lambda done: self.progress("statistics", done, total),
+                transforms=transforms,
             )
             return statistics_to_tensors(statistics)
 
-        key = {**self.stage_key(measured), "profile": self.profile}
+        key = {**self.stage_key(), "profile": self.scheme.profile}
+        if transforms:
+            key["transforms"] = [_transform_digest(transform) for transform in transforms]
         return statistics_from_tensors(self.stages.tensors("statistics", key, collect))
-
-
-@dataclass
-class Quantized:
-    """A method's result.
-
-    Args:
-        quantizers: Site id to quantizer.
-        weights: The state dict of a method that trains; ``None`` where the reference's weights are kept.
-        details: What else is worth recording, as plain JSON values.
-    """
-
-    quantizers: Mapping[str, Quantizer]
-    weights: dict[str, Tensor] | None = None
-    details: dict[str, Any] = field(default_factory=dict)
 
 
 ROLES: Mapping[str, str] = {
@@ -231,8 +250,8 @@ class Method(ABC):
         ]
         return self.name + (f"[{','.join(changed)}]" if changed else "")
 
-    def skip(self, sites: SiteTable, profile: str) -> str | None:
-        """Why the method does not apply to a model with these sites; ``None`` if it does."""
+    def skip(self, sites: SiteTable, scheme: Scheme) -> str | None:
+        """Why the method does not apply to a model with these sites under a scheme; ``None`` if it does."""
         return None
 
     @abstractmethod

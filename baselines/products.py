@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baselines.method import Batch
-from quanttune.inputs import ModelInputs, call_model
-from quanttune.quantization import Site, SiteHandlers, SiteKind, SiteTable
+from quanttune.inputs import ModelInputs
+from quanttune.quantization import Observer, Site, SiteKind, SiteTable, observe
+from quanttune.quantization.observation import Bounds
 
 MEMORY = 1 << 29
 """Bytes of captured activations held at once; larger networks are captured in several passes."""
@@ -29,7 +30,9 @@ class Product:
     """One matrix product of the network.
 
     Args:
-        operation: Id without operand, e.g. ``blocks.0.attn/matmul#2``.
+        operation: Its name, e.g. ``blocks.0.attn/matmul#2``.
+        module: Path of the module that computes it.
+        convolution: Whether it is a convolution.
         left: Site of the input, or of the first operand.
         right: Site of the weight, or of the second operand.
         left_quantized: Where the left operand's quantizer goes: the softmax output if the operand is one,
@@ -38,20 +41,19 @@ class Product:
         blocks: Number of equal blocks of output channels, each with a scale of its own (three for a joint
             qkv).
         after: What made the left operand: ``softmax``, ``gelu`` or nothing of the kind.
+        output: Site of the result.
     """
 
     operation: str
+    module: str
+    convolution: bool
     left: str
     right: str
     left_quantized: str
     weight: str | None
     blocks: int
     after: str
-
-    @property
-    def output(self) -> str:
-        """Site of the result."""
-        return f"{self.operation}.output"
+    output: str
 
 
 @dataclass
@@ -79,20 +81,40 @@ def find_products(model: nn.Module, sites: SiteTable) -> list[Product]:
     """
     products = []
     for site in sites.values():
-        operation, _, operand = site.id.rpartition(".")
-        if operand == "weight" and site.parameter is not None:
-            convolution = operation.rpartition("/")[2].startswith("conv")
-            if convolution and not _unfolds(_module(model, operation)):
+        output = site.sibling("output")
+        common = {"operation": str(site.call), "module": site.module, "output": output}
+        if site.operand == "weight" and site.parameter is not None:
+            convolution = site.operation == "conv"
+            if convolution and not _unfolds(model.get_submodule(site.module)):
                 continue
-            left = sites[f"{operation}.input"]
-            blocks = _blocks(sites.get(f"{operation}.output"), site)
+            left = sites[site.sibling("input")]
             products.append(
-                Product(operation, left.id, site.id, left.id, site.parameter, blocks, _made_by(left, sites))
+                Product(
+                    **common,
+                    convolution=convolution,
+                    left=left.id,
+                    right=site.id,
+                    left_quantized=left.id,
+                    weight=site.parameter,
+                    blocks=_blocks(sites.get(output), site, sites),
+                    after=_made_by(left, sites),
+                )
             )
-        elif operand == "a" and _pairs_up(site, sites[f"{operation}.b"]):
+        elif site.operand == "a" and _pairs_up(site, sites[site.sibling("b")]):
             after = _made_by(site, sites)
             quantized = site.source if after == "softmax" and site.source is not None else site.id
-            products.append(Product(operation, site.id, f"{operation}.b", quantized, None, 1, after))
+            products.append(
+                Product(
+                    **common,
+                    convolution=False,
+                    left=site.id,
+                    right=site.sibling("b"),
+                    left_quantized=quantized,
+                    weight=None,
+                    blocks=1,
+                    after=after,
+                )
+            )
     return products
 
 
@@ -130,29 +152,30 @@ def capture(
 def _capture_operands(
     model: nn.Module, group: Sequence[Product], inputs: ModelInputs, data: Mapping[str, ProductData]
 ) -> None:
-    handlers: dict[str, Callable[[Tensor], Tensor]] = {}
-
-    def keep(target: list[Tensor], shape: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def handle(values: Tensor) -> Tensor:
-            target.append(shape(values.detach()).clone())
-            return values
-
-        return handle
-
+    observers: dict[str, Observer] = {}
     for product in group:
         parts = data[product.operation]
         if product.weight is None:
-            handlers[product.left] = keep(parts.left, _by_head)
-            handlers[product.right] = keep(parts.right, _by_head)
+            observers[product.left] = _Keep(parts.left, _by_head)
+            observers[product.right] = _Keep(parts.right, _by_head)
             continue
-        module = _module(model, product.operation)
-        handlers[product.left] = keep(parts.left, _rows_of(module))
+        module = model.get_submodule(product.module)
+        observers[product.left] = _Keep(parts.left, _rows_of(module))
         if not parts.right:
-            handlers[product.right] = keep(parts.right, lambda weight: weight.flatten(1))
+            observers[product.right] = _Keep(parts.right, lambda weight: weight.flatten(1))
             bias = getattr(module, "bias", None)
             parts.bias = bias.detach() if isinstance(bias, Tensor) else None
-    with torch.no_grad(), SiteHandlers(model, handlers):
-        call_model(model, inputs)
+    observe(model, [inputs], observers)
+
+
+class _Keep(Observer):
+    """Appends every batch, brought into the shape of a product's operand."""
+
+    def __init__(self, target: list[Tensor], shape: Callable[[Tensor], Tensor]) -> None:
+        self._target, self._shape = target, shape
+
+    def update(self, values: Tensor, bounds: Bounds) -> None:
+        self._target.append(self._shape(values.detach()).clone())
 
 
 def _joined(product: Product, data: ProductData) -> ProductData:
@@ -184,9 +207,10 @@ def _elements(site: Site) -> int:
     return 0 if site.kind is SiteKind.WEIGHT else int(torch.Size(site.shape).numel())
 
 
-def _blocks(output: Site | None, weight: Site) -> int:
+def _blocks(output: Site | None, weight: Site, sites: SiteTable) -> int:
     """A layer whose output is cut into several operands has one block for each of them."""
-    operands = [name for name in output.consumers if "/matmul" in name] if output is not None else []
+    readers = [sites[name] for name in output.consumers if name in sites] if output is not None else []
+    operands = [reader for reader in readers if reader.operation == "matmul"]
     blocks = max(len(operands), 1)
     return blocks if weight.shape[0] % blocks == 0 else 1
 
@@ -195,11 +219,7 @@ def _made_by(operand: Site, sites: SiteTable) -> str:
     source = sites[operand.source] if operand.source is not None else None
     if source is not None and source.kind is SiteKind.SOFTMAX:
         return "softmax"
-    return "gelu" if source is not None and "/gelu" in source.id else ""
-
-
-def _module(model: nn.Module, operation: str) -> nn.Module:
-    return model.get_submodule(operation.partition("/")[0])
+    return "gelu" if source is not None and source.operation == "gelu" else ""
 
 
 def _unfolds(module: nn.Module) -> bool:
@@ -236,6 +256,6 @@ def _by_head(values: Tensor) -> Tensor:
 def _output_rows(product: Product, values: Tensor) -> Tensor:
     if product.weight is None:
         return _by_head(values)
-    if product.operation.rpartition("/")[2].startswith("conv"):
+    if product.convolution:
         values = values.movedim(1, -1)
     return values.flatten(0, -2)

@@ -20,13 +20,16 @@ from quanttune.errors import ConfigError, QuantTuneError
 from quanttune.inputs import ModelInputs, to_device
 from quanttune.quantization import (
     RANGE_RULES,
+    PerChannel,
+    PerTensor,
     Quantizer,
+    Scheme,
     SiteKind,
     SiteTable,
     UniformQuantizer,
     build_quantizers,
 )
-from quanttune.quantization.twin import TwinGeluQuantizer, TwinSoftmaxQuantizer
+from quanttune.quantization.quantizers.twin import TwinGeluQuantizer, TwinSoftmaxQuantizer
 from quanttune.seeds import torch_generator
 
 METRICS = ("hessian", "mse", "cosine")
@@ -90,8 +93,13 @@ class ScaleSearch(Method):
         if self.images < 1 or self.rounds < 1:
             raise ConfigError(f"{self.name} needs at least one image and one round")
 
-    def skip(self, sites: SiteTable, profile: str) -> str | None:
-        """The search needs a matrix product."""
+    def skip(self, sites: SiteTable, scheme: Scheme) -> str | None:
+        """The search needs a matrix product, static activations, and scales it knows how to search."""
+        weights = scheme.weights
+        if not scheme.is_static:
+            return f"under {scheme} no activation has a static range, against which scales are searched"
+        if not isinstance(weights.granularity, PerChannel | PerTensor) or not weights.symmetric:
+            return f"the search knows symmetric weights per tensor and per channel, not those of {scheme}"
         if any(site.kind is SiteKind.WEIGHT and site.parameter is not None for site in sites.values()):
             return None
         return "the model has no linear layer or convolution whose scales could be searched"
@@ -110,7 +118,9 @@ class ScaleSearch(Method):
         )
         quantizers = (_minmax(context, others) if others else {}) | own
         return Quantized(
-            quantizers, details={"searched_products": len(products), "minmax_sites": len(others)}
+            quantizers,
+            details={"searched_products": len(products), "minmax_sites": len(others)},
+            scheme=context.scheme,
         )
 
     def _key(self, context: Context) -> dict[str, Any]:
@@ -120,8 +130,8 @@ class ScaleSearch(Method):
             "targets": tensor_digest(
                 {"": torch.cat([batch.targets.flatten() for batch in context.calibration])}
             ),
-            "precision": str(context.precision),
-            "granularity": context.weight_granularity,
+            "precision": f"W{context.scheme.weights.bits}A{_activation_bits(context)}",
+            "granularity": context.scheme.weights.granularity.name,
             "seed": context.seed,
             "version": self.version,
         }
@@ -132,12 +142,12 @@ class ScaleSearch(Method):
             for batch in first_items(context.calibration, self.images)
         ]
         settings = Settings(
-            weight_bits=context.precision.weights,
-            activation_bits=context.precision.activations,
+            weight_bits=context.scheme.weights.bits,
+            activation_bits=_activation_bits(context),
             metric=self.metric,
             grid=Grid(self.factor_low, self.factor_high, self.candidates, self.search == "exhaustive"),
             rounds=self.rounds,
-            per_channel=context.weight_granularity == "per_channel",
+            per_channel=isinstance(context.scheme.weights.granularity, PerChannel),
             twin_softmax=self.twin_softmax,
             twin_gelu=self.twin_gelu,
         )
@@ -155,7 +165,7 @@ class ScaleSearch(Method):
     def _curvature(self, context: Context) -> Curvature:
         quantizers = None
         if self.gradient == "minmax_divergence":
-            plain = dataclasses.replace(context, profile="matmul")
+            plain = dataclasses.replace(context, scheme=context.scheme.with_profile("matmul"))
             quantizers = _minmax(plain, plain.profile_sites)
         return partial(
             output_curvature,
@@ -169,7 +179,7 @@ class ScaleSearch(Method):
     def _own_quantizers(
         self, products: Sequence[Product], found: Mapping[str, Tensor], context: Context
     ) -> dict[str, Quantizer]:
-        bits = context.precision.activations
+        bits = _activation_bits(context)
         own: dict[str, Quantizer] = {}
         for product in products:
             left = product.left_quantized
@@ -183,7 +193,9 @@ class ScaleSearch(Method):
             if product.weight is None:
                 own[product.right] = _symmetric(found[f"{product.right}|limit"], bits, axis)
             else:
-                own[product.right] = _symmetric(found[f"{product.right}|limit"], context.precision.weights, 0)
+                own[product.right] = _symmetric(
+                    found[f"{product.right}|limit"], context.scheme.weights.bits, 0
+                )
         return own
 
 
@@ -241,8 +253,13 @@ def _minmax(context: Context, sites: SiteTable) -> dict[str, Quantizer]:
         context.model,
         sites,
         context.statistics(),
-        context.precision,
+        context.scheme,
         RANGE_RULES.get("minmax"),
-        symmetric=context.symmetric,
-        weight_granularity=context.weight_granularity,
     )
+
+
+def _activation_bits(context: Context) -> int:
+    form = context.scheme.activations
+    if form is None:
+        raise ConfigError(f"{context.scheme} leaves activations in float; the search needs their width")
+    return form.bits

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from baselines.products import ProductData
-from quanttune.quantization.twin import TwinGeluQuantizer, TwinSoftmaxQuantizer
+from quanttune.quantization.quantizers.twin import TwinGeluQuantizer, TwinSoftmaxQuantizer
 
 STRIDE = 8
 SPLITS = tuple(2.0**-exponent for exponent in range(20))

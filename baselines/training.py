@@ -16,7 +16,7 @@ from baselines.method import METHODS, Context, Method, Quantized, silent
 from quanttune.errors import ConfigError
 from quanttune.inputs import ModelInputs, call_model, logits_of, to_device
 from quanttune.outlier_loss import OutlierLoss, OutlierLossConfig
-from quanttune.quantization import SiteKind
+from quanttune.quantization import Scheme, SiteKind, SiteTable
 from quanttune.replicas import run_replicated
 from quanttune.seeds import derive_seed, torch_generator
 from quanttune.tuner import Schedule, tune
@@ -65,6 +65,10 @@ class FineTuning(Method):
         rest = super(FineTuning, plain).label
         return rest if self.calibrator == type(self).calibrator else f"{rest}+{self.calibrator}"
 
+    def skip(self, sites: SiteTable, scheme: Scheme) -> str | None:
+        """What its calibrator cannot quantize."""
+        return METHODS.get(self.calibrator)().skip(sites, scheme)
+
     def outlier_settings(self) -> OutlierLossConfig | None:
         """The outlier-driven loss, or ``None`` for plain fine-tuning."""
         return None
@@ -88,13 +92,15 @@ class FineTuning(Method):
         if context.autocast is not None:
             key["autocast"] = str(context.autocast)
         weights = context.stages.tensors("tuning", key, lambda: self._tune(context, schedule, key))
-        model = copy.deepcopy(context.model)
-        model.load_state_dict(weights)
-        model.to(context.device).eval()
-        tuned = dataclasses.replace(context, model=model)
+        tuned = context.changed(weights)
         quantized = METHODS.get(self.calibrator)().quantize(tuned)
         details = {"schedule": dataclasses.asdict(schedule), **_outermost(tuned)}
-        return Quantized(quantized.quantizers, weights, {**quantized.details, **details})
+        return dataclasses.replace(
+            quantized,
+            weights=weights,
+            details={**quantized.details, **details},
+            weights_origin=context.stages.reference("tuning", key),
+        )
 
     def _schedule(self, context: Context) -> Schedule:
         given = {name: getattr(self, name, None) for name in _RECIPE}
@@ -110,7 +116,7 @@ class FineTuning(Method):
         if context.processes == 1:
             return self.tuned(context, schedule, key)
         model = copy.deepcopy(context.model).cpu()
-        given = dataclasses.replace(context, model=model, calibration=[], progress=silent)
+        given = dataclasses.replace(context, model=model, calibration=[], progress=silent, copies=None)
         return run_replicated(
             _replica,
             (self, given, schedule, key),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from baselines.method import METHODS, Batch, Context, MemoryStages, Quantized
 from quanttune.digests import canonical_json
-from quanttune.quantization import Precision
+from quanttune.quantization import Scheme
 from quanttune.seeds import torch_generator
 from tests.quantization.models import build, inputs, sites
 
@@ -65,7 +65,7 @@ def context_for(model: str, profile: str = "full", precision: str = "W8A8", **ch
         "identity": {"model": model},
         "calibration": [batch_of(model, 6, seed) for seed in (1, 2)],
     }
-    return Context(build(model), sites(model), profile, Precision.parse(precision), **(settings | changes))
+    return Context(build(model), sites(model), Scheme.parse(precision, profile), **(settings | changes))
 
 
 _made: dict[tuple[str, ...], tuple[Context, Quantized]] = {}
@@ -77,7 +77,7 @@ def made(name: str, model: str, profile: str, precision: str = "W8A8") -> tuple[
     if key not in _made:
         context = context_for(model, profile, precision)
         method = METHODS.get(name)()
-        reason = method.skip(context.sites, profile)
+        reason = method.skip(context.sites, context.scheme)
         assert reason is None, f"{name} must apply to a {model}: {reason}"
         _made[key] = (context, method.quantize(context))
     return _made[key]

@@ -25,7 +25,7 @@ from benchmark.keep.stages import Stages
 from benchmark.subject.lookup import get_model
 from benchmark.subject.tasks.task import get_task
 from quanttune.inputs import call_model, logits_of
-from quanttune.quantization import Precision, UniformQuantizer, discover_sites, simulate
+from quanttune.quantization import Scheme, UniformQuantizer, discover_sites, simulate
 from quanttune.seeds import torch_generator
 
 
@@ -138,7 +138,7 @@ def model_and_batches(name: str, n_batches: int = 2, size: int = 8) -> tuple[nn.
 def context_for(name: str, profile: str = "full", precision: str = "W8A8", **changes) -> Context:
     model, batches = model_and_batches(name)
     sites = discover_sites(model, batches[0].inputs)
-    return Context(model, sites, profile, Precision.parse(precision), batches, **changes)
+    return Context(model, sites, Scheme.parse(precision, profile), batches, **changes)
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Trained:
 
     def context(self, profile: str, precision: str) -> Context:
         sites = discover_sites(self.model, self.calibration[0].inputs)
-        return Context(self.model, sites, profile, Precision.parse(precision), self.calibration)
+        return Context(self.model, sites, Scheme.parse(precision, profile), self.calibration)
 
     def measure(self, quantizers) -> Measured:
         with torch.no_grad():
@@ -217,7 +217,7 @@ def pretrained_context(name: str, precision: str) -> Context:
     """A model of the laptop suite; its reference is made anew unless QUANTTUNE_TEST_RESULTS names a store."""
     model, batches = _pretrained_parts(name)
     sites = discover_sites(model, batches[0].inputs)
-    return Context(model, sites, "matmul", Precision.parse(precision), batches)
+    return Context(model, sites, Scheme.parse(precision, "matmul"), batches)
 
 
 def rank_correlations(context: Context, gradients: Sequence[str]) -> dict[str, float]:
@@ -229,8 +229,12 @@ def rank_correlations(context: Context, gradients: Sequence[str]) -> dict[str, f
     """
     batch = next(first_items(context.calibration, 32))
     products = find_products(context.model, context.sites)
-    bits = context.precision.activations
-    minmax = METHODS.get("minmax")().quantize(dataclasses.replace(context, profile="matmul")).quantizers
+    bits = context.scheme.activations.bits
+    minmax = (
+        METHODS.get("minmax")()
+        .quantize(dataclasses.replace(context, scheme=context.scheme.with_profile("matmul")))
+        .quantizers
+    )
     with torch.no_grad():
         exact = torch.log_softmax(logits_of(call_model(context.model, batch.inputs)), -1)
     errors: dict[str, list[float]] = {"plain": [], "measured": []}

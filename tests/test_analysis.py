@@ -26,7 +26,7 @@ from quanttune.errors import ConfigError, QuantTuneError
 from quanttune.inputs import call_model, logits_of
 from quanttune.quantization import (
     RANGE_RULES,
-    Precision,
+    Scheme,
     SiteHandlers,
     SiteTable,
     TensorStatistics,
@@ -282,7 +282,7 @@ def test_saturation_is_a_fraction(saturation: float) -> None:
 def test_the_sweep_measures_the_model_under_each_saturation() -> None:
     model, sites, batches = tiny("tiny_vit")
     statistics = collect_statistics(model, batches, sites)
-    precision = Precision.parse("W6A6")
+    precision = Scheme.parse("W6A6")
 
     def measure() -> Tensor:
         with torch.no_grad():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from baselines.method import METHODS, Batch, Context, Method, Quantized
 from quanttune.digests import canonical_json, tensor_digest
-from quanttune.quantization import SiteKind, simulate
+from quanttune.quantization import Scheme, SiteKind, simulate
 from quanttune.seeds import torch_generator
 from tests.method_contexts import CausalTraining, CountingStages, batch_of, causal_batch, context_for, made
 from tests.quantization.models import inputs, logits, one_thread, sites
@@ -91,7 +91,7 @@ def test_parameters_are_plain_and_rebuild_the_method(name: str) -> None:
 def test_skip_answers_with_a_reason_or_nothing(name: str) -> None:
     for model in (*MODELS, "swin", "opt", "llama", "deit_distilled"):
         for profile in ("full", "matmul"):
-            reason = METHODS.get(name)().skip(sites(model), profile)
+            reason = METHODS.get(name)().skip(sites(model), Scheme.parse("W8A8", profile))
             assert reason is None or (isinstance(reason, str) and reason.strip() and "\n" not in reason)
 
 
@@ -262,7 +262,7 @@ def test_runs_on_a_causal_language_model_or_says_why_not(name: str, model: str) 
         training=CausalTraining(model),
     )
     method = METHODS.get(name)()
-    if method.skip(context.sites, "full") is not None:
+    if method.skip(context.sites, context.scheme) is not None:
         return
     before = tensor_digest(context.model.state_dict())
     quantized = method.quantize(context)
@@ -279,13 +279,21 @@ def test_runs_on_a_causal_language_model_or_says_why_not(name: str, model: str) 
 
 
 @every_method
-@pytest.mark.parametrize("weight_granularity", ["per_channel", "per_tensor"])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_obeys_the_common_protocol_or_names_its_own(
-    name: str, weight_granularity: str, symmetric: bool
-) -> None:
-    context = context_for("vit", weight_granularity=weight_granularity, symmetric=symmetric)
-    quantized = METHODS.get(name)().quantize(context)
+@pytest.mark.parametrize(
+    "scheme", ["W8A8", "W8tA8", "W8A8-asym", "W8tA8-asym", "W4A8", "W4g8A8", "W4g8zA8-token", "W4", "W4g8"]
+)
+def test_takes_every_scheme_or_says_why_not(name: str, scheme: str) -> None:
+    context = context_for("vit", precision=scheme)
+    method = METHODS.get(name)()
+    reason = method.skip(context.sites, context.scheme)
+    if reason is not None:
+        assert str(context.scheme) in reason
+        assert context.scheme.weights.granularity.name == "per_group" or not context.scheme.is_static
+        return
+    quantized = method.quantize(context)
+    assert set(quantized.quantizers) <= set(context.sites)
+    if not context.scheme.quantizes_activations:
+        assert set(quantized.quantizers) <= set(context.sites.weights())
     batch = inputs("vit", 4, 5)
     assert torch.isfinite(quantized_logits(context, quantized, batch)).all()
 

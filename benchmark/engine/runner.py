@@ -186,7 +186,7 @@ class CellRunner:
             return self._record(
                 cell, session, started, reference, reference, session.reference_digest
             ), reference
-        reason = method.skip(session.sites, cell.profile)
+        reason = method.skip(session.sites, cell.scheme)
         if reason is not None:
             record = Record(
                 cell,
@@ -200,7 +200,7 @@ class CellRunner:
             return record, None
         quantized = method.quantize(session.context(cell))
         items, own, digest = self._evaluate(cell, session, quantized)
-        sites = site_rows(session.sites.profile(cell.profile), quantized)
+        sites = site_rows(cell.scheme.sites(session.sites), quantized)
         record = self._record(cell, session, started, reference, items, digest, own, quantized.details, sites)
         return record, items
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,15 @@ CALIBRATION_BATCH = 32
 
 class GateError(QuantTuneError):
     """A reference whose metric is not the expected one; nothing is quantized from it."""
+
+
+@dataclass(frozen=True)
+class _Changed:
+    """A copy of the model with other weights."""
+
+    weights: Mapping[str, Tensor]
+    digest: str
+    model: nn.Module
 
 
 class Session:
@@ -59,7 +69,7 @@ class Session:
         self._stages = stages
         self._draws: dict[tuple[int, int], list[int]] = {}
         self._calibration: tuple[tuple[int, int], list[Batch]] | None = None
-        self._tuned: tuple[str, nn.Module] | None = None
+        self._changed: _Changed | None = None
 
     @cached_property
     def model_identity(self) -> str:
@@ -114,15 +124,21 @@ class Session:
         return model.to(self.device).eval()
 
     def with_weights(self, weights: Mapping[str, Tensor] | None) -> tuple[nn.Module, str]:
-        """A model with the given weights and their digest; the reference itself for ``None``."""
+        """A model with the given weights and their digest; the reference itself for ``None``.
+
+        The last one is kept, one at a time, so that a method and the evaluation share copy and digest.
+        """
         if weights is None:
             return self.model, self.reference_digest
+        if self._changed is not None and self._changed.weights is weights:
+            return self._changed.model, self._changed.digest
         digest = tensor_digest(weights)
-        if self._tuned is None or self._tuned[0] != digest:
+        if self._changed is None or self._changed.digest != digest:
             model = copy.deepcopy(self.model)
             model.load_state_dict(dict(weights))
-            self._tuned = (digest, model.eval())  # one at a time: memory stays bounded
-        return self._tuned[1], digest
+            self._changed = _Changed(weights, digest, model.eval())
+        self._changed = replace(self._changed, weights=weights)
+        return self._changed.model, digest
 
     @cached_property
     def sites(self) -> SiteTable:
@@ -145,18 +161,14 @@ class Session:
     def context(self, cell: Cell) -> Context:
         """Everything the method of one of this model's cells may use."""
         from baselines.method import Context
-        from quanttune.quantization import Precision
 
         return Context(
             model=self.model,
             sites=self.sites,
-            profile=cell.profile,
-            precision=Precision.parse(cell.precision),
+            scheme=cell.scheme,
             calibration=self.calibration(cell.calibration_items, cell.seed),
             training=self.task.training_data(self.entry),
             recipe=self.entry.recipe,
-            weight_granularity=cell.weight_granularity,
-            symmetric=cell.symmetric,
             seed=cell.seed,
             device=self.device,
             stages=self.stages,
@@ -164,6 +176,8 @@ class Session:
             autocast=autocast_type(cell.autocast),
             processes=self.processes,
             progress=self.progress,
+            weights_digest=self.reference_digest,
+            copies=self.with_weights,
         )
 
     def fp32_items(

@@ -9,10 +9,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from benchmark.grid.autocast import FULL_PRECISION
+from benchmark.grid.schemes import scheme_of
 from quanttune.digests import canonical_json, json_digest
 
 if TYPE_CHECKING:
     from baselines.method import Method
+    from quanttune.quantization.scheme import Scheme
 
 ENGINE_VERSION = 1
 """Part of every cell id: raise it when the engine measures the same settings differently."""
@@ -101,6 +103,11 @@ class Cell:
         """
         shared = {name: value for name, value in self.parameters.items() if name != "calibrator"}
         return json_digest([self.model_identity, self.method, shared, self.seed, self.autocast])
+
+    @cached_property
+    def scheme(self) -> Scheme:
+        """How the tensors of this cell are quantized; the reference has none."""
+        return scheme_of(self.precision, self.weight_granularity, self.symmetric, self.profile)
 
     def make_method(self) -> Method:
         """The method of this cell with its parameters."""

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from benchmark.grid.autocast import AUTOCAST
 from benchmark.grid.cells import NO_RECIPE, REFERENCE_METHOD, REFERENCE_PRECISION, Cell
+from benchmark.grid.schemes import axes_of, scheme_of
 from benchmark.grid.suite import MethodSpec, Suite
 from benchmark.subject.lookup import FOLDER_PREFIX, get_model
 from benchmark.subject.tasks.task import get_task
 from quanttune.digests import canonical_json, json_digest
 from quanttune.errors import ConfigError, UnknownNameError
-from quanttune.quantization.precision import Precision
+from quanttune.quantization.scheme import Scheme
 from quanttune.quantization.sites import PROFILES
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def expand(
     models = _choose("model", suite.models, selection.models, suite.name)
     names = _choose("method", [spec.name for spec in suite.methods], selection.methods, suite.name)
     methods = [(spec, _instance(spec)) for spec in suite.methods if spec.name in names]
-    precisions = [str(Precision.parse(text)) for text in selection.precisions or suite.precisions]
+    precisions = [str(Scheme.parse(text)) for text in selection.precisions or suite.precisions]
     profiles = selection.profiles or suite.profiles
     for profile in profiles:
         if profile not in PROFILES:
@@ -109,9 +110,8 @@ def _model_cells(
                 for granularity in suite.weight_granularity:
                     for symmetric in suite.symmetric:
                         for precision in precisions:
-                            yield _cell(
-                                base, spec.name, method, profile, precision, granularity, symmetric, seed
-                            )
+                            axes = axes_of(scheme_of(precision, granularity, symmetric, profile))
+                            yield _cell(base, spec.name, method, profile, *axes, seed)
 
 
 def _cell(

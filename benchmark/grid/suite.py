@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmark.grid.autocast import AUTOCAST, FULL_PRECISION
 from quanttune.errors import ConfigError, UnknownNameError
-from quanttune.quantization.precision import Precision
+from quanttune.quantization.scheme import Scheme
 from quanttune.quantization.sites import PROFILES
 
 DEFAULT_SUITE = "laptop"
@@ -125,7 +125,7 @@ def parse_suite(name: str, text: str, origin: str) -> Suite:
         raise ConfigError(f"{what}: split = {values['split']!r}; known: {', '.join(SPLITS)}")
     if values.get("autocast", FULL_PRECISION) not in AUTOCAST:
         raise ConfigError(f"{what}: autocast = {values['autocast']!r}; known: {', '.join(AUTOCAST)}")
-    values["precisions"] = tuple(str(Precision.parse(text)) for text in values["precisions"])
+    values["precisions"] = tuple(str(Scheme.parse(text)) for text in values["precisions"])
     return Suite(name=name, methods=methods, origin=origin, **{"description": "", **values})
 
 

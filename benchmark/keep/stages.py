@@ -22,6 +22,7 @@ from quanttune.errors import ConfigError, TuningDivergedError
 if TYPE_CHECKING:
     from torch import Tensor
 
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[a-z0-9_]{1,40}")
 
 
@@ -83,6 +84,17 @@ class Stages:
             self.seconds += seconds
             _save(path, tensors, {"stage": stage, **full_key, "seconds": round(seconds, 3)})
         return tensors
+
+    def reference(self, stage: str, key: Mapping[str, Any]) -> str:
+        """A name of what is kept under ``stage`` and ``key``, with which :meth:`open` finds it again."""
+        return f"{stage}/{self._identify(stage, key)[1]}"
+
+    def open(self, reference: str) -> dict[str, Tensor] | None:
+        """The tensors that :meth:`reference` named; ``None`` if they are not kept, or not intact."""
+        stage, _, digest = reference.partition("/")
+        if not (_NAME.fullmatch(stage) and _DIGEST.fullmatch(digest)):
+            raise ConfigError(f"{reference!r} names no stage; it should read like tuning/<sha256>")
+        return _load(self.folder / stage / f"{digest}.safetensors")
 
     def checkpoint(self, stage: str, key: Mapping[str, Any]) -> Path:
         """Where unfinished work on a stage is saved, so that an interrupted run goes on where it was."""

@@ -89,8 +89,8 @@ def _quantize(
     from quanttune.inputs import call_model, logits_of
     from quanttune.quantization import (
         RANGE_RULES,
-        Precision,
         Quantizer,
+        Scheme,
         TensorStatistics,
         build_quantizers,
         collect_statistics,
@@ -112,7 +112,7 @@ def _quantize(
     def build() -> None:
         for rule, width in itertools.product(RULES, PRECISIONS):
             found = RANGE_RULES.get(rule)
-            made[rule, width] = build_quantizers(model, full, statistics, Precision.parse(width), found)
+            made[rule, width] = build_quantizers(model, full, statistics, Scheme.parse(width), found)
 
     forward()
     plain = outputs[0]

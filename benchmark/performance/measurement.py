@@ -69,14 +69,13 @@ class Setup:
     def context(self, precision: str, profile: str, items: int = 128, seed: int = 0) -> Context:
         """What a method is given; its stage cache is new, so nothing is read from an earlier run."""
         from baselines.method import Context
-        from quanttune.quantization import Precision
+        from quanttune.quantization import Scheme
 
         sites = self.session.sites
         return Context(
             model=self.session.model,
             sites=sites,
-            profile=profile,
-            precision=Precision.parse(precision),
+            scheme=Scheme.parse(precision, profile),
             calibration=self.session.calibration(items, seed),
             seed=seed,
             device=self.session.device,

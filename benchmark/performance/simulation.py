@@ -26,7 +26,7 @@ def simulation(setup: Setup) -> Sequence[Row]:
     )
     statistics = collect_statistics(context.model, batches, sites)
     quantizers: dict[str, Quantizer] = build_quantizers(
-        context.model, sites, statistics, context.precision, RANGE_RULES.get("minmax")
+        context.model, sites, statistics, context.scheme, RANGE_RULES.get("minmax")
     )
 
     def forward() -> None:

@@ -26,7 +26,7 @@ from quanttune.errors import StoreError
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from baselines.method import Context
     from benchmark.engine.session import Session
@@ -127,8 +127,7 @@ class ModelAnalysis:
         from quanttune.quantization.statistics import statistics_from_tensors, statistics_to_tensors
 
         def make() -> dict[str, Tensor]:
-            context, model = self._loaded(weights)
-            statistics = context.statistics(model)
+            statistics = self._loaded(weights).statistics()
             return statistics_to_tensors({site_id: statistics[site_id] for site_id in sites})
 
         key = {**self._key(weights), "sites": sites}
@@ -163,7 +162,6 @@ class ModelAnalysis:
 
         from benchmark.engine.measure import Items, evaluate
         from quanttune.analysis import SATURATIONS, saturation_sweep
-        from quanttune.quantization import Precision
 
         session = self._session
         context = session.context(self.cell)
@@ -189,11 +187,9 @@ class ModelAnalysis:
                 session.model,
                 context.profile_sites,
                 context.statistics(),
-                Precision.parse(precision),
+                replace(self.cell, precision=precision).scheme,
                 measure,
                 (saturation,),
-                symmetric=self.cell.symmetric,
-                weight_granularity=self.cell.weight_granularity,
             )
         return {
             "ids": torch.from_numpy(finished[0.0].ids),
@@ -247,11 +243,11 @@ class ModelAnalysis:
         from quanttune.analysis import infinity_norms
         from quanttune.inputs import to_device
 
-        context, model = self._loaded(weights)
-        statistics = context.statistics(model)
+        context = self._loaded(weights)
+        statistics = context.statistics()
         what = f"{self.model}, {weights.name}"
         norms = infinity_norms(
-            model,
+            context.model,
             (to_device(batch.inputs, self._device) for batch in context.calibration),
             context.profile_sites,
             lambda done: self._progress(f"{what}: infinity norms", done, len(context.calibration)),
@@ -260,23 +256,22 @@ class ModelAnalysis:
             statistics,
             norms,
             self.precisions,
-            context.symmetric,
+            self.cell.symmetric,
             lambda done: self._progress(f"{what}: error by cause", done, len(statistics)),
         )
 
-    def _loaded(self, weights: WeightSet) -> tuple[Context, nn.Module]:
-        """The context of the weights' cell, and a model that holds them."""
+    def _loaded(self, weights: WeightSet) -> Context:
+        """The context of the weights' cell, with a model that holds them."""
         session = self._session
         if weights.name == REFERENCE:
-            return session.context(self.cell), session.model
+            return session.context(self.cell)
         context = session.context(weights.cell)
         tuned = self._kept_weights(weights)
         if tuned is None:
             tuned = weights.cell.make_method().quantize(context).weights
-        model, digest = session.with_weights(tuned)
-        if digest != weights.digest:
+        if tuned is None or (loaded := context.changed(tuned)).weights_digest != weights.digest:
             raise self._changed(weights.name)
-        return replace(context, model=model), model
+        return loaded
 
     def _kept_weights(self, weights: WeightSet) -> dict[str, Tensor] | None:
         """The tuned weights that the record names, if they are still kept."""

@@ -45,9 +45,10 @@ def site_tables(
     import torch
 
     from quanttune.analysis import decompose, outlier_metrics
-    from quanttune.quantization import RANGE_RULES, Precision
+    from quanttune.quantization import RANGE_RULES, Scheme
 
-    widths = [Precision.parse(precision).activations for precision in precisions]
+    formats = [Scheme.parse(precision).activations for precision in precisions]
+    widths = [form.bits for form in formats if form is not None]
     made = {}
     for done, (site_id, summary) in enumerate(statistics.items(), start=1):
         found = outlier_metrics(summary)

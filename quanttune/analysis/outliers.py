@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from quanttune.analysis.decomposition import ORDINARY
-from quanttune.errors import QuantTuneError
-from quanttune.inputs import ModelInputs, batch_size_of, call_model
-from quanttune.quantization import SiteHandlers, SiteTable, TensorStatistics
-from quanttune.quantization.tracing import Handler
+from quanttune.inputs import ModelInputs, batch_size_of
+from quanttune.quantization import Observer, SiteId, SiteTable, TensorStatistics, observe
+from quanttune.quantization.observation import Bounds
 
 _LISTS = frozenset({"blocks", "layer", "layers", "h"})
 """Names that models give to a list of equal layers inside another list, as Swin does."""
@@ -96,31 +95,39 @@ def infinity_norms(
     Raises:
         QuantTuneError: If there is no batch.
     """
-    totals = dict.fromkeys(sites.activations(), 0.0)
-    items = 0
-    batch = 0
+    counter = _Counter()
+    norms = {site_id: _Norms(counter) for site_id in sites.activations()}
+    observe(model, counter.counted(batches), norms, progress=progress)
+    return {site_id: observer.total / counter.items for site_id, observer in norms.items()}
 
-    def observer(site_id: str) -> Handler:
-        def observe(values: Tensor) -> Tensor:
-            magnitudes = values.detach().abs()
-            if values.dim() and values.shape[0] % batch == 0:
-                totals[site_id] += float(magnitudes.reshape(batch, -1).amax(dim=1).sum(dtype=torch.float64))
-            else:
-                totals[site_id] += batch * float(magnitudes.amax())
-            return values
 
-        return observe
+class _Counter:
+    """Which batch is running, and how many items there were."""
 
-    with torch.no_grad(), SiteHandlers(model, {site_id: observer(site_id) for site_id in totals}):
-        for done, inputs in enumerate(batches, start=1):
-            batch = batch_size_of(inputs)
-            call_model(model, inputs)
-            items += batch
-            if progress is not None:
-                progress(done)
-    if not items:
-        raise QuantTuneError("there are no items to measure infinity norms on; give at least one batch")
-    return {site_id: total / items for site_id, total in totals.items()}
+    def __init__(self) -> None:
+        self.batch = self.items = 0
+
+    def counted(self, batches: Iterable[ModelInputs]) -> Iterator[ModelInputs]:
+        for inputs in batches:
+            self.batch = batch_size_of(inputs)
+            self.items += self.batch
+            yield inputs
+
+
+class _Norms(Observer):
+    """The sum of ``max |x|`` over items."""
+
+    def __init__(self, counter: _Counter) -> None:
+        self.total = 0.0
+        self._counter = counter
+
+    def update(self, values: Tensor, bounds: Bounds) -> None:
+        batch = self._counter.batch
+        if values.dim() and values.shape[0] % batch == 0:
+            magnitudes = values.detach().abs().reshape(batch, -1)
+            self.total += float(magnitudes.amax(dim=1).sum(dtype=torch.float64))
+        else:
+            self.total += batch * max(-bounds[0], bounds[1])
 
 
 def layer_of(site_id: str) -> str:
@@ -129,7 +136,7 @@ def layer_of(site_id: str) -> str:
     ``blocks.3.attn/matmul.a`` belongs to ``blocks.3``, ``layers.1.blocks.0/add.output`` to
     ``layers.1.blocks.0``; what lies in no list belongs to its outermost module, or to ``""``.
     """
-    parts = site_id.partition("/")[0].split(".")
+    parts = SiteId.parse(site_id).module.split(".")
     found = next((index for index, part in enumerate(parts) if part.isdigit()), None)
     if found is None:
         return parts[0]

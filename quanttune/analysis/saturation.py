@@ -10,8 +10,8 @@ from torch import nn
 from quanttune.errors import ConfigError
 from quanttune.quantization import (
     RANGE_RULES,
-    Precision,
     RangeRule,
+    Scheme,
     SiteTable,
     TensorStatistics,
     build_quantizers,
@@ -48,12 +48,9 @@ def saturation_sweep(
     model: nn.Module,
     sites: SiteTable,
     statistics: Mapping[str, TensorStatistics],
-    precision: Precision,
+    scheme: Scheme,
     measure: Callable[[], _Measured],
     saturations: Iterable[float] = SATURATIONS,
-    *,
-    symmetric: bool = True,
-    weight_granularity: str = "per_channel",
 ) -> dict[float, _Measured]:
     """Quantize a model once for each saturation, the same at every activation site, and measure it.
 
@@ -61,26 +58,16 @@ def saturation_sweep(
         model: In evaluation mode.
         sites: Sites of one profile.
         statistics: Of every activation site of ``sites``.
-        precision: Bit widths of weights and activations.
+        scheme: Formats of weights and activations; weights are never clipped.
         measure: Runs ``model``, e.g. over a test set, while it is quantized.
         saturations: Fractions of the range that are cut away.
-        symmetric: Whether activation quantizers are symmetric.
-        weight_granularity: ``per_channel`` or ``per_tensor``; weights are never clipped.
 
     Returns:
         What ``measure`` returned, by saturation.
     """
     measured = {}
     for saturation in saturations:
-        quantizers = build_quantizers(
-            model,
-            sites,
-            statistics,
-            precision,
-            saturating(saturation),
-            symmetric=symmetric,
-            weight_granularity=weight_granularity,
-        )
+        quantizers = build_quantizers(model, sites, statistics, scheme, saturating(saturation))
         with simulate(model, quantizers):
             measured[saturation] = measure()
     return measured

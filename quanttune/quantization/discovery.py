@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from quanttune.errors import QuantTuneError
 from quanttune.inputs import ModelInputs, call_model, logits_of
-from quanttune.quantization.sites import Site, SiteKind, SiteTable
+from quanttune.quantization.axes import channel_axis, produced_axis
+from quanttune.quantization.sites import Site, SiteId, SiteKind, SiteTable
 from quanttune.quantization.tracing import SiteVisitor, walks
 
 _MARK = "_quanttune_site"
@@ -28,17 +29,21 @@ _PRODUCT = "<product>"  # of two tensors, element by element
 _RESULT_KINDS = {
     "linear": SiteKind.LINEAR_OUTPUT,
     "conv": SiteKind.LINEAR_OUTPUT,
-    "softmax": SiteKind.UNQUANTIZED,  # becomes SOFTMAX when a matrix product consumes it
+    "softmax": SiteKind.FREE_SOFTMAX,  # becomes SOFTMAX when a matrix product consumes it
     "layer_norm": SiteKind.NORM,
     "rms_norm": SiteKind.NORM,
-    "matmul": SiteKind.UNQUANTIZED,  # attention scores; the product of a softmax becomes ATTENTION_OUTPUT
+    "matmul": SiteKind.SCORES,  # the product of a softmax becomes ATTENTION_OUTPUT
 }
+_ACTIVATION_FUNCTIONS = frozenset({"gelu", "silu", "relu", "tanh"})
 _OPERAND_KINDS = {
     "linear": SiteKind.LINEAR_INPUT,
     "conv": SiteKind.LINEAR_INPUT,
     "matmul": SiteKind.MATMUL_INPUT,
+    "softmax": SiteKind.SOFTMAX_INPUT,
+    "layer_norm": SiteKind.NORM_INPUT,
+    "rms_norm": SiteKind.NORM_INPUT,
+    **dict.fromkeys(_ACTIVATION_FUNCTIONS, SiteKind.PRE_ACTIVATION),
 }
-_ACTIVATION_FUNCTIONS = frozenset({"gelu", "silu", "relu", "tanh"})
 
 # Operations whose result holds the same numbers, up to one constant factor, in another arrangement.
 _ARRANGEMENTS = (
@@ -92,6 +97,8 @@ class _Discovery(SiteVisitor):
         self._summands: dict[str, list[str | None]] = {}
         self._scores: set[str] = set()  # results of matrix products that no softmax fed, and their sums
         self._projected_embeddings: set[str] = set()
+        self._tensors: dict[str, Tensor] = {}  # what a normalisation may read, for the axis of its channels
+        self._widths = {len(parameter) for parameter in model.parameters() if parameter.dim() == 1}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -128,49 +135,58 @@ class _Discovery(SiteVisitor):
             _mark_all(result, None)  # new numbers, perhaps in the place of old ones
         return result
 
-    def visit(self, site_id: str, tensor: Tensor) -> Tensor:
-        operation, _, operand = site_id.rpartition(".")
-        name = operation.rpartition("/")[2].partition("#")[0]
-        if operand == "weight":
-            self._record(site_id, SiteKind.WEIGHT, tensor, parameter=self._parameters.get(id(tensor)))
-        elif operand == "output":
-            self._result(site_id, operation, name, tensor)
+    def visit(self, site: SiteId, tensor: Tensor) -> Tensor:
+        if site.operand == "weight":
+            self._record(site, SiteKind.WEIGHT, tensor, parameter=self._parameters.get(id(tensor)))
+        elif site.operand == "output":
+            self._result(site, tensor)
         else:
-            self._operand(site_id, name, tensor)
+            self._operand(site, tensor)
         return tensor
 
     def rearranged(self, result: Tensor, source: Tensor) -> Tensor:
         _mark_all(result, _mark_of(source))
         return result
 
-    def _operand(self, site_id: str, name: str, tensor: Tensor) -> None:
-        source = _mark_of(tensor)
+    def _operand(self, site: SiteId, tensor: Tensor) -> None:
+        name, source = site.operation, _mark_of(tensor)
         if name == "linear" and source == _EMBEDDING:
-            self._projected_embeddings.add(f"{site_id.rpartition('.')[0]}.output")
+            self._projected_embeddings.add(str(site.call.site("output")))
         source = source if source in self.sites else None
         if source is not None:
-            self._read(source, site_id)
-        if name in _ACTIVATION_FUNCTIONS and source is not None:
-            self._change(source, SiteKind.UNQUANTIZED)
-        if name in _OPERAND_KINDS:
-            if name == "matmul" and source is not None and "/softmax" in source:
+            self._read(source, str(site))
+            if name in _ACTIVATION_FUNCTIONS:
+                self._change(source, SiteKind.PRE_ACTIVATION)
+            if name == "matmul" and self.sites[source].operation == "softmax":
                 self._change(source, SiteKind.SOFTMAX)
-            self._record(site_id, _OPERAND_KINDS[name], tensor, source=source)
+            if _OPERAND_KINDS[name] is SiteKind.NORM_INPUT:
+                self._set_axis(source, tensor)
+            if name == "softmax":
+                # Scaled and masked on the way, and how much of that is seen depends on the implementation.
+                source = None
+        self._record(site, _OPERAND_KINDS[name], tensor, source=source)
 
-    def _result(self, site_id: str, operation: str, name: str, tensor: Tensor) -> None:
+    def _result(self, site: SiteId, tensor: Tensor) -> None:
+        name = site.operation
         if name == "add":
             kind = SiteKind.RESIDUAL_SUM  # _classify_sum, which sees the operands, has the last word
-            self._sum = site_id
+            self._sum = str(site)
         elif name in _ACTIVATION_FUNCTIONS:
             kind = SiteKind.ACTIVATION
         else:
             kind = _RESULT_KINDS[name]
-        if name == "matmul" and "/softmax" in (self.sites[f"{operation}.a"].source or ""):
-            kind = SiteKind.ATTENTION_OUTPUT
-        elif name == "matmul":
-            self._scores.add(site_id)
-        self._record(site_id, kind, tensor)
-        _mark_all(tensor, site_id)
+        if name == "matmul":
+            source = self.sites[str(site.call.site("a"))].source
+            if source is not None and self.sites[source].operation == "softmax":
+                kind = SiteKind.ATTENTION_OUTPUT
+            else:
+                self._scores.add(str(site))
+        self._record(site, kind, tensor)
+        # Where shapes alone tell the channels, the numbers are not kept: all activations at once are many.
+        sizes = tensor.shape[1:]
+        ambiguous = any(sizes.count(size) > 1 for size in self._widths.intersection(sizes))
+        self._tensors[str(site)] = tensor if ambiguous else torch.empty(tensor.shape, device="meta")
+        _mark_all(tensor, str(site))
 
     def _take_sum(self) -> str | None:
         site_id, self._sum = self._sum, None
@@ -181,15 +197,15 @@ class _Discovery(SiteVisitor):
         kinds = [self.sites[mark].kind if mark in self.sites else None for mark in marks]
         if any(mark in self._scores for mark in marks):
             self._scores.add(site_id)
-            self._change(site_id, SiteKind.UNQUANTIZED)  # a bias on the attention scores
+            self._change(site_id, SiteKind.SCORES)  # with a bias
         elif all(mark == _PRODUCT for mark in marks):
-            self._change(site_id, SiteKind.UNQUANTIZED)  # a rotation by position, quantized as an operand
+            self._change(site_id, SiteKind.ROTATED)  # quantized as an operand
         elif has_constant or all(self._is_embedded(mark) for mark in marks):
             self._change(site_id, SiteKind.EMBEDDING_SUM)
             for mark, kind in zip(marks, kinds, strict=True):
                 if mark is not None and kind is SiteKind.EMBEDDING_SUM:
                     # Of a chain of sums, integers hold only the total.
-                    self._change(mark, SiteKind.UNQUANTIZED)
+                    self._change(mark, SiteKind.PARTIAL_SUM)
 
     def _is_embedded(self, mark: str | None) -> bool:
         if mark is None or mark == _EMBEDDING or mark in self._projected_embeddings:
@@ -200,28 +216,36 @@ class _Discovery(SiteVisitor):
         """The mask of a fused attention is added to the scores, so a sum that made it is no residual sum."""
         mark = _mark_of(kwargs.get("attn_mask", args[3] if len(args) > 3 else None))
         if mark in self._summands:
-            self._change(mark, SiteKind.UNQUANTIZED)
+            self._change(mark, SiteKind.MASK)
 
     def leave_logits_in_float(self, logits: Tensor) -> None:
         """Leave in float the site that made ``logits``, and the linear outputs of which it is a mean."""
         mark = _mark_of(logits)
         if mark not in self.sites:
             return
-        self._change(mark, SiteKind.UNQUANTIZED)
+        self._change(mark, SiteKind.LOGITS)
         for summand in self._summands.get(mark, []):
             if summand in self.sites and self.sites[summand].kind is SiteKind.LINEAR_OUTPUT:
-                self._change(summand, SiteKind.UNQUANTIZED)
+                self._change(summand, SiteKind.LOGITS)
 
     def _record(
         self,
-        site_id: str,
+        site: SiteId,
         kind: SiteKind,
         tensor: Tensor,
         parameter: str | None = None,
         source: str | None = None,
     ) -> None:
         shape = tuple(tensor.shape) if kind is SiteKind.WEIGHT else tuple(tensor.shape[1:])
-        self.sites[site_id] = Site(site_id, kind, shape, parameter, source)
+        self.sites[str(site)] = Site(site, kind, shape, produced_axis(site, tensor), parameter, source)
+
+    def _set_axis(self, site_id: str, normalised: Tensor) -> None:
+        """What a normalisation takes for channels is more than what made the tensor can tell."""
+        # Popped: the first normalisation that reads a tensor decides.
+        tensor = self._tensors.pop(site_id, None)
+        if tensor is not None:
+            axis = channel_axis(tensor, normalised)
+            self.sites[site_id] = dataclasses.replace(self.sites[site_id], channel_axis=axis)
 
     def _change(self, site_id: str, kind: SiteKind) -> None:
         self.sites[site_id] = dataclasses.replace(self.sites[site_id], kind=kind)

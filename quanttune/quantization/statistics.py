@@ -10,16 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quanttune.errors import QuantTuneError
-from quanttune.inputs import ModelInputs, call_model
+from quanttune.inputs import ModelInputs
+from quanttune.quantization.observation import Bounds, Observer, finite_bounds, observe
 from quanttune.quantization.sites import SiteTable
-from quanttune.quantization.tracing import Handler, SiteHandlers
+from quanttune.quantization.transforms import Transform
 
 _CODES = 1 << 16
 _SCALARS = ("low", "high", "ema_low", "ema_high", "first_low", "first_high", "batches")
@@ -93,18 +93,18 @@ class TensorStatistics:
     batches: int = 0
     codes: Tensor = field(default_factory=lambda: torch.zeros(_CODES, dtype=torch.int64))
 
-    def update(self, values: Tensor) -> None:
+    def update(self, values: Tensor, bounds: Bounds | None = None) -> None:
         """Add a batch of values of any shape.
+
+        Args:
+            values: The batch.
+            bounds: Its smallest and largest value if they are known already.
 
         Raises:
             QuantTuneError: If a value is not finite.
         """
         values = values.detach()
-        low, high = (float(bound) for bound in torch.aminmax(values))
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise QuantTuneError(
-                "a calibration activation is NaN or infinite; check the model's weights and inputs"
-            )
+        low, high = finite_bounds(values, "a calibration activation") if bounds is None else bounds
         if not self.batches:
             self.first_low, self.first_high = low, high
         momentum = EMA_MOMENTUM if self.batches else 1.0
@@ -204,6 +204,7 @@ def collect_statistics(
     batches: Iterable[ModelInputs],
     sites: SiteTable,
     progress: Callable[[int], None] | None = None,
+    transforms: Iterable[Transform] = (),
 ) -> dict[str, TensorStatistics]:
     """Run the model over ``batches`` once and summarise every activation site of ``sites``.
 
@@ -212,35 +213,39 @@ def collect_statistics(
         batches: Model inputs; at least one batch.
         sites: Sites of one profile; weight sites are passed over.
         progress: Called with the number of batches done.
+        transforms: Where one stands at a site, what the quantizer there sees is summarised.
 
     Raises:
         QuantTuneError: If there is no batch, or an activation is not finite (the message names the site).
     """
-    statistics = {site_id: TensorStatistics() for site_id in sites.activations()}
+    of_site = {site_id: transform for transform in transforms for site_id in transform.sites}
+    observers = {
+        site_id: StatisticsObserver(partial(of_site[site_id].seen, site_id) if site_id in of_site else None)
+        for site_id in sites.activations()
+    }
+    if not observers:
+        return {}
+    observe(model, batches, observers, progress=progress)
+    return {site_id: observer.statistics for site_id, observer in observers.items()}
 
-    def observer(site_id: str) -> Handler:
-        def observe(values: Tensor) -> Tensor:
-            try:
-                statistics[site_id].update(values)
-            except QuantTuneError as error:
-                raise QuantTuneError(f"site {site_id}: {error}") from None
-            return values
 
-        return observe
+class StatisticsObserver(Observer):
+    """Summarises a site's tensor, or what a transform makes of it.
 
-    done = 0
-    walk = SiteHandlers(model, {site_id: observer(site_id) for site_id in statistics})
-    with torch.no_grad(), walk:
-        for inputs in batches:
-            call_model(model, inputs)
-            done += 1
-            if progress is not None:
-                progress(done)
-    if not done:
-        raise QuantTuneError("the calibration set is empty; give at least one batch")
-    if walk.unreached:
-        raise QuantTuneError(
-            f"site {walk.unreached[0]} was never reached in calibration; discover the sites on this same "
-            "model, with the attention implementation it runs with"
-        )
-    return statistics
+    Args:
+        seen: From the tensor to what is summarised; the tensor itself by default.
+
+    Attributes:
+        statistics: The summary so far.
+    """
+
+    def __init__(self, seen: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.statistics = TensorStatistics()
+        self._seen = seen
+
+    def update(self, values: Tensor, bounds: Bounds) -> None:
+        """Add a batch."""
+        if self._seen is None:
+            self.statistics.update(values, bounds)
+        else:
+            self.statistics.update(self._seen(values.detach()))

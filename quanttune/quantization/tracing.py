@@ -2,7 +2,7 @@
 
 Module hooks keep the path of the module that is running; one ``TorchFunctionMode`` recognises a short table
 of operations below it and offers each operand and result to ``visit`` under its site id. Statistics, the
-outlier loss, simulated quantization and export are different visitors of the same walk.
+outlier loss and simulated quantization are different visitors of the same walk.
 
 Fused attention hides the softmax, so ``scaled_dot_product_attention`` is decomposed, but only when a visitor
 wants one of the tensors inside; otherwise the model runs its own kernel and its logits stay bit-identical.
@@ -22,8 +22,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from quanttune.quantization.sites import Call, SiteId
+
 Handler = Callable[[Tensor], Tensor]
 """Takes the tensor at a site and returns what the network goes on with."""
+
+_INSIDE_ATTENTION = frozenset({"matmul", "softmax"})
 
 
 class SiteVisitor(TorchFunctionMode):
@@ -40,11 +44,11 @@ class SiteVisitor(TorchFunctionMode):
         super().__init__()
         self._model = model
         self._path: list[str] = []
-        self._calls: Counter[str] = Counter()
+        self._calls: Counter[tuple[str, str]] = Counter()
         self._hooks: list[RemovableHandle] = []
         self.ran = False  # whether the whole model was called
 
-    def visit(self, site_id: str, tensor: Tensor) -> Tensor:
+    def visit(self, site: SiteId, tensor: Tensor) -> Tensor:
         """Return what the network uses in place of ``tensor``; the default changes nothing."""
         return tensor
 
@@ -103,12 +107,11 @@ class SiteVisitor(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         return walker(self, func, args, kwargs or {})
 
-    def operation_id(self, operation: str) -> str:
-        """The id of the running module's next call of ``operation``: ``path/operation``, then ``#2`` ..."""
-        key = f"{self.path}/{operation}"
+    def next_call(self, operation: str) -> Call:
+        """The running module's next call of ``operation``."""
+        key = (self.path, operation)
         self._calls[key] += 1
-        calls = self._calls[key]
-        return key if calls == 1 else f"{key}#{calls}"
+        return Call(*key, self._calls[key])
 
 
 class SiteHandlers(SiteVisitor):
@@ -122,32 +125,26 @@ class SiteHandlers(SiteVisitor):
     def __init__(self, model: nn.Module, handlers: Mapping[str, Handler]) -> None:
         super().__init__(model)
         self.handlers = dict(handlers)
-        self._reached: set[str] = set()
-        self._attention_paths = {
-            site_id.partition("/")[0] for site_id in handlers if _inside_attention(site_id)
-        }
+        self._by_site = {SiteId.parse(site_id): handler for site_id, handler in handlers.items()}
+        self._reached: set[SiteId] = set()
+        self._attention_paths = {site.module for site in self._by_site if site.operation in _INSIDE_ATTENTION}
 
-    def visit(self, site_id: str, tensor: Tensor) -> Tensor:
+    def visit(self, site: SiteId, tensor: Tensor) -> Tensor:
         """Apply the site's handler, if it has one."""
-        handler = self.handlers.get(site_id)
+        handler = self._by_site.get(site)
         if handler is None:
             return tensor
-        self._reached.add(site_id)
+        self._reached.add(site)
         return handler(tensor)
 
     @property
     def unreached(self) -> list[str]:
         """Sites whose handler never ran, in the order of the handlers."""
-        return [site_id for site_id in self.handlers if site_id not in self._reached]
+        return [str(site) for site in self._by_site if site not in self._reached]
 
     def opens_attention(self, path: str) -> bool:
         """Decompose only where a handler stands inside the fused operation."""
         return path in self._attention_paths
-
-
-def _inside_attention(site_id: str) -> bool:
-    operation = site_id.partition("/")[2]
-    return operation.startswith(("matmul", "softmax"))
 
 
 def _walk_weighted(name: str) -> Callable[..., Tensor]:
@@ -157,29 +154,29 @@ def _walk_weighted(name: str) -> Callable[..., Tensor]:
         operands = dict(zip(("input", "weight", "bias"), args, strict=False))
         rest = args[3:]
         operands |= {key: kwargs.pop(key) for key in ("input", "weight", "bias") if key in kwargs}
-        site = visitor.operation_id(name)
-        value = visitor.visit(f"{site}.input", operands["input"])
-        weight = visitor.visit(f"{site}.weight", operands["weight"])
-        return visitor.visit(f"{site}.output", func(value, weight, operands.get("bias"), *rest, **kwargs))
+        call = visitor.next_call(name)
+        value = visitor.visit(call.site("input"), operands["input"])
+        weight = visitor.visit(call.site("weight"), operands["weight"])
+        return visitor.visit(call.site("output"), func(value, weight, operands.get("bias"), *rest, **kwargs))
 
     return walk
 
 
 def _walk_matmul(visitor: SiteVisitor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     left, right = (*args, *kwargs.values())[:2]
-    site = visitor.operation_id("matmul")
-    left, right = visitor.visit(f"{site}.a", left), visitor.visit(f"{site}.b", right)
-    return visitor.visit(f"{site}.output", torch.matmul(left, right))
+    call = visitor.next_call("matmul")
+    left, right = visitor.visit(call.site("a"), left), visitor.visit(call.site("b"), right)
+    return visitor.visit(call.site("output"), torch.matmul(left, right))
 
 
 def _walk_unary(name: str) -> Callable[..., Tensor]:
     """A walker for softmax, normalisations and activation functions: one input, one output."""
 
     def walk(visitor: SiteVisitor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        site = visitor.operation_id(name)
+        call = visitor.next_call(name)
         first = args[0] if args else kwargs.pop("input")
-        value = visitor.visit(f"{site}.input", first)
-        return visitor.visit(f"{site}.output", func(value, *args[1:], **kwargs))
+        value = visitor.visit(call.site("input"), first)
+        return visitor.visit(call.site("output"), func(value, *args[1:], **kwargs))
 
     return walk
 
@@ -189,7 +186,7 @@ def _walk_add(visitor: SiteVisitor, func: Any, args: tuple[Any, ...], kwargs: di
     result = func(*args, **kwargs)
     if not _is_sum_of_tokens(left, right):
         return result
-    visited = visitor.visit(f"{visitor.operation_id('add')}.output", result)
+    visited = visitor.visit(visitor.next_call("add").site("output"), result)
     if result is left and visited is not result:
         return result.copy_(visited)  # in place: whoever else holds this tensor must see the same numbers
     return visited
@@ -213,7 +210,7 @@ def _walk_attention(visitor: SiteVisitor, func: Any, args: tuple[Any, ...], kwar
     if not visitor.opens_attention(visitor.path):
         # The calls still count, so that a later product in the same module keeps its number.
         for operation in ("matmul", "softmax", "matmul"):
-            visitor.operation_id(operation)
+            visitor.next_call(operation)
         return func(*args, **kwargs)
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given = dict(zip(names, args, strict=False)) | kwargs

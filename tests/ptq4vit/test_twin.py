@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from quanttune.errors import ConfigError
-from quanttune.quantization.twin import TwinGeluQuantizer, TwinSoftmaxQuantizer
+from quanttune.quantization.quantizers.twin import TwinGeluQuantizer, TwinSoftmaxQuantizer
 from tests.ptq4vit.numpy_reference import numpy_twin_gelu, numpy_twin_softmax
 
 

@@ -23,8 +23,8 @@ from transformers import (
 from quanttune.inputs import ModelInputs, call_model, logits_of
 from quanttune.quantization import (
     RANGE_RULES,
-    Precision,
     Quantizer,
+    Scheme,
     SiteTable,
     build_quantizers,
     collect_statistics,
@@ -228,6 +228,5 @@ def quantizers(
     """Min-max quantizers of a profile, calibrated on two batches."""
     model, table = build(name, attention), sites(name, attention).profile(profile)
     statistics = collect_statistics(model, [inputs(name, 2, 1), inputs(name, 3, 2)], table)
-    return build_quantizers(
-        model, table, statistics, Precision.parse(precision), RANGE_RULES.get("minmax"), symmetric=symmetric
-    )
+    scheme = Scheme.parse(precision if symmetric else f"{precision}-asym", profile)
+    return build_quantizers(model, table, statistics, scheme, RANGE_RULES.get("minmax"))

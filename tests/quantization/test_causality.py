@@ -124,7 +124,7 @@ def test_eager_and_fused_attention_agree_behind_every_mask(name: str) -> None:
         found = {}
         for attention in (EAGER, FUSED):
             model = build(name, attention)
-            with simulate(model, quantizers(name, attention, "full", "W16A16")):
+            with simulate(model, quantizers(name, attention, "full", "W16A16-int")):
                 found[attention] = logits(model, batch)
         torch.testing.assert_close(found[FUSED], found[EAGER], rtol=0, atol=5e-3)
         plain = logits(build(name), batch)

@@ -11,7 +11,7 @@ from baselines.method import METHODS, Batch, Context
 from quanttune.inputs import ModelInputs, to_device
 from quanttune.quantization import (
     RANGE_RULES,
-    Precision,
+    Scheme,
     TensorStatistics,
     UniformQuantizer,
     build_quantizers,
@@ -63,7 +63,7 @@ def test_sites_are_those_of_the_cpu(name: str, attention: str) -> None:
 @each_attention
 def test_quantized_logits_are_those_of_the_cpu(name: str, attention: str) -> None:
     model, batch = on_cuda(name, attention), batch_on_cuda(name, 4, 3)
-    chosen = quantizers(name, attention, "full", "W16A16")
+    chosen = quantizers(name, attention, "full", "W16A16-int")
     with simulate(model, chosen):
         found = logits(model, batch).cpu()
     reference = build(name, attention)
@@ -148,9 +148,7 @@ def test_weights_are_quantized_where_they_are() -> None:
     model = on_cuda("vit", EAGER)
     table = sites("vit").profile("full")
     statistics = collect_statistics(model, [batch_on_cuda("vit")], table)
-    made = build_quantizers(
-        model, table, statistics, Precision(8, 8), RANGE_RULES.get("mse"), symmetric=False
-    )
+    made = build_quantizers(model, table, statistics, Scheme.parse("W8A8-asym"), RANGE_RULES.get("mse"))
     with simulate(model, made):
         assert logits(model, batch_on_cuda("vit")).device.type == "cuda"
 
@@ -172,8 +170,7 @@ def test_methods_take_calibration_items_from_the_cpu(method: str) -> None:
     context = Context(
         model,
         sites("vit", FUSED),
-        "full",
-        Precision(8, 8),
+        Scheme.parse("W8A8"),
         [Batch(inputs("vit", 8, 1), torch.randint(0, 3, (8,), generator=generator))],
         training=Training(),
         recipe={"learning_rate": 1e-3, "steps": 3, "batch_size": 4},

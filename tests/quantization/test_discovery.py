@@ -37,7 +37,7 @@ class TestModelOutput:
                 return SimpleNamespace(features=hidden, predictions=(self.head(hidden),))
 
         table = discover_sites(Model(), torch.randn(2, 3), logits=lambda output: output.predictions[0])
-        assert table["head/linear.output"].kind is SiteKind.UNQUANTIZED
+        assert table["head/linear.output"].kind is SiteKind.LOGITS
         assert table["body/linear.output"].kind is SiteKind.LINEAR_OUTPUT
         with pytest.raises(TypeError, match=r"SimpleNamespace has no logits"):
             discover_sites(Model(), torch.randn(2, 3))

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from quanttune.quantization import (
     RANGE_RULES,
-    Precision,
     Quantizer,
+    Scheme,
     build_quantizers,
     collect_statistics,
     simulate,
@@ -68,7 +68,7 @@ def ranged(name: str, attention: str, precision: str) -> dict[str, Quantizer]:
     batches: list[dict[str, Tensor]] = [padded(side)[0] for side in ("left", "right")]
     batches += [{"input_ids": text[None]} for text in texts()]
     statistics = collect_statistics(model, batches, table)
-    return build_quantizers(model, table, statistics, Precision.parse(precision), RANGE_RULES.get("minmax"))
+    return build_quantizers(model, table, statistics, Scheme.parse(precision), RANGE_RULES.get("minmax"))
 
 
 def spread(name: str) -> float:
@@ -91,7 +91,7 @@ def test_unquantized_every_token_has_the_logits_it_has_alone(name: str, attentio
 def test_at_16_bits_every_token_has_the_logits_of_the_unquantized_model_alone(
     name: str, attention: str, side: str
 ) -> None:
-    chosen = ranged(name, attention, "W16A16")
+    chosen = ranged(name, attention, "W16A16-int")
     allowed = 0.02 * spread(name)
     for found, expected in zip(
         token_logits(name, attention, side, chosen), alone(name, attention, {}), strict=True

@@ -13,12 +13,32 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from quanttune.errors import ConfigError, UnknownNameError
-from quanttune.quantization import RANGE_RULES, TensorStatistics, UniformQuantizer, activation_quantizer
+from quanttune.quantization import (
+    RANGE_RULES,
+    Format,
+    RangeRule,
+    Site,
+    SiteId,
+    SiteKind,
+    TensorStatistics,
+    UniformQuantizer,
+    activation_quantizer,
+)
 from quanttune.quantization.ranges import OMSE_FACTORS, asymmetric_error, symmetric_error
 
 # Values that float16 holds exactly, so that statistics and raw values are the same numbers.
 exact_arrays = hnp.arrays(np.float16, st.integers(1, 60), elements=st.floats(-100, 100, width=16))
 every_rule = pytest.mark.parametrize("name", RANGE_RULES.names())
+
+SITE = Site(SiteId("layer", "linear", 1, "input"), SiteKind.LINEAR_INPUT, (4,))
+
+
+def quantizer_of(
+    statistics: TensorStatistics, bits: int, rule: RangeRule, symmetric: bool
+) -> UniformQuantizer:
+    made = activation_quantizer(SITE, statistics, Format(bits, symmetric=symmetric), rule)
+    assert isinstance(made, UniformQuantizer)
+    return made
 
 
 def summary(*batches: np.ndarray) -> TensorStatistics:
@@ -296,7 +316,7 @@ def test_every_range_holds_zero_and_lies_within_the_data(name: str, sample: str,
         else:
             assert low >= min(float(values.min()), 0.0)
             assert high <= max(float(values.max()), 0.0)
-        quantizer = activation_quantizer(statistics, bits, RANGE_RULES.get(name), symmetric)
+        quantizer = quantizer_of(statistics, bits, RANGE_RULES.get(name), symmetric)
         step = float(quantizer.scale)
         assert float(quantizer.high) == pytest.approx(high, abs=0.51 * step)
         assert float(quantizer.low) == pytest.approx(low, abs=0.51 * step)
@@ -320,7 +340,7 @@ def test_every_range_holds_zero_and_lies_within_the_data(name: str, sample: str,
 )
 def test_degenerate_tensors_get_a_usable_quantizer(name: str, symmetric: bool, values: list[float]) -> None:
     statistics = summary(np.array(values))
-    quantizer = activation_quantizer(statistics, 8, RANGE_RULES.get(name), symmetric)
+    quantizer = quantizer_of(statistics, 8, RANGE_RULES.get(name), symmetric)
     found = quantizer(torch.tensor([*values, 0.0]))
     assert torch.isfinite(found).all()
     assert found[-1] == 0
@@ -339,7 +359,7 @@ def test_no_searched_range_is_worse_than_minmax(name: str, sample: str) -> None:
             errors = {
                 rule: float(
                     (
-                        activation_quantizer(statistics, bits, RANGE_RULES.get(rule), symmetric)(
+                        quantizer_of(statistics, bits, RANGE_RULES.get(rule), symmetric)(
                             torch.from_numpy(values)
                         )
                         - torch.from_numpy(values)
@@ -360,9 +380,7 @@ def test_mse_is_never_worse_than_omse(symmetric: bool) -> None:
         for bits in (4, 6, 8):
             errors = [
                 float(
-                    (activation_quantizer(statistics, bits, RANGE_RULES.get(rule), symmetric)(x) - x)
-                    .square()
-                    .sum()
+                    (quantizer_of(statistics, bits, RANGE_RULES.get(rule), symmetric)(x) - x).square().sum()
                 )
                 for rule in ("mse", "omse")
             ]

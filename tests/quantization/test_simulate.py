@@ -15,7 +15,13 @@ from quanttune.errors import ConfigError, QuantTuneError
 from quanttune.inputs import call_model, logits_of
 from quanttune.quantization import (
     RANGE_RULES,
-    Precision,
+    Format,
+    PerChannel,
+    PerTensor,
+    PerToken,
+    Scheme,
+    Site,
+    SiteId,
     SiteKind,
     TensorStatistics,
     UniformQuantizer,
@@ -27,6 +33,8 @@ from quanttune.quantization import (
     weight_quantizer,
 )
 from tests.quantization.models import EAGER, FUSED, build, inputs, logits, quantizers, sites
+
+SITE = Site(SiteId("layer", "linear", 1, "input"), SiteKind.LINEAR_INPUT, (4,))
 
 
 def rounded(values: np.ndarray, limit: Any, bits: int) -> np.ndarray:
@@ -43,7 +51,7 @@ class TestWeightQuantizer:
 
     @pytest.mark.parametrize("bits", [4, 8])
     def test_per_channel_scales_each_output_channel_to_its_largest_value(self, bits: int) -> None:
-        quantizer = weight_quantizer(self.weight, bits)
+        quantizer = weight_quantizer(self.weight, Format(bits, PerChannel()))
         limits = (
             np.abs(self.weight.numpy().astype(np.float64)).reshape(6, -1).max(axis=1)[:, None, None, None]
         )
@@ -53,25 +61,23 @@ class TestWeightQuantizer:
 
     @pytest.mark.parametrize("bits", [4, 8])
     def test_per_tensor_has_one_scale(self, bits: int) -> None:
-        quantizer = weight_quantizer(self.weight, bits, "per_tensor")
+        quantizer = weight_quantizer(self.weight, Format(bits, PerTensor()))
         expected = rounded(self.weight.numpy().astype(np.float64), float(self.weight.abs().max()), bits)
         np.testing.assert_allclose(quantizer(self.weight).numpy(), expected, rtol=1e-5, atol=1e-7)
 
     def test_per_channel_errs_less(self) -> None:
         errors = [
-            float((weight_quantizer(self.weight, 4, granularity)(self.weight) - self.weight).square().sum())
-            for granularity in ("per_channel", "per_tensor")
+            float((weight_quantizer(self.weight, Format(4, each))(self.weight) - self.weight).square().sum())
+            for each in (PerChannel(), PerTensor())
         ]
         assert errors[0] < errors[1]
 
     def test_refuses_another_granularity(self) -> None:
-        with pytest.raises(
-            ConfigError, match="weight granularity 'per_group' is not one of per_channel, per_tensor"
-        ):
-            weight_quantizer(self.weight, 8, "per_group")
+        with pytest.raises(ConfigError, match="weights cannot be quantized per token"):
+            weight_quantizer(self.weight, Format(8, PerToken()))
 
     def test_of_a_parameter_carries_no_gradient(self) -> None:
-        quantizer = weight_quantizer(nn.Parameter(self.weight), 8)
+        quantizer = weight_quantizer(nn.Parameter(self.weight), Format(8, PerChannel()))
         assert not quantizer.scale.requires_grad
 
 
@@ -101,9 +107,9 @@ class TestBuilding:
         def uneven(statistics: TensorStatistics, bits: int, symmetric: bool) -> tuple[float, float]:
             return -3.0, 1.0
 
-        symmetric = activation_quantizer(TensorStatistics(), 8, uneven, symmetric=True)
+        symmetric = activation_quantizer(SITE, TensorStatistics(), Format(8), uneven)
         assert (float(symmetric.low), float(symmetric.high)) == (pytest.approx(-3.0), pytest.approx(3.0))
-        asymmetric = activation_quantizer(TensorStatistics(), 8, uneven, symmetric=False)
+        asymmetric = activation_quantizer(SITE, TensorStatistics(), Format(8, symmetric=False), uneven)
         assert float(asymmetric.high) == pytest.approx(1.0, abs=0.51 * 4 / 255)
 
     def test_per_tensor_weights(self) -> None:
@@ -113,9 +119,8 @@ class TestBuilding:
             model,
             table,
             statistics,
-            Precision(8, 8),
+            Scheme.parse("W8tA8"),
             RANGE_RULES.get("minmax"),
-            weight_granularity="per_tensor",
         )
         assert all(quantizer.axis is None for quantizer in made.values())
 
@@ -134,7 +139,7 @@ class TestBuilding:
         with pytest.raises(
             ConfigError, match=r"site /linear\.weight: its weight is computed, not a parameter"
         ):
-            build_quantizers(model, table, statistics, Precision(8, 8), RANGE_RULES.get("minmax"))
+            build_quantizers(model, table, statistics, Scheme.parse("W8A8"), RANGE_RULES.get("minmax"))
 
 
 class TestSimulation:
@@ -150,7 +155,7 @@ class TestSimulation:
             "2/linear.weight",
         ]
         statistics = collect_statistics(model, [x], table)
-        made = build_quantizers(model, table, statistics, Precision(4, 5), RANGE_RULES.get("minmax"))
+        made = build_quantizers(model, table, statistics, Scheme.parse("W4A5"), RANGE_RULES.get("minmax"))
         with simulate(model, made):
             found = logits(model, x).numpy()
 
@@ -381,7 +386,7 @@ class TestWeightsAreQuantizedOnce:
                 return self.layer(self.layer(x))
 
         model = Twice()
-        fine, coarse = (weight_quantizer(model.layer.weight, bits) for bits in (8, 2))
+        fine, coarse = (weight_quantizer(model.layer.weight, Format(bits, PerChannel())) for bits in (8, 2))
         with torch.no_grad(), simulate(model, {"layer/linear.weight": fine, "layer/linear#2.weight": coarse}):
             found = [model(self.x) for _ in range(2)]
         weight, bias = model.layer.weight.detach(), model.layer.bias.detach()

@@ -121,7 +121,7 @@ def test_swin_has_the_same_kinds_of_site_with_eager_and_fused_attention() -> Non
 
 @every_model
 @pytest.mark.parametrize("profile", ["full", "matmul"])
-@pytest.mark.parametrize("precision", ["W8A8", "W16A16"])
+@pytest.mark.parametrize("precision", ["W8A8", "W16A16-int"])
 def test_eager_and_fused_attention_agree_when_quantized(name: str, profile: str, precision: str) -> None:
     batch = inputs(name, 4, seed=3)
     eager, fused = build(name, EAGER), build(name, FUSED)

@@ -43,7 +43,7 @@ def ids(table: SiteTable, *kinds: SiteKind) -> list[str]:
 def test_logits_stay_in_float(name: str, attention: str) -> None:
     table = sites(name, attention)
     for site_id in LOGITS.get(name, ["head/linear.output"]):
-        assert table[site_id].kind is SiteKind.UNQUANTIZED
+        assert table[site_id].kind is SiteKind.LOGITS
         assert site_id not in table.profile("full")
         assert f"{site_id.rpartition('.')[0]}.weight" in table.profile("matmul")
 
@@ -56,7 +56,9 @@ def test_what_feeds_an_activation_function_stays_in_float(name: str, attention: 
     assert len(activations) == MODELS[name].blocks + (name == "bert")  # BERT pools through a tanh
     before = {"llama": "gate_proj", "bert": "intermediate.dense"}.get(name, "fc1")
     left = [
-        site.id for site in table.values() if site.kind is SiteKind.UNQUANTIZED and f"{before}/" in site.id
+        site.id
+        for site in table.values()
+        if site.kind is SiteKind.PRE_ACTIVATION and site.operand == "output" and f"{before}/" in site.id
     ]
     assert len(left) == MODELS[name].blocks
     assert all(site_id.endswith("linear.output") for site_id in left)
@@ -84,7 +86,7 @@ def test_each_block_has_one_attention(name: str, attention: str) -> None:
     assert len(ids(table, SiteKind.MATMUL_INPUT)) == 4 * blocks
     scores = [site for site in table.values() if site.id.endswith("/matmul.output")]
     assert len(scores) == blocks
-    assert {site.kind for site in scores} == {SiteKind.UNQUANTIZED}
+    assert {site.kind for site in scores} == {SiteKind.SCORES}
 
 
 @every_model
@@ -114,7 +116,19 @@ def test_profiles_hold_the_kinds_they_promise(name: str, attention: str) -> None
         SiteKind.RESIDUAL_SUM,
     ):
         assert full[kind] == every[kind]
-    assert SiteKind.UNQUANTIZED not in full
+    left_in_float = (
+        SiteKind.SCORES,
+        SiteKind.SOFTMAX_INPUT,
+        SiteKind.LOGITS,
+        SiteKind.PRE_ACTIVATION,
+        SiteKind.NORM_INPUT,
+        SiteKind.PARTIAL_SUM,
+        SiteKind.ROTATED,
+        SiteKind.MASK,
+        SiteKind.FREE_SOFTMAX,
+    )
+    assert not {*full, *matmul}.intersection(left_in_float)
+    assert {*full, *left_in_float} | set(matmul) >= set(every)
 
 
 @every_model
@@ -194,7 +208,7 @@ def test_swin_keeps_position_bias_and_mask_in_float() -> None:
         table = sites("swin", attention)
         biases = [site for site in table.values() if "attn/add" in site.id]
         assert biases
-        assert {site.kind for site in biases} == {SiteKind.UNQUANTIZED}
+        assert {site.kind for site in biases} <= {SiteKind.SCORES, SiteKind.MASK}
         merging = table["layers.1.downsample.reduction/linear.input"]
         assert merging.source == "layers.1.downsample.norm/layer_norm.output"
 
@@ -207,7 +221,7 @@ def test_grouped_key_heads_are_quantized_before_they_are_repeated() -> None:
             == "model.layers.0.self_attn.v_proj/linear.output"
         )
         for rotation in ("add", "add#2"):
-            assert table[f"model.layers.0.self_attn/{rotation}.output"].kind is SiteKind.UNQUANTIZED
+            assert table[f"model.layers.0.self_attn/{rotation}.output"].kind is SiteKind.ROTATED
         for operand in ("a", "b"):
             assert f"model.layers.0.self_attn/matmul.{operand}" in table.profile("full")
 
@@ -268,5 +282,5 @@ class TestSiteTable:
 
     def test_operation_joins_the_operands_of_one_product(self) -> None:
         operands = ("a", "b", "output")
-        operations = {self.table[f"blocks.0.attn/matmul#2.{operand}"].operation for operand in operands}
+        operations = {str(self.table[f"blocks.0.attn/matmul#2.{operand}"].call) for operand in operands}
         assert operations == {"blocks.0.attn/matmul#2"}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quanttune.quantization import SiteVisitor
+from quanttune.quantization import SiteId, SiteVisitor
 
 
 class Recorder(SiteVisitor):
@@ -15,8 +15,8 @@ class Recorder(SiteVisitor):
         super().__init__(model)
         self.seen: list[str] = []
 
-    def visit(self, site_id: str, tensor: Tensor) -> Tensor:
-        self.seen.append(site_id)
+    def visit(self, site: SiteId, tensor: Tensor) -> Tensor:
+        self.seen.append(str(site))
         return tensor
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from quanttune.errors import ConfigError
-from quanttune.quantization.quantizers import straight_through
+from quanttune.quantization.quantizers.quantizer import QUANTIZERS, Quantizer, State, straight_through
 
 _A, _B, _C = 0.3585, 1.353, 0.344
 """``exp(p)`` on ``(-ln 2, 0]`` is about ``_A (p + _B)**2 + _C`` (I-BERT, arXiv 2101.01321, equation 13)."""
@@ -16,7 +17,7 @@ SHIFTS = 30
 """Largest right shift of the exponential: scores more than ``30 ln 2`` below the largest count as there."""
 
 
-class _Probabilities:
+class _Probabilities(Quantizer):
     """Range shared by both: probabilities."""
 
     @property
@@ -30,6 +31,7 @@ class _Probabilities:
         return torch.tensor(1.0)
 
 
+@QUANTIZERS.register("log2")
 class Log2Quantizer(_Probabilities):
     """Probabilities as powers of two: code ``q = round(-log2 p)``, value ``2**-q``.
 
@@ -38,6 +40,8 @@ class Log2Quantizer(_Probabilities):
     Args:
         bits: Bit width, usually 4.
     """
+
+    kind: ClassVar[str] = "log2"
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
@@ -48,10 +52,20 @@ class Log2Quantizer(_Probabilities):
         codes = torch.log2(values.detach()).neg_().round_().clamp_(min=0)
         return straight_through(values, _power_of_two(codes, self._codes))
 
+    def state(self) -> State:
+        """The width."""
+        return State(self.kind, {"bits": self.bits})
+
+    @classmethod
+    def from_state(cls, state: State) -> Log2Quantizer:
+        """The inverse of :meth:`state`."""
+        return cls(**state.settings)
+
     def __repr__(self) -> str:
         return f"Log2Quantizer({self.bits} bits)"
 
 
+@QUANTIZERS.register("integer_softmax")
 class IntegerSoftmaxQuantizer(_Probabilities):
     """Log-Int-Softmax: what :class:`Log2Quantizer` gives when the softmax itself is computed on integers.
 
@@ -67,6 +81,8 @@ class IntegerSoftmaxQuantizer(_Probabilities):
     Raises:
         ConfigError: If the step is not positive.
     """
+
+    kind: ClassVar[str] = "integer_softmax"
 
     def __init__(self, bits: int, scale: float) -> None:
         if not scale > 0:
@@ -88,6 +104,15 @@ class IntegerSoftmaxQuantizer(_Probabilities):
             # unless the width is large, so the mask is kept.
             quantized = torch.where(values > 0, quantized.to(values.dtype), 0.0)
         return straight_through(values, quantized)
+
+    def state(self) -> State:
+        """Width and step of the scores."""
+        return State(self.kind, {"bits": self.bits, "scale": self.scale})
+
+    @classmethod
+    def from_state(cls, state: State) -> IntegerSoftmaxQuantizer:
+        """The inverse of :meth:`state`."""
+        return cls(**state.settings)
 
     def __repr__(self) -> str:
         return f"IntegerSoftmaxQuantizer({self.bits} bits, scale {self.scale:.4g})"

@@ -1,32 +1,20 @@
-"""Quantizers: a real tensor in, the value an integer would stand for out."""
+"""Equidistant levels, per tensor or per channel."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from quanttune.quantization.quantizers.quantizer import QUANTIZERS, Quantizer, State
+
 _SHORT = (torch.float16, torch.bfloat16)
 
 
-class Quantizer(Protocol):
-    """Maps a tensor to the tensor its integer codes would be read back as; same shape and dtype."""
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """Quantize and dequantize ``values``."""
-        ...
-
-
-def straight_through(values: Tensor, quantized: Tensor) -> Tensor:
-    """``quantized``, with the gradient that ``values`` would have (straight-through estimator)."""
-    if torch.is_grad_enabled() and values.requires_grad:
-        return values + (quantized - values).detach()
-    return quantized
-
-
-class UniformQuantizer:
+@QUANTIZERS.register("uniform")
+class UniformQuantizer(Quantizer):
     """Equidistant levels ``scale * (code - zero_point)``, per tensor or per channel.
 
     Symmetric signed quantizers use the narrow codes ``-(2**(bits-1)-1) .. 2**(bits-1)-1``, asymmetric ones
@@ -43,6 +31,8 @@ class UniformQuantizer:
     Raises:
         ValueError: If a scale is not positive and finite, or ``axis`` does not fit its shape.
     """
+
+    kind: ClassVar[str] = "uniform"
 
     def __init__(
         self, scale: Tensor, zero_point: Tensor, code_min: int, code_max: int, axis: int | None = None
@@ -84,6 +74,16 @@ class UniformQuantizer:
         width = high - low
         scale = torch.where(width == 0, 1.0, width) / code_max
         return cls(scale, torch.round(-low / scale), 0, code_max, axis)
+
+    def state(self) -> State:
+        """Scales, zero points, codes and axis."""
+        settings = {"code_min": self.code_min, "code_max": self.code_max, "axis": self.axis}
+        return State(self.kind, settings, {"scale": self.scale.cpu(), "zero_point": self.zero_point.cpu()})
+
+    @classmethod
+    def from_state(cls, state: State) -> UniformQuantizer:
+        """The inverse of :meth:`state`."""
+        return cls(state.tensors["scale"], state.tensors["zero_point"], **state.settings)
 
     @property
     def low(self) -> Tensor:

@@ -1,83 +1,91 @@
-"""Build a method's quantizers and run a model as integer hardware would, in floating point."""
+"""Build the quantizers of a scheme, and run a model as integer hardware would, in floating point."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 
 from quanttune.errors import ConfigError, QuantTuneError
-from quanttune.quantization.precision import Precision
-from quanttune.quantization.quantizers import Quantizer, UniformQuantizer
+from quanttune.quantization.quantizers import Quantizer
 from quanttune.quantization.ranges import RangeRule
-from quanttune.quantization.sites import Site, SiteKind, SiteTable
+from quanttune.quantization.scheme import Format, Scheme
+from quanttune.quantization.sites import Site, SiteId, SiteKind, SiteTable
 from quanttune.quantization.statistics import TensorStatistics
 from quanttune.quantization.tracing import Handler, SiteHandlers
-
-WEIGHT_GRANULARITIES = ("per_channel", "per_tensor")
+from quanttune.quantization.transforms import Transform
 
 
 def activation_quantizer(
-    statistics: TensorStatistics, bits: int, rule: RangeRule, symmetric: bool
-) -> UniformQuantizer:
-    """The uniform per-tensor quantizer of one activation site under a range rule."""
-    low, high = rule(statistics, bits, symmetric)
-    if symmetric:
-        return UniformQuantizer.symmetric(max(-low, high), bits)
-    return UniformQuantizer.asymmetric(low, high, bits)
+    site: Site, statistics: TensorStatistics | None, form: Format, rule: RangeRule
+) -> Quantizer:
+    """The quantizer of one activation site.
+
+    Args:
+        site: The site.
+        statistics: What calibration saw there; ``None`` will do for a dynamic format.
+        form: Bits, granularity, symmetry.
+        rule: From statistics to a range.
+    """
+    return form.granularity.activation_quantizer(site, statistics, form.bits, form.symmetric, rule)
 
 
-def weight_quantizer(weight: Tensor, bits: int, granularity: str = "per_channel") -> UniformQuantizer:
-    """The symmetric min-max quantizer of a weight, one scale per output channel (dimension 0) or one in all.
+def weight_quantizer(weight: Tensor, form: Format, axis: int = 0) -> Quantizer:
+    """The min-max quantizer of a weight whose outputs are on dimension ``axis``."""
+    return form.granularity.weight_quantizer(weight, form.bits, form.symmetric, axis)
+
+
+def site_weight(site: Site, parameters: Mapping[str, Tensor]) -> Tensor:
+    """The parameter at a weight's site.
 
     Raises:
-        ConfigError: If the granularity is neither ``per_channel`` nor ``per_tensor``.
+        ConfigError: If the weight is computed and not a parameter.
     """
-    if granularity not in WEIGHT_GRANULARITIES:
+    if site.parameter is None:
         raise ConfigError(
-            f"weight granularity {granularity!r} is not one of {', '.join(WEIGHT_GRANULARITIES)}"
+            f"site {site.id}: its weight is computed, not a parameter, and cannot be quantized statically"
         )
-    # Of the bounds, not of a copy: large copies freed between small kept scales would break up the heap.
-    per_tensor = granularity == "per_tensor"
-    values = weight.detach()
-    low, high = torch.aminmax(values) if per_tensor else torch.aminmax(values.flatten(1), dim=1)
-    limit = torch.maximum(low.abs(), high.abs()).cpu()
-    return UniformQuantizer.symmetric(limit, bits, None if per_tensor else 0)
+    return parameters[site.parameter]
 
 
 def build_quantizers(
     model: nn.Module,
     sites: SiteTable,
     statistics: Mapping[str, TensorStatistics],
-    precision: Precision,
+    scheme: Scheme,
     rule: RangeRule,
-    *,
-    symmetric: bool = True,
-    weight_granularity: str = "per_channel",
+    transforms: Iterable[Transform] = (),
 ) -> dict[str, Quantizer]:
     """One quantizer for each site: min-max for weights, ``rule`` for activations.
 
     Args:
         model: The model whose weights are quantized.
-        sites: Sites of one profile.
-        statistics: Statistics of every activation site of ``sites``.
-        precision: Bit widths.
+        sites: The sites to quantize, usually ``scheme.sites(table)``.
+        statistics: Statistics of every activation site of ``sites`` that has a static range; of what a
+            transform makes of the tensor, where there is one.
+        scheme: Formats of weights and activations; its profile is not looked at.
         rule: Range rule of the activations.
-        symmetric: Whether activation quantizers are symmetric.
-        weight_granularity: ``per_channel`` or ``per_tensor``.
+        transforms: What stands between a tensor and its quantizer.
+
+    Raises:
+        ConfigError: If an activation is to be quantized and the scheme leaves activations in float.
     """
     parameters = dict(model.named_parameters())
+    of_site = {site_id: transform for transform in transforms for site_id in transform.sites}
 
     def quantizer_of(site: Site) -> Quantizer:
-        if site.kind is not SiteKind.WEIGHT:
-            return activation_quantizer(statistics[site.id], precision.activations, rule, symmetric)
-        if site.parameter is None:
-            raise ConfigError(
-                f"site {site.id}: its weight is computed, not a parameter, and cannot be quantized statically"
-            )
-        return weight_quantizer(parameters[site.parameter], precision.weights, weight_granularity)
+        transform = of_site.get(site.id)
+        if site.kind is SiteKind.WEIGHT:
+            weight = site_weight(site, parameters)
+            seen = weight if transform is None else transform.seen(site.id, weight.detach())
+            made = weight_quantizer(seen, scheme.weights, site.channel_axis or 0)
+        elif scheme.activations is None:
+            raise ConfigError(f"site {site.id}: scheme {scheme} leaves activations in float")
+        else:
+            made = activation_quantizer(site, statistics.get(site.id), scheme.activations, rule)
+        return made if transform is None else transform.around(site.id, made)
 
     return {site.id: quantizer_of(site) for site in sites.values()}
 
@@ -90,7 +98,7 @@ class Simulation(SiteHandlers):
             another model or attention implementation, and the result would pass for a quantized one.
     """
 
-    def __init__(self, model: nn.Module, quantizers: Mapping[str, Quantizer]) -> None:
+    def __init__(self, model: nn.Module, quantizers: Mapping[str, Handler]) -> None:
         super().__init__(
             model, {site_id: _handler(site_id, quantizer) for site_id, quantizer in quantizers.items()}
         )
@@ -107,7 +115,7 @@ class Simulation(SiteHandlers):
             )
 
 
-def simulate(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> Simulation:
+def simulate(model: nn.Module, quantizers: Mapping[str, Handler]) -> Simulation:
     """A context in which ``model`` computes with quantized tensors at the given sites.
 
     A weight is quantized once and reused until it changes; writing to ``weight.data`` inside the context goes
@@ -121,8 +129,8 @@ def simulate(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> Simulatio
     return Simulation(model, quantizers)
 
 
-def _handler(site_id: str, quantizer: Quantizer) -> Handler:
-    return _QuantizedOnce(quantizer) if site_id.endswith(".weight") else quantizer
+def _handler(site_id: str, quantizer: Handler) -> Handler:
+    return _QuantizedOnce(quantizer) if SiteId.parse(site_id).operand == "weight" else quantizer
 
 
 class _QuantizedOnce:
@@ -131,7 +139,7 @@ class _QuantizedOnce:
     The weight itself is kept beside its quantized form: the address of a freed tensor is soon used again.
     """
 
-    def __init__(self, quantizer: Quantizer) -> None:
+    def __init__(self, quantizer: Handler) -> None:
         self._quantizer = quantizer
         self._weight: Tensor | None = None
         self._state: tuple[int, int, bool] | None = None

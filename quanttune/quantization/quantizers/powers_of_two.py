@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from quanttune.quantization.quantizers import UniformQuantizer
+from quanttune.quantization.quantizers.uniform import UniformQuantizer
 
 LARGEST_SHIFT = 3
 """Candidates are the base scale and its halves up to this many times."""

@@ -5,17 +5,20 @@ A value is rounded on the grid of the region it falls in, and on that one alone.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from quanttune.errors import ConfigError
-from quanttune.quantization.quantizers import straight_through
+from quanttune.quantization.quantizers.quantizer import QUANTIZERS, Quantizer, State, straight_through
 
 GELU_LOWEST = 0.17
 """Magnitude of GELU's smallest value, about -0.16997, rounded up: the fixed range of the negative side."""
 
 
-class TwinSoftmaxQuantizer:
+@QUANTIZERS.register("twin_softmax")
+class TwinSoftmaxQuantizer(Quantizer):
     """Attention probabilities: half of the codes for ``[0, split)``, half for ``[split, 1]``.
 
     Both halves have ``2**(bits-1)`` unsigned codes; the steps are ``split / (2**(bits-1)-1)`` and
@@ -29,6 +32,8 @@ class TwinSoftmaxQuantizer:
     Raises:
         ConfigError: If ``split`` is outside (0, 1] or there are fewer than 2 bits.
     """
+
+    kind: ClassVar[str] = "twin_softmax"
 
     def __init__(self, split: float, bits: int) -> None:
         if not 0 < split <= 1:
@@ -57,11 +62,21 @@ class TwinSoftmaxQuantizer:
         """Largest representable value."""
         return torch.tensor(1.0)
 
+    def state(self) -> State:
+        """Split and width."""
+        return State(self.kind, {"split": self.split, "bits": self.bits})
+
+    @classmethod
+    def from_state(cls, state: State) -> TwinSoftmaxQuantizer:
+        """The inverse of :meth:`state`."""
+        return cls(**state.settings)
+
     def __repr__(self) -> str:
         return f"TwinSoftmaxQuantizer(split {self.split:g}, {self.bits} bits)"
 
 
-class TwinGeluQuantizer:
+@QUANTIZERS.register("twin_gelu")
+class TwinGeluQuantizer(Quantizer):
     """GELU outputs: half of the codes for the negative side, whose range is fixed, half for ``[0, limit]``.
 
     The steps are ``negative / (2**(bits-1)-1)`` and ``limit / (2**(bits-1)-1)``.
@@ -74,6 +89,8 @@ class TwinGeluQuantizer:
     Raises:
         ConfigError: If a range is not positive or there are fewer than 2 bits.
     """
+
+    kind: ClassVar[str] = "twin_gelu"
 
     def __init__(self, limit: float, bits: int, negative: float = GELU_LOWEST) -> None:
         if not (limit > 0 and negative > 0):
@@ -102,6 +119,15 @@ class TwinGeluQuantizer:
     def high(self) -> Tensor:
         """Largest representable value."""
         return torch.tensor(self.limit)
+
+    def state(self) -> State:
+        """Both ranges and the width."""
+        return State(self.kind, {"limit": self.limit, "bits": self.bits, "negative": self.negative})
+
+    @classmethod
+    def from_state(cls, state: State) -> TwinGeluQuantizer:
+        """The inverse of :meth:`state`."""
+        return cls(**state.settings)
 
     def __repr__(self) -> str:
         return f"TwinGeluQuantizer(-{self.negative:g} .. {self.limit:.4g}, {self.bits} bits)"

@@ -1,0 +1,276 @@
+"""A quantized model as a value: what a method found, in a form that is kept, reopened and applied."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from quanttune.digests import json_digest, sha256_file, tensor_digest
+from quanttune.errors import AssetError, ConfigError
+from quanttune.files import whole_file
+from quanttune.quantization.quantizers import Quantizer, State, quantizer_from_state
+from quanttune.quantization.scheme import Scheme
+from quanttune.quantization.simulation import Simulation
+from quanttune.quantization.transforms import TRANSFORMS, Transform
+
+SCHEMA = 1
+DOCUMENT, QUANTIZERS_FILE, WEIGHTS_FILE = "quantized.json", "quantizers.safetensors", "weights.safetensors"
+_MARK = "|"
+
+
+@dataclass
+class Quantized:
+    """A method's result.
+
+    Args:
+        quantizers: Site id to quantizer.
+        weights: The state dict that the quantizers belong to; ``None`` where it is the reference's own.
+        details: What else is worth recording, as plain JSON values.
+        scheme: What was asked for; ``None`` where nothing is quantized.
+        transforms: What stands between tensors and quantizers, as the quantizers have it already.
+        same_function: Whether ``weights``, unquantized, are meant to compute what the reference computes.
+        weights_origin: Where ``weights`` are kept already, in the words of the stage cache.
+    """
+
+    quantizers: Mapping[str, Quantizer]
+    weights: dict[str, Tensor] | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+    scheme: Scheme | None = None
+    transforms: tuple[Transform, ...] = ()
+    same_function: bool = False
+    weights_origin: str | None = None
+
+    @property
+    def extra_operations(self) -> dict[str, str]:
+        """What integer inference computes beside the network's own operations; by site, in words."""
+        return {
+            site_id: what
+            for transform in self.transforms
+            for site_id, what in transform.extra_operations.items()
+        }
+
+    def apply(self, model: nn.Module) -> QuantizedModel:
+        """A copy of a model that computes with these weights and quantizers.
+
+        Args:
+            model: The reference that was quantized; left as it is.
+
+        Raises:
+            ConfigError: If the weights do not fit the model.
+        """
+        applied = copy.deepcopy(model)
+        if self.weights is not None:
+            try:
+                applied.load_state_dict(self.weights)
+            except RuntimeError as error:
+                raise ConfigError(
+                    f"the quantized weights are not those of a {type(model).__name__}: "
+                    f"{' '.join(str(error).split())[:300]}"
+                ) from error
+        return QuantizedModel(applied.eval(), self.quantizers)
+
+    def to_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Everything but the weights: a JSON document and the tensors it names."""
+        tensors: dict[str, Tensor] = {}
+
+        def described(name: str, state: State) -> dict[str, Any]:
+            for part, tensor in state.tensors.items():
+                tensors[f"{name}{_MARK}{part}"] = _own(tensor)
+            return {"kind": state.kind, "settings": dict(state.settings)}
+
+        scheme = self.scheme
+        document = {
+            "schema": SCHEMA,
+            "scheme": None if scheme is None else {"text": str(scheme), "profile": scheme.profile},
+            "quantizers": {
+                site_id: described(site_id, quantizer.state())
+                for site_id, quantizer in self.quantizers.items()
+            },
+            "transforms": [
+                described(f"transform {number}", transform.state())
+                for number, transform in enumerate(self.transforms)
+            ],
+            "weights": None if self.weights is None else tensor_digest(self.weights),
+            "same_function": self.same_function,
+            "details": self.details,
+        }
+        return document, tensors
+
+    @classmethod
+    def from_state(
+        cls,
+        document: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        weights: dict[str, Tensor] | None = None,
+    ) -> Quantized:
+        """The inverse of :meth:`to_state`.
+
+        Raises:
+            AssetError: If the document is of another schema or form, or the weights are not those it names.
+            UnknownNameError: If a kind of quantizer is not registered.
+        """
+        if document.get("schema") != SCHEMA:
+            raise AssetError(
+                f"a quantized model of schema {document.get('schema')!r}; this version reads {SCHEMA}"
+            )
+        promised = document.get("weights")
+        if (None if weights is None else tensor_digest(weights)) != promised:
+            raise AssetError(
+                f"the weights beside a quantized model are not those it was made with (digest {promised})"
+            )
+        try:
+            scheme = document["scheme"]
+            return cls(
+                {
+                    site_id: quantizer_from_state(_state(site_id, each, tensors))
+                    for site_id, each in document["quantizers"].items()
+                },
+                weights,
+                dict(document["details"]),
+                None if scheme is None else Scheme.parse(scheme["text"], scheme["profile"]),
+                tuple(
+                    TRANSFORMS.get(each["kind"]).from_state(_state(f"transform {number}", each, tensors))
+                    for number, each in enumerate(document["transforms"])
+                ),
+                bool(document["same_function"]),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise AssetError(f"a quantized model's document is damaged: {error!r}") from error
+
+    def save(self, folder: Path | str) -> Path:
+        """Keep everything in a folder: ``quantized.json`` and safetensors, whole or absent.
+
+        Returns:
+            The folder.
+        """
+        folder = Path(folder)
+        document, tensors = self.to_state()
+        parts = {QUANTIZERS_FILE: tensors} | ({} if self.weights is None else {WEIGHTS_FILE: self.weights})
+        files = {}
+        for name, content in parts.items():
+            with whole_file(folder / name) as temporary:
+                save_file(
+                    {key: value.detach().cpu().contiguous().clone() for key, value in content.items()},
+                    temporary,
+                )
+            files[name] = sha256_file(folder / name)
+        document |= {"files": files}
+        # The document goes last: a folder without one is unfinished.
+        with whole_file(folder / DOCUMENT) as temporary:
+            text = json.dumps(document | {"digest": json_digest(document)}, indent=1) + "\n"
+            temporary.write_text(text, encoding="utf-8")
+        return folder
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Quantized:
+        """Read what :meth:`save` wrote; nothing is used before its digest is checked.
+
+        Raises:
+            AssetError: If something is absent, damaged or edited; the message names it.
+        """
+        folder = Path(folder)
+        path = folder / DOCUMENT
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise AssetError(f"cannot read {path}: {error}; save the quantized model again") from error
+        found = document if isinstance(document, dict) else {}
+        body = {key: value for key, value in found.items() if key != "digest"}
+        if found.get("digest") != _digest(body) or not isinstance(body.get("files"), dict):
+            raise AssetError(f"{path} is damaged or was edited; save the quantized model again")
+        parts = {name: _checked(folder / name, digest) for name, digest in sorted(body["files"].items())}
+        return cls.from_state(body, parts.get(QUANTIZERS_FILE, {}), parts.get(WEIGHTS_FILE))
+
+
+class QuantizedModel(nn.Module):
+    """A model whose every forward pass computes with quantized tensors.
+
+    Args:
+        model: The model, with the weights that the quantizers belong to.
+        quantizers: Site id to quantizer.
+    """
+
+    def __init__(self, model: nn.Module, quantizers: Mapping[str, Quantizer]) -> None:
+        super().__init__()
+        self.model = model
+        self.quantizers = dict(quantizers)
+        # One for all calls: it keeps the quantized weights.
+        self._simulation = Simulation(model, quantizers)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model on quantized tensors."""
+        with self._simulation:
+            return self.model(*args, **kwargs)
+
+
+def quantize(
+    model: nn.Module,
+    batches: Iterable[Any],
+    scheme: Scheme | str = "W8A8",
+    *,
+    profile: str | None = None,
+    rule: str | Callable[..., tuple[float, float]] = "minmax",
+) -> Quantized:
+    """Quantize a model: find its sites, calibrate on a few batches, choose the ranges.
+
+    Args:
+        model: Any eager PyTorch model in evaluation mode; left as it is.
+        batches: Model inputs: tensors, or dictionaries of named ones.
+        scheme: Formats, e.g. ``W8A8``, ``W4g128``, ``W8A8-token``.
+        profile: Which tensors, ``full`` or ``matmul``; the scheme's by default.
+        rule: A range rule or its name: ``minmax``, ``percentile``, ``mse``, ``omse``, ``ema``.
+
+    Raises:
+        QuantTuneError: If there is no batch, or something of the model cannot be quantized.
+    """
+    from quanttune.quantization.discovery import discover_sites
+    from quanttune.quantization.ranges import RANGE_RULES
+    from quanttune.quantization.simulation import build_quantizers
+    from quanttune.quantization.statistics import collect_statistics
+
+    wanted = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+    wanted = wanted if profile is None else wanted.with_profile(profile)
+    data = list(batches)
+    if not data:
+        raise ConfigError("the calibration set is empty; give at least one batch")
+    sites = wanted.sites(discover_sites(model, data[0]))
+    statistics = collect_statistics(model, data, sites) if wanted.is_static else {}
+    chosen = RANGE_RULES.get(rule) if isinstance(rule, str) else rule
+    return Quantized(build_quantizers(model, sites, statistics, wanted, chosen), scheme=wanted)
+
+
+def _state(name: str, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> State:
+    start = f"{name}{_MARK}"
+    own = {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
+    return State(described["kind"], described["settings"], own)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy of its own on the CPU: safetensors refuses tensors that share memory."""
+    return tensor.detach().cpu().contiguous().clone()
+
+
+def _digest(body: Mapping[str, Any]) -> str | None:
+    try:
+        return json_digest(body)
+    except ValueError:  # a NaN that no document of ours holds
+        return None
+
+
+def _checked(path: Path, digest: str) -> dict[str, Tensor]:
+    if path.name not in (QUANTIZERS_FILE, WEIGHTS_FILE):
+        raise AssetError(f"{path} does not belong to a quantized model")
+    try:
+        if sha256_file(path) != digest:
+            raise AssetError(f"{path} is not the file that was saved; save the quantized model again")
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise AssetError(f"cannot read {path}: {error}; save the quantized model again") from error

@@ -1,0 +1,69 @@
+"""Ranges computed while the network runs, one for each vector that a product sums over."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quanttune.quantization.quantizers.quantizer import QUANTIZERS, Quantizer, State, straight_through
+
+_SHORT = (torch.float16, torch.bfloat16)
+
+
+@QUANTIZERS.register("dynamic")
+class DynamicQuantizer(Quantizer):
+    """Min-max of each vector as it comes: a token of an activation, an item of an image.
+
+    Not static quantization: hardware has to find every range at run time. Codes and rounding are those of
+    :class:`~quanttune.quantization.quantizers.UniformQuantizer`. Gradients pass straight through.
+
+    Args:
+        bits: Width.
+        axes: Negative dimensions that share a range.
+        symmetric: Whether codes are signed around zero.
+    """
+
+    kind: ClassVar[str] = "dynamic"
+
+    def __init__(self, bits: int, axes: tuple[int, ...] = (-1,), symmetric: bool = True) -> None:
+        if not axes or any(axis >= 0 for axis in axes):
+            raise ValueError(
+                f"axes {axes} of a dynamic quantizer must be negative, counted from the last one"
+            )
+        self.bits, self.axes, self.symmetric = bits, tuple(axes), symmetric
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Quantize and dequantize ``values``."""
+        if values.dtype in _SHORT:
+            return self(values.float()).to(values.dtype)
+        exact = values.detach()
+        tiny = torch.finfo(torch.float32).tiny
+        if self.symmetric:
+            top = 2 ** (self.bits - 1) - 1
+            limit = exact.abs().amax(dim=self.axes, keepdim=True)
+            scale = (torch.where(limit == 0, 1.0, limit) / top).clamp_(min=tiny)
+            codes = (exact * (1 / scale)).round_().clamp_(-top, top)
+        else:
+            top = 2**self.bits - 1
+            low = exact.amin(dim=self.axes, keepdim=True).clamp_(max=0)
+            width = exact.amax(dim=self.axes, keepdim=True).clamp_(min=0) - low
+            scale = (torch.where(width == 0, 1.0, width) / top).clamp_(min=tiny)
+            zero = (-low / scale).round_()
+            codes = (exact * (1 / scale)).round_()
+            codes = torch.minimum(torch.maximum(codes, -zero), top - zero)
+        return straight_through(values, codes.mul_(scale))
+
+    def state(self) -> State:
+        """Width, axes and symmetry."""
+        return State(self.kind, {"bits": self.bits, "axes": list(self.axes), "symmetric": self.symmetric})
+
+    @classmethod
+    def from_state(cls, state: State) -> DynamicQuantizer:
+        """The inverse of :meth:`state`."""
+        return cls(state.settings["bits"], tuple(state.settings["axes"]), state.settings["symmetric"])
+
+    def __repr__(self) -> str:
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        return f"DynamicQuantizer({self.bits} bits, {kind}, a range over {self.axes})"

@@ -1,0 +1,71 @@
+"""The contract of a quantizer: what it computes, and the state from which it is made again to the bit."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from quanttune.registry import Registry
+
+
+@dataclass(frozen=True)
+class State:
+    """What a quantizer is made of, in a form that JSON and safetensors keep without loss.
+
+    Attributes:
+        kind: Registered name of the quantizer's class.
+        settings: Plain JSON values; floats are kept to the last bit.
+        tensors: On the CPU, by name.
+    """
+
+    kind: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Quantizer(ABC):
+    """Maps a tensor to the tensor its integer codes would be read back as; same shape and dtype.
+
+    Class attributes:
+        kind: The registered name.
+    """
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def __call__(self, values: Tensor) -> Tensor:
+        """Quantize and dequantize ``values``."""
+
+    @abstractmethod
+    def state(self) -> State:
+        """Everything that decides what this quantizer does."""
+
+    @classmethod
+    @abstractmethod
+    def from_state(cls, state: State) -> Self:
+        """The quantizer that has this state; it does the same to the bit."""
+
+
+QUANTIZERS: Registry[type[Quantizer]] = Registry("quantizer", packages=("quanttune.quantization.quantizers",))
+"""Every kind of quantizer, by name."""
+
+
+def quantizer_from_state(state: State) -> Quantizer:
+    """The quantizer that has this state.
+
+    Raises:
+        UnknownNameError: If its kind is not registered: the file that defines it has to be imported first.
+    """
+    return QUANTIZERS.get(state.kind).from_state(state)
+
+
+def straight_through(values: Tensor, quantized: Tensor) -> Tensor:
+    """``quantized``, with the gradient that ``values`` would have (straight-through estimator)."""
+    if torch.is_grad_enabled() and values.requires_grad:
+        return values + (quantized - values).detach()
+    return quantized

@@ -1,0 +1,68 @@
+"""A quantizer that sees its tensor divided, or multiplied, by a factor of each channel."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from quanttune.quantization.quantizers.quantizer import (
+    QUANTIZERS,
+    Quantizer,
+    State,
+    quantizer_from_state,
+)
+
+_INNER = "inner."
+
+
+@QUANTIZERS.register("scaled")
+class ScaledQuantizer(Quantizer):
+    """``Q(x / s) * s`` with one factor a channel.
+
+    Args:
+        inner: ``Q``.
+        factors: ``s``, shape ``(channels,)``, none zero.
+        axis: The channel dimension; negative ones count from the last.
+
+    Raises:
+        ValueError: If the factors are no vector or one is zero or not finite.
+    """
+
+    kind: ClassVar[str] = "scaled"
+
+    def __init__(self, inner: Quantizer, factors: Tensor, axis: int = -1) -> None:
+        if factors.dim() != 1 or not bool((factors != 0).all() and factors.isfinite().all()):
+            raise ValueError(
+                "the factors of a scaled quantizer must be a vector of finite numbers, none zero"
+            )
+        self.inner, self.factors, self.axis = inner, factors.detach().float(), axis
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Quantize and dequantize ``values``."""
+        shape = [1] * values.dim()
+        shape[self.axis] = -1
+        factors = self.factors.to(values.device, values.dtype).view(shape)
+        return self.inner(values / factors) * factors
+
+    def state(self) -> State:
+        """Factors and axis, and the state of the inner quantizer."""
+        inner = self.inner.state()
+        settings = {"axis": self.axis, "inner": {"kind": inner.kind, "settings": dict(inner.settings)}}
+        tensors = {f"{_INNER}{name}": tensor for name, tensor in inner.tensors.items()}
+        return State(self.kind, settings, {"factors": self.factors.cpu(), **tensors})
+
+    @classmethod
+    def from_state(cls, state: State) -> ScaledQuantizer:
+        """The inverse of :meth:`state`."""
+        inner = state.settings["inner"]
+        tensors = {
+            name.removeprefix(_INNER): tensor
+            for name, tensor in state.tensors.items()
+            if name.startswith(_INNER)
+        }
+        made = quantizer_from_state(State(inner["kind"], inner["settings"], tensors))
+        return cls(made, state.tensors["factors"], state.settings["axis"])
+
+    def __repr__(self) -> str:
+        return f"ScaledQuantizer({self.inner!r}, {len(self.factors)} factors along {self.axis})"
