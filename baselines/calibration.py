@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from baselines.method import Context, Method, Quantized
-from quanttune.quantization import RANGE_RULES, RangeRule, Scheme, SiteTable, build_quantizers
+from baselines.method import Context, Method
+from quanttune.quantization import RANGE_RULES, Quantized, RangeRule, Scheme, SiteTable, build_quantizers
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from baselines.method import METHODS, Context, Method, Quantized
+from baselines.method import METHODS, Context, Method
+from quanttune.quantization import Quantized
 
 
 @METHODS.register("fp32")

@@ -10,11 +10,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from baselines.method import METHODS, Context, Method, Quantized
+from baselines.method import METHODS, Context, Method
 from quanttune.errors import ConfigError
 from quanttune.inputs import to_device
 from quanttune.quantization import (
     Observer,
+    Quantized,
     Quantizer,
     Scheme,
     Site,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from baselines.curvature import GRADIENTS, output_curvature
-from baselines.method import METHODS, Batch, Context, Method, Quantized
+from baselines.method import METHODS, Batch, Context, Method
 from baselines.products import Curvature, Product, capture, find_products
 from baselines.scale_search import Grid, Settings, search_scales
 from quanttune.digests import tensor_digest
@@ -22,6 +22,7 @@ from quanttune.quantization import (
     RANGE_RULES,
     PerChannel,
     PerTensor,
+    Quantized,
     Quantizer,
     Scheme,
     SiteKind,
@@ -210,7 +211,7 @@ class Ptq4Vit(ScaleSearch):
       it.
     - ``g`` is the gradient of the divergence at the network quantized by min-max. The code's divergence
       compares the FP32 prediction with itself, so its ``g`` is rounding noise. Of the definitions that mean
-      something this one is nearest to the paper's words. On validation data (suite ``rivals_search``) it and
+      something this one is nearest to the paper's words. On validation data (study ``rivals_search``) it and
       ``fisher`` do alike, and ``cross_entropy`` worse at 6 bits.
     - The input of the patch convolution is quantized, as the paper and our profiles have it; the code leaves
       it.

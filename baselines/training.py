@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from baselines.method import METHODS, Context, Method, Quantized, silent
+from baselines.method import METHODS, Context, Method, silent
 from quanttune.errors import ConfigError
 from quanttune.inputs import ModelInputs, call_model, logits_of, to_device
 from quanttune.outlier_loss import OutlierLoss, OutlierLossConfig
-from quanttune.quantization import Scheme, SiteKind, SiteTable
+from quanttune.quantization import Quantized, Scheme, SiteKind, SiteTable
 from quanttune.replicas import run_replicated
 from quanttune.seeds import derive_seed, torch_generator
 from quanttune.tuner import Schedule, tune

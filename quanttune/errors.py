@@ -44,3 +44,7 @@ class UnknownNameError(QuantTuneError):
     def __reduce__(self) -> tuple[type[UnknownNameError], tuple[str, str, list[str]]]:
         # Exceptions are rebuilt from their message by default, which would break the pool of a parallel run.
         return type(self), (self.kind, self.name, self.known)
+
+
+class NameTakenError(QuantTuneError, ValueError):
+    """Two components that claim one name."""

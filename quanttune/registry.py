@@ -2,19 +2,41 @@
 
 A component is one file: it imports the registry of its kind and decorates its class. Files are imported on
 the first look-up only, so importing a package stays cheap and a new file needs no edit elsewhere.
+
+Components also come from outside. Another installed package names its modules as entry points::
+
+    [project.entry-points.quanttune_bench]
+    mine = "my_package.my_method"
+
+They are imported on the first look-up in any registry. One that cannot be imported costs a warning with its
+name, never the components of others.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 import threading
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from importlib import metadata
+from typing import Any, Generic, TypeVar
 
-from quanttune.errors import UnknownNameError
+from quanttune.errors import NameTakenError, UnknownNameError
 
 T = TypeVar("T")
+
+ENTRY_POINTS = "quanttune_bench"
+"""The group of entry points whose modules register components."""
+
+_LOCK = threading.RLock()  # one for all registries: a component may look up another registry as it loads
+_REGISTRIES: weakref.WeakSet[Registry[Any]] = weakref.WeakSet()
+
+
+class ComponentWarning(UserWarning):
+    """A component from outside that cannot be used."""
 
 
 class Registry(Generic[T]):
@@ -28,25 +50,37 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, packages: tuple[str, ...] = ()) -> None:
         self.kind = kind
         self._packages = packages
-        self._lock = threading.RLock()
         self._loading = self._loaded = False
         self._items: dict[str, T] = {}
+        self._sources: dict[str, str] = {}
+        _REGISTRIES.add(self)
 
     def register(self, name: str) -> Callable[[T], T]:
         """Return a decorator that files a component under ``name``.
 
         Raises:
-            ValueError: If another component already has the name.
+            NameTakenError: If another component already has the name, or the component calls itself
+                something else.
         """
+        source = sys._getframe(1).f_globals.get("__name__", "?")
 
         def add(item: T) -> T:
+            if not self._is_home(source):  # from outside: the names of our own components come first
+                self._load_packages()
             present = self._items.get(name)
             if present is not None and _origin(present) != _origin(item):
-                raise ValueError(
+                raise NameTakenError(
                     f"two components claim the {self.kind} name {name!r}: "
                     f"{_origin(present)} and {_origin(item)}; rename one of them"
                 )
+            declared = getattr(item, "name", name)
+            if isinstance(declared, str) and declared != name:
+                raise NameTakenError(
+                    f"{_origin(item)} is registered as {self.kind} {name!r} and calls itself {declared!r}; "
+                    "give it one name"
+                )
             self._items[name] = item
+            self._sources[name] = source
             return item
 
         return add
@@ -76,10 +110,17 @@ class Registry(Generic[T]):
         self._load()
         return name in self._items
 
+    def _is_home(self, module: str) -> bool:
+        return any(module == package or module.startswith(f"{package}.") for package in self._packages)
+
     def _load(self) -> None:
+        self._load_packages()
+        _load_entry_points()
+
+    def _load_packages(self) -> None:
         if self._loaded:
             return
-        with self._lock:  # another thread waits here until every component is known
+        with _LOCK:  # another thread waits here until every component is known
             if self._loaded or self._loading:
                 return
             self._loading = True  # a component that looks up its own registry while loading must not recurse
@@ -93,6 +134,46 @@ class Registry(Generic[T]):
                 self._loaded = True
             finally:
                 self._loading = False  # after a failed import the next look-up fails the same way
+
+
+def forget_components(module: str) -> None:
+    """Take back whatever a module registered, in every registry.
+
+    Args:
+        module: The ``__name__`` of the module that called :meth:`Registry.register`.
+    """
+    for registry in list(_REGISTRIES):
+        for name in [name for name, source in registry._sources.items() if source == module]:
+            registry._items.pop(name, None)
+            del registry._sources[name]
+
+
+class _EntryPoints:
+    loading = loaded = False
+
+
+def _load_entry_points() -> None:
+    """Import the modules that other installed packages name, once a process."""
+    if _EntryPoints.loaded:
+        return
+    with _LOCK:
+        if _EntryPoints.loaded or _EntryPoints.loading:
+            return
+        _EntryPoints.loading = True  # the modules themselves look names up
+        for point in sorted(metadata.entry_points(group=ENTRY_POINTS), key=lambda found: found.name):
+            try:
+                importlib.import_module(point.module)
+            except (Exception, SystemExit) as error:
+                forget_components(point.module)
+                package = point.dist.name if point.dist is not None else "?"
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                warnings.warn(
+                    f"entry point {point.name} = {point.value!r} of package {package} cannot be used "
+                    f"({reason}); repair it or uninstall that package",
+                    ComponentWarning,
+                    stacklevel=2,
+                )
+        _EntryPoints.loaded, _EntryPoints.loading = True, False
 
 
 def _origin(item: object) -> str:

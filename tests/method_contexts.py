@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baselines.method import METHODS, Batch, Context, MemoryStages, Quantized
+from baselines.method import METHODS, Batch, Context, MemoryStages
 from quanttune.digests import canonical_json
-from quanttune.quantization import Scheme
+from quanttune.quantization import Quantized, Scheme
 from quanttune.seeds import torch_generator
 from tests.quantization.models import build, inputs, sites
 

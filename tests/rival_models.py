@@ -18,14 +18,14 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from baselines import METHODS
 from baselines.curvature import output_curvature
-from baselines.method import Batch, Context, MemoryStages, Quantized
+from baselines.method import Batch, Context, MemoryStages
 from baselines.products import capture, find_products
 from baselines.ptq4vit import first_items
 from benchmark.keep.stages import Stages
 from benchmark.subject.lookup import get_model
 from benchmark.subject.tasks.task import get_task
 from quanttune.inputs import call_model, logits_of
-from quanttune.quantization import Scheme, UniformQuantizer, discover_sites, simulate
+from quanttune.quantization import Quantized, Scheme, UniformQuantizer, discover_sites, simulate
 from quanttune.seeds import torch_generator
 
 

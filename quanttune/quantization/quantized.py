@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from quanttune.digests import json_digest, sha256_file, tensor_digest
-from quanttune.errors import AssetError, ConfigError
+from quanttune.errors import AssetError, ConfigError, QuantTuneError
 from quanttune.files import whole_file
 from quanttune.quantization.quantizers import Quantizer, State, quantizer_from_state
 from quanttune.quantization.scheme import Scheme
@@ -150,8 +150,13 @@ class Quantized:
 
         Returns:
             The folder.
+
+        Raises:
+            ConfigError: If the path leads through a file.
         """
         folder = Path(folder)
+        if any(place.is_file() for place in (folder, *folder.parents)):
+            raise ConfigError(f"{folder} cannot be a folder: a part of that path is a file")
         document, tensors = self.to_state()
         parts = {QUANTIZERS_FILE: tensors} | ({} if self.weights is None else {WEIGHTS_FILE: self.weights})
         files = {}
@@ -236,12 +241,22 @@ def quantize(
     from quanttune.quantization.simulation import build_quantizers
     from quanttune.quantization.statistics import collect_statistics
 
+    if not isinstance(scheme, str | Scheme):
+        raise ConfigError(f"scheme {scheme!r} is neither a text such as W8A8 nor a Scheme")
     wanted = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     wanted = wanted if profile is None else wanted.with_profile(profile)
     data = list(batches)
     if not data:
         raise ConfigError("the calibration set is empty; give at least one batch")
+    for batch in data:
+        if not isinstance(batch, Tensor | Mapping):
+            raise ConfigError(
+                f"a batch is a {type(batch).__name__}; give the model's inputs alone, a tensor or a "
+                "dictionary of named tensors"
+            )
     sites = wanted.sites(discover_sites(model, data[0]))
+    if not sites:
+        raise QuantTuneError(f"profile {wanted.profile} of {type(model).__name__} has nothing to quantize")
     statistics = collect_statistics(model, data, sites) if wanted.is_static else {}
     chosen = RANGE_RULES.get(rule) if isinstance(rule, str) else rule
     return Quantized(build_quantizers(model, sites, statistics, wanted, chosen), scheme=wanted)

@@ -151,12 +151,15 @@ def _weight_granularity(suffix: str) -> Granularity:
             match = re.fullmatch(kind.weight_pattern, suffix)
             if match is not None:
                 return kind.from_match(match)
-    known = [kind.weight_pattern for _, kind in _granularities() if kind.weight_pattern]
+    known = [kind.example or suffix for _, kind in _granularities() if kind.weight_pattern]
     raise ConfigError(f"there is no option {suffix!r}; what may follow their width: {', '.join(known)}, z")
 
 
 def _activations(bits: int, options: str) -> Format:
     given = [option for option in options.split("-") if option]
+    twice = [option for option in given if given.count(option) > 1]
+    if twice:
+        raise ConfigError(f"option -{twice[0]} is given twice")
     symmetric = "asym" not in given
     integers = "int" in given
     if bits == _FLOAT_WIDTH and not integers:
@@ -164,6 +167,8 @@ def _activations(bits: int, options: str) -> Format:
             f"A{bits} means floating point elsewhere; leave it out to quantize weights alone, "
             f"or write A{bits}-int for {bits}-bit integers"
         )
+    if integers and bits != _FLOAT_WIDTH:
+        raise ConfigError(f"-int is for A{_FLOAT_WIDTH} alone; {bits} bits are integers anyway")
     rest = [option for option in given if option not in ("asym", "int")]
     suffix = "".join(f"-{option}" for option in rest)
     for _, kind in _granularities():
@@ -171,7 +176,7 @@ def _activations(bits: int, options: str) -> Format:
             match = re.fullmatch(kind.activation_pattern, suffix)
             if match is not None:
                 return Format(bits, kind.from_match(match), symmetric)
-    known = [kind.activation_pattern for _, kind in _granularities() if kind.activation_pattern]
+    known = [kind.example for _, kind in _granularities() if kind.activation_pattern]
     raise ConfigError(
         f"there is no option {suffix!r}; what may follow their width: {', '.join([*known, '-asym'])}"
     )

@@ -95,7 +95,7 @@ def test_refuses_widths_out_of_range_and_names_them(text: str, what: str, bits: 
         ("W8xA8", "weights: there is no option 'x'"),
         ("W4g1A8", "groups of 1 weights share no range"),
         ("W8A8-channel", "activations: there is no option '-channel'"),
-        ("W8A8-token-token", "activations: there is no option '-token-token'"),
+        ("W8A8-token-token", "activations: option -token is given twice"),
         ("W4A16", "A16 means floating point elsewhere; leave it out to quantize weights alone"),
     ],
 )

@@ -27,12 +27,14 @@ class Granularity(ABC):
         weight_pattern: Regular expression of what follows ``W<bits>`` in the text of a scheme; ``None`` if
             weights cannot have this granularity.
         activation_pattern: The same of what follows ``A<bits>``.
+        example: How the text of a scheme names it, for messages.
         dynamic: Whether ranges are found while the network runs.
     """
 
     name: ClassVar[str]
     weight_pattern: ClassVar[str | None] = None
     activation_pattern: ClassVar[str | None] = None
+    example: ClassVar[str] = ""
     dynamic: ClassVar[bool] = False
 
     @classmethod

@@ -29,6 +29,7 @@ class PerGroup(Granularity):
 
     name: ClassVar[str] = "per_group"
     weight_pattern: ClassVar[str | None] = r"g(\d+)"
+    example: ClassVar[str] = "g128"
     size: int = 128
 
     def __post_init__(self) -> None:

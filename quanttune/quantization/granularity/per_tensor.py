@@ -25,6 +25,7 @@ class PerTensor(Granularity):
     name: ClassVar[str] = "per_tensor"
     weight_pattern: ClassVar[str | None] = "t"
     activation_pattern: ClassVar[str | None] = ""
+    example: ClassVar[str] = "t"
 
     def weight_quantizer(self, weight: Tensor, bits: int, symmetric: bool, axis: int) -> UniformQuantizer:
         """The range from the smallest to the largest weight."""

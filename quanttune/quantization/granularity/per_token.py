@@ -25,6 +25,7 @@ class PerToken(Granularity):
 
     name: ClassVar[str] = "per_token"
     activation_pattern: ClassVar[str | None] = "-token"
+    example: ClassVar[str] = "-token"
     dynamic: ClassVar[bool] = True
 
     def activation_quantizer(

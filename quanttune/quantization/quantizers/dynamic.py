@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from quanttune.quantization.quantizers.quantizer import QUANTIZERS, Quantizer, State, straight_through
+from quanttune.quantization.quantizers.quantizer import QUANTIZERS, PlainQuantizer, straight_through
 
 _SHORT = (torch.float16, torch.bfloat16)
 
 
 @QUANTIZERS.register("dynamic")
-class DynamicQuantizer(Quantizer):
+class DynamicQuantizer(PlainQuantizer):
     """Min-max of each vector as it comes: a token of an activation, an item of an image.
 
     Not static quantization: hardware has to find every range at run time. Codes and rounding are those of
@@ -26,8 +27,9 @@ class DynamicQuantizer(Quantizer):
     """
 
     kind: ClassVar[str] = "dynamic"
+    parameters: ClassVar[tuple[str, ...]] = ("bits", "axes", "symmetric")
 
-    def __init__(self, bits: int, axes: tuple[int, ...] = (-1,), symmetric: bool = True) -> None:
+    def __init__(self, bits: int, axes: Sequence[int] = (-1,), symmetric: bool = True) -> None:
         if not axes or any(axis >= 0 for axis in axes):
             raise ValueError(
                 f"axes {axes} of a dynamic quantizer must be negative, counted from the last one"
@@ -54,15 +56,6 @@ class DynamicQuantizer(Quantizer):
             codes = (exact * (1 / scale)).round_()
             codes = torch.minimum(torch.maximum(codes, -zero), top - zero)
         return straight_through(values, codes.mul_(scale))
-
-    def state(self) -> State:
-        """Width, axes and symmetry."""
-        return State(self.kind, {"bits": self.bits, "axes": list(self.axes), "symmetric": self.symmetric})
-
-    @classmethod
-    def from_state(cls, state: State) -> DynamicQuantizer:
-        """The inverse of :meth:`state`."""
-        return cls(state.settings["bits"], tuple(state.settings["axes"]), state.settings["symmetric"])
 
     def __repr__(self) -> str:
         kind = "symmetric" if self.symmetric else "asymmetric"

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quanttune.quantization.quantizers.quantizer import QUANTIZERS, Quantizer, State, straight_through
+from quanttune.quantization.quantizers.uniform import asymmetric_scale, symmetric_scale
 
 
 @QUANTIZERS.register("grouped")
@@ -48,17 +49,12 @@ class GroupQuantizer(Quantizer):
     def of_weight(cls, weight: Tensor, bits: int, size: int, symmetric: bool = True) -> GroupQuantizer:
         """The min-max quantizer of a weight; a group of zeros gets the range 1."""
         groups = _grouped(weight.detach().flatten(1), size)
-        low, high = (bound.double() for bound in torch.aminmax(groups, dim=-1))
+        low, high = (bound.double().cpu() for bound in torch.aminmax(groups, dim=-1))
         if symmetric:
-            code_max = 2 ** (bits - 1) - 1
-            limit = torch.maximum(low.abs(), high.abs())
-            scale = torch.where(limit == 0, 1.0, limit) / code_max
-            return cls(scale.cpu(), torch.zeros_like(scale).cpu(), -code_max, code_max, size)
-        code_max = 2**bits - 1
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        width = high - low
-        scale = torch.where(width == 0, 1.0, width) / code_max
-        return cls(scale.cpu(), torch.round(-low / scale).cpu(), 0, code_max, size)
+            scale, code_max = symmetric_scale(torch.maximum(low.abs(), high.abs()), bits)
+            return cls(scale, torch.zeros_like(scale), -code_max, code_max, size)
+        scale, zero_point, code_max = asymmetric_scale(low, high, bits)
+        return cls(scale, zero_point, 0, code_max, size)
 
     @property
     def low(self) -> Tensor:

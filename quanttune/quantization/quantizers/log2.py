@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quanttune.errors import ConfigError
-from quanttune.quantization.quantizers.quantizer import QUANTIZERS, Quantizer, State, straight_through
+from quanttune.quantization.quantizers.quantizer import QUANTIZERS, ProbabilityQuantizer, straight_through
 
 _A, _B, _C = 0.3585, 1.353, 0.344
 """``exp(p)`` on ``(-ln 2, 0]`` is about ``_A (p + _B)**2 + _C`` (I-BERT, arXiv 2101.01321, equation 13)."""
@@ -17,22 +17,8 @@ SHIFTS = 30
 """Largest right shift of the exponential: scores more than ``30 ln 2`` below the largest count as there."""
 
 
-class _Probabilities(Quantizer):
-    """Range shared by both: probabilities."""
-
-    @property
-    def low(self) -> Tensor:
-        """Smallest representable value."""
-        return torch.tensor(0.0)
-
-    @property
-    def high(self) -> Tensor:
-        """Largest representable value."""
-        return torch.tensor(1.0)
-
-
 @QUANTIZERS.register("log2")
-class Log2Quantizer(_Probabilities):
+class Log2Quantizer(ProbabilityQuantizer):
     """Probabilities as powers of two: code ``q = round(-log2 p)``, value ``2**-q``.
 
     Codes run from 0 to ``2**bits - 1``; a probability whose code would be larger, zero included, becomes 0.
@@ -42,6 +28,7 @@ class Log2Quantizer(_Probabilities):
     """
 
     kind: ClassVar[str] = "log2"
+    parameters: ClassVar[tuple[str, ...]] = ("bits",)
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
@@ -52,21 +39,12 @@ class Log2Quantizer(_Probabilities):
         codes = torch.log2(values.detach()).neg_().round_().clamp_(min=0)
         return straight_through(values, _power_of_two(codes, self._codes))
 
-    def state(self) -> State:
-        """The width."""
-        return State(self.kind, {"bits": self.bits})
-
-    @classmethod
-    def from_state(cls, state: State) -> Log2Quantizer:
-        """The inverse of :meth:`state`."""
-        return cls(**state.settings)
-
     def __repr__(self) -> str:
         return f"Log2Quantizer({self.bits} bits)"
 
 
 @QUANTIZERS.register("integer_softmax")
-class IntegerSoftmaxQuantizer(_Probabilities):
+class IntegerSoftmaxQuantizer(ProbabilityQuantizer):
     """Log-Int-Softmax: what :class:`Log2Quantizer` gives when the softmax itself is computed on integers.
 
     Scores are integers ``i`` times ``scale``. With ``e_i`` the polynomial exponential of ``scale * (i - max
@@ -83,6 +61,7 @@ class IntegerSoftmaxQuantizer(_Probabilities):
     """
 
     kind: ClassVar[str] = "integer_softmax"
+    parameters: ClassVar[tuple[str, ...]] = ("bits", "scale")
 
     def __init__(self, bits: int, scale: float) -> None:
         if not scale > 0:
@@ -104,15 +83,6 @@ class IntegerSoftmaxQuantizer(_Probabilities):
             # unless the width is large, so the mask is kept.
             quantized = torch.where(values > 0, quantized.to(values.dtype), 0.0)
         return straight_through(values, quantized)
-
-    def state(self) -> State:
-        """Width and step of the scores."""
-        return State(self.kind, {"bits": self.bits, "scale": self.scale})
-
-    @classmethod
-    def from_state(cls, state: State) -> IntegerSoftmaxQuantizer:
-        """The inverse of :meth:`state`."""
-        return cls(**state.settings)
 
     def __repr__(self) -> str:
         return f"IntegerSoftmaxQuantizer({self.bits} bits, scale {self.scale:.4g})"

@@ -51,6 +51,39 @@ class Quantizer(ABC):
         """The quantizer that has this state; it does the same to the bit."""
 
 
+class PlainQuantizer(Quantizer):
+    """A quantizer that a few numbers decide: those its constructor takes, kept under the same names.
+
+    Class attributes:
+        parameters: Their names.
+    """
+
+    parameters: ClassVar[tuple[str, ...]]
+
+    def state(self) -> State:
+        """The parameters."""
+        return State(self.kind, {name: getattr(self, name) for name in self.parameters})
+
+    @classmethod
+    def from_state(cls, state: State) -> Self:
+        """The inverse of :meth:`state`."""
+        return cls(**state.settings)
+
+
+class ProbabilityQuantizer(PlainQuantizer):
+    """A quantizer of probabilities."""
+
+    @property
+    def low(self) -> Tensor:
+        """Smallest representable value."""
+        return torch.tensor(0.0)
+
+    @property
+    def high(self) -> Tensor:
+        """Largest representable value."""
+        return torch.tensor(1.0)
+
+
 QUANTIZERS: Registry[type[Quantizer]] = Registry("quantizer", packages=("quanttune.quantization.quantizers",))
 """Every kind of quantizer, by name."""
 

@@ -11,14 +11,19 @@ import torch
 from torch import Tensor
 
 from quanttune.errors import ConfigError
-from quanttune.quantization.quantizers.quantizer import QUANTIZERS, Quantizer, State, straight_through
+from quanttune.quantization.quantizers.quantizer import (
+    QUANTIZERS,
+    PlainQuantizer,
+    ProbabilityQuantizer,
+    straight_through,
+)
 
 GELU_LOWEST = 0.17
 """Magnitude of GELU's smallest value, about -0.16997, rounded up: the fixed range of the negative side."""
 
 
 @QUANTIZERS.register("twin_softmax")
-class TwinSoftmaxQuantizer(Quantizer):
+class TwinSoftmaxQuantizer(ProbabilityQuantizer):
     """Attention probabilities: half of the codes for ``[0, split)``, half for ``[split, 1]``.
 
     Both halves have ``2**(bits-1)`` unsigned codes; the steps are ``split / (2**(bits-1)-1)`` and
@@ -34,6 +39,7 @@ class TwinSoftmaxQuantizer(Quantizer):
     """
 
     kind: ClassVar[str] = "twin_softmax"
+    parameters: ClassVar[tuple[str, ...]] = ("split", "bits")
 
     def __init__(self, split: float, bits: int) -> None:
         if not 0 < split <= 1:
@@ -52,31 +58,12 @@ class TwinSoftmaxQuantizer(Quantizer):
         coarse = (values * self._top).round_().clamp_(0, self._top).mul_(1 / self._top)
         return torch.where(values < self.split, fine, coarse)
 
-    @property
-    def low(self) -> Tensor:
-        """Smallest representable value."""
-        return torch.tensor(0.0)
-
-    @property
-    def high(self) -> Tensor:
-        """Largest representable value."""
-        return torch.tensor(1.0)
-
-    def state(self) -> State:
-        """Split and width."""
-        return State(self.kind, {"split": self.split, "bits": self.bits})
-
-    @classmethod
-    def from_state(cls, state: State) -> TwinSoftmaxQuantizer:
-        """The inverse of :meth:`state`."""
-        return cls(**state.settings)
-
     def __repr__(self) -> str:
         return f"TwinSoftmaxQuantizer(split {self.split:g}, {self.bits} bits)"
 
 
 @QUANTIZERS.register("twin_gelu")
-class TwinGeluQuantizer(Quantizer):
+class TwinGeluQuantizer(PlainQuantizer):
     """GELU outputs: half of the codes for the negative side, whose range is fixed, half for ``[0, limit]``.
 
     The steps are ``negative / (2**(bits-1)-1)`` and ``limit / (2**(bits-1)-1)``.
@@ -91,6 +78,7 @@ class TwinGeluQuantizer(Quantizer):
     """
 
     kind: ClassVar[str] = "twin_gelu"
+    parameters: ClassVar[tuple[str, ...]] = ("limit", "bits", "negative")
 
     def __init__(self, limit: float, bits: int, negative: float = GELU_LOWEST) -> None:
         if not (limit > 0 and negative > 0):
@@ -119,15 +107,6 @@ class TwinGeluQuantizer(Quantizer):
     def high(self) -> Tensor:
         """Largest representable value."""
         return torch.tensor(self.limit)
-
-    def state(self) -> State:
-        """Both ranges and the width."""
-        return State(self.kind, {"limit": self.limit, "bits": self.bits, "negative": self.negative})
-
-    @classmethod
-    def from_state(cls, state: State) -> TwinGeluQuantizer:
-        """The inverse of :meth:`state`."""
-        return cls(**state.settings)
 
     def __repr__(self) -> str:
         return f"TwinGeluQuantizer(-{self.negative:g} .. {self.limit:.4g}, {self.bits} bits)"

@@ -58,9 +58,7 @@ class UniformQuantizer(Quantizer):
     @classmethod
     def symmetric(cls, limit: Tensor | float, bits: int, axis: int | None = None) -> UniformQuantizer:
         """Signed codes over ``[-limit, limit]``; an all-zero tensor (limit 0) gets the limit 1."""
-        limit = torch.as_tensor(limit, dtype=torch.float64)
-        code_max = 2 ** (bits - 1) - 1
-        scale = torch.where(limit == 0, 1.0, limit) / code_max
+        scale, code_max = symmetric_scale(torch.as_tensor(limit, dtype=torch.float64), bits)
         return cls(scale, torch.zeros_like(scale), -code_max, code_max, axis)
 
     @classmethod
@@ -68,12 +66,9 @@ class UniformQuantizer(Quantizer):
         cls, low: Tensor | float, high: Tensor | float, bits: int, axis: int | None = None
     ) -> UniformQuantizer:
         """Unsigned codes over ``[low, high]``, widened to hold zero; the zero point is rounded to a code."""
-        low = torch.as_tensor(low, dtype=torch.float64).clamp(max=0)
-        high = torch.as_tensor(high, dtype=torch.float64).clamp(min=0)
-        code_max = 2**bits - 1
-        width = high - low
-        scale = torch.where(width == 0, 1.0, width) / code_max
-        return cls(scale, torch.round(-low / scale), 0, code_max, axis)
+        low, high = torch.as_tensor(low, dtype=torch.float64), torch.as_tensor(high, dtype=torch.float64)
+        scale, zero_point, code_max = asymmetric_scale(low, high, bits)
+        return cls(scale, zero_point, 0, code_max, axis)
 
     def state(self) -> State:
         """Scales, zero points, codes and axis."""
@@ -131,3 +126,18 @@ class UniformQuantizer(Quantizer):
         kind = "per tensor" if self.axis is None else f"per channel {self.axis}"
         codes = f"codes {self.code_min}..{self.code_max}"
         return f"UniformQuantizer({kind}, {codes}, scale max {float(self.scale.max()):.4g})"
+
+
+def symmetric_scale(limit: Tensor, bits: int) -> tuple[Tensor, int]:
+    """Steps and the largest code of signed codes over ``[-limit, limit]``; a limit of 0 counts as 1."""
+    code_max = 2 ** (bits - 1) - 1
+    return torch.where(limit == 0, 1.0, limit) / code_max, code_max
+
+
+def asymmetric_scale(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor, int]:
+    """Steps, zero points and the largest code of unsigned codes over a range, widened to hold zero."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    code_max = 2**bits - 1
+    width = high - low
+    scale = torch.where(width == 0, 1.0, width) / code_max
+    return scale, torch.round(-low / scale), code_max
