@@ -1,14 +1,15 @@
-"""Measuring a model on a split: per-item scores, the metric they make, the paired interval of a drop."""
+"""Measuring a model on a split: what is kept of every item, the metrics, the paired interval of a drop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from benchmark.engine.memory import in_fitting_batches
+from benchmark.subject.metrics.metric import METRICS, QUANTITIES
 from quanttune.seeds import numpy_generator
 
 if TYPE_CHECKING:
@@ -28,20 +29,24 @@ class Items:
 
     Attributes:
         ids: Item ids, int64, shape ``(N,)``.
-        scores: The task's score of every item, float64, shape ``(N,)``.
+        scores: What the leading metric is made from, float64, shape ``(N,)``, or ``(N, k)`` where it needs
+            several numbers of an item.
         predictions: Predicted classes, int64, shape ``(N,)``; ``None`` for tasks without classes.
         batch_size: Items of the smallest batch size it took; ``None`` if that was not kept.
+        quantities: What further metrics need of every item, by name, each of shape ``(N, ...)``.
     """
 
     ids: np.ndarray
     scores: np.ndarray
     predictions: np.ndarray | None
     batch_size: int | None = None
+    quantities: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """By name, without what is absent."""
-        both = {"ids": self.ids, "scores": self.scores}
-        return both if self.predictions is None else {**both, "predictions": self.predictions}
+        own = {"ids": self.ids, "scores": self.scores}
+        classes = {} if self.predictions is None else {"predictions": self.predictions}
+        return {**self.quantities, **own, **classes}
 
     def tensors(self) -> dict[str, Tensor]:
         """The same as tensors, to be kept as a stage."""
@@ -53,13 +58,26 @@ class Items:
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Items:
         """The inverse of :meth:`tensors`."""
-        predictions, size = tensors.get("predictions"), tensors.get("batch_size")
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        size = arrays.pop("batch_size", None)
         return cls(
-            tensors["ids"].numpy(),
-            tensors["scores"].numpy(),
-            None if predictions is None else predictions.numpy(),
+            arrays.pop("ids"),
+            arrays.pop("scores"),
+            arrays.pop("predictions", None),
             None if size is None else int(size),
+            arrays,
         )
+
+
+def metric_values(task: Task, items: Items) -> dict[str, float]:
+    """Every metric of a task that can be made from what was kept of the items, the leading one first."""
+    found = {task.metric: float(task.metric_value(items.scores))}
+    known = {**items.arrays(), **task.named(items.scores)}
+    for name in task.metrics[1:]:
+        metric = METRICS.get(name)
+        if set(metric.needs) <= set(known):
+            found[name] = float(metric.value(known))
+    return found
 
 
 def evaluate(
@@ -101,6 +119,7 @@ def evaluate(
     ids = np.asarray(task.split_ids(split, limit), dtype=np.int64)
     scores: list[np.ndarray] = []
     predictions: list[np.ndarray] = []
+    quantities: dict[str, list[np.ndarray]] = {name: [] for name in task.quantities if name != "predictions"}
 
     def run(ids: Sequence[int], batch_size: int) -> Iterator[int]:
         for batch in task.batches(split, entry, ids=ids, batch_size=batch_size):
@@ -108,8 +127,11 @@ def evaluate(
                 output = call_model(model, to_device(batch.inputs, device))
             logits = logits_of(output).float().cpu()
             scores.append(task.item_scores(logits, batch.targets).double().numpy())
-            if logits.dim() == 2:
-                predictions.append(logits.argmax(dim=-1).numpy())
+            judged = task.judged(logits, batch.targets)
+            if logits.dim() == 2 or "predictions" in task.quantities:
+                predictions.append(judged[0].argmax(dim=-1).numpy())
+            for name, rows in quantities.items():
+                rows.append(QUANTITIES.get(name)(*judged).numpy())
             yield len(scores[-1])
 
     done, size = 0, task.batch_size
@@ -120,7 +142,13 @@ def evaluate(
             progress(stage, done, len(ids))
     if done != len(ids):
         raise RuntimeError(f"task {task.name} gave {done} items of split {split} in place of {len(ids)}")
-    return Items(ids, np.concatenate(scores), np.concatenate(predictions) if predictions else None, size)
+    return Items(
+        ids,
+        np.concatenate(scores),
+        np.concatenate(predictions) if predictions else None,
+        size,
+        {name: np.concatenate(rows) for name, rows in quantities.items()},
+    )
 
 
 def drop_interval(

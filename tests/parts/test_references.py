@@ -62,9 +62,10 @@ def stand_in(
     save_file(tensors, folder / "model.safetensors")
     asset = Asset(name, "stand-in", "MIT", tensor_digest(tensors), 1, ())
     monkeypatch.setitem(ASSETS, name, asset)
-    monkeypatch.setattr(
-        "benchmark.subject.assets.fetch.fetch", lambda *_: Fetched(asset, folder, fresh=False)
-    )
+    for module in ("bert", "vit"):
+        monkeypatch.setattr(
+            f"benchmark.subject.models.{module}.fetch", lambda *_: Fetched(asset, folder, fresh=False)
+        )
 
 
 @pytest.fixture

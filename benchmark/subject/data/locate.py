@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmark.subject.assets.sources import hub_silence
-from benchmark.subject.data.external import VARIABLE, External, data_folder
+from benchmark.subject.data.external import VARIABLE, External, data_folder, get_external
 from benchmark.subject.data.rows import (
     ArrowRows,
     FolderRows,
@@ -96,8 +96,6 @@ def content_fingerprints(name: str) -> dict[str, str]:
     Raises:
         AssetError: If a split cannot be read.
     """
-    from benchmark.subject.data.external import get_external
-
     data = get_external(name).here()
     return {ours: content_fingerprint(data, split) for ours, split in data.splits.items()}
 

@@ -6,14 +6,21 @@ quantized model is worse: the drop of a metric that should be high, the rise of 
 
 from __future__ import annotations
 
+from benchmark.subject.metrics.metric import METRICS
+
 POINTS = "accuracy"
-"""The metric in percent, whose differences are points."""
+"""The leading metric in percent, whose differences are points that tables average over models."""
+
+
+def in_points(metric: str) -> bool:
+    """Whether a metric is in percent and its differences are points; False for one nobody registered."""
+    return metric in METRICS and METRICS.get(metric).points
 
 
 def number(value: float, metric: str) -> str:
     """A value or a difference as text: points to one decimal, others to about four digits."""
     size = abs(value)
-    if metric == POINTS or 100 <= size < 1000:
+    if in_points(metric) or 100 <= size < 1000:
         return f"{round(value, 1) + 0.0:.1f}"  # + 0.0 turns a negative zero into zero
     if size < 100:
         return f"{round(value, 2) + 0.0:.2f}"
@@ -37,4 +44,5 @@ def loss_name(higher_is_better: bool) -> str:
 
 def with_unit(metric: str) -> str:
     """The metric's name for a caption or an axis."""
-    return f"{metric} (%)" if metric == POINTS else metric
+    unit = METRICS.get(metric).unit if metric in METRICS else ""
+    return f"{metric} ({unit})" if unit else metric

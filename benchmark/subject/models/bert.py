@@ -8,7 +8,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from benchmark.subject.assets.catalogue import get_asset
-from benchmark.subject.models.entry import MODELS, Progress, Text, TextEntry, own_random_state
+from benchmark.subject.assets.fetch import fetch
+from benchmark.subject.models.entry import MODELS, Progress, TextEntry, own_random_state
+from benchmark.subject.tasks.preprocessing import Text
 from quanttune.errors import AssetError
 from quanttune.seeds import derive_seed, torch_generator
 
@@ -64,7 +66,7 @@ class FineTunedBert(TextEntry):
         """Encoder, tokenizer, fine-tuning recipe and the data."""
         asset = get_asset(self.source)
         return {
-            "model": self.name,
+            "model": self.key,
             "version": self.version,
             "encoder": asset.tensor_digest,
             "companions": dict(asset.companions),
@@ -76,8 +78,6 @@ class FineTunedBert(TextEntry):
 
     @cached_property
     def _folder(self) -> Path:
-        from benchmark.subject.assets.fetch import fetch
-
         return fetch(self.source).folder
 
     @cached_property
@@ -97,14 +97,12 @@ class FineTunedBert(TextEntry):
         from transformers import BertConfig, BertForSequenceClassification
 
         config = BertConfig.from_pretrained(self._folder, local_files_only=True, num_labels=self._classes())
-        with own_random_state(derive_seed(REFERENCE_SEED, "initial head", self.name)):
+        with own_random_state(derive_seed(REFERENCE_SEED, "initial head", self.key)):
             model = BertForSequenceClassification(config)
         return model.eval()
 
     def pretrained(self) -> nn.Module:
         """The model as fine-tuning finds it: pretrained encoder, new classifier."""
-        from benchmark.subject.assets.fetch import fetch
-
         model = self.build()
         tensors = {f"bert.{name}": tensor for name, tensor in fetch(self.source).tensors().items()}
         if not self.keep_pooler:
@@ -124,13 +122,13 @@ class FineTunedBert(TextEntry):
         model = self.pretrained()
         schedule = Schedule(**self.training)
         data = self._task().training_data(self)
-        order = torch_generator(REFERENCE_SEED, "reference batches", self.name)
+        order = torch_generator(REFERENCE_SEED, "reference batches", self.key)
         tune(
             model,
             ((batch.inputs, batch.targets) for batch in data.batches(schedule.batch_size, order)),
             data.loss,
             schedule,
-            seed=derive_seed(REFERENCE_SEED, "reference", self.name),
+            seed=derive_seed(REFERENCE_SEED, "reference", self.key),
             device=device,
             progress=lambda done, total, _loss: progress("reference fine-tuning", done, total),
         )

@@ -57,7 +57,7 @@ class DecoderEntry(CausalTextEntry):
     def identity(self) -> dict[str, Any]:
         """Architecture, digests of weights and tokenizer, and the data."""
         return {
-            "model": self.name,
+            "model": self.key,
             "version": self.version,
             "architecture": self.architecture,
             "settings": dict(self.settings),

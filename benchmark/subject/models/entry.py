@@ -9,8 +9,11 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from benchmark.subject.assets.fetch import fetch
+from benchmark.subject.tasks.task import TASKS, Task, get_task
 from quanttune.errors import ConfigError
 from quanttune.registry import Registry
 
@@ -23,12 +26,9 @@ if TYPE_CHECKING:
 
     from baselines.method import StageCache
     from benchmark.subject.obstacles import Obstacle
-    from benchmark.subject.tasks.task import Task
+    from benchmark.subject.tasks.preprocessing import Text
 
 Progress = Callable[[str, int, int], None]
-
-Text = str | tuple[str, str]
-"""What a text model reads as one item: a text, or a pair of texts such as question and answer."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Of the red, green and blue values of ImageNet's training images, as most models are trained with."""
@@ -93,6 +93,14 @@ class ModelEntry(ABC):
         chosen = device or torch.device("cpu")
         return stages.tensors("reference", self.identity(), lambda: self._reference(progress, chosen))
 
+    @property
+    def key(self) -> str:
+        """What tells the model apart in identities and seeds.
+
+        The name, but for a data set of the user's own: its content counts, not the place where it lies.
+        """
+        return self.name if self.task in TASKS else self.name.replace(self.task, self._task().fingerprint())
+
     def needs(self) -> tuple[str, ...]:
         """Names of the assets that must be fetched before the reference can be made."""
         return ()
@@ -109,8 +117,6 @@ class ModelEntry(ABC):
         Raises:
             AssetError: If something cannot be had; the message says what to do.
         """
-        from benchmark.subject.assets.fetch import fetch
-
         fetched = [fetch(asset, say) for asset in self.needs()]
         return [(item.folder, item.fresh) for item in fetched]
 
@@ -166,8 +172,6 @@ class ModelEntry(ABC):
         raise ConfigError(f"model {self.name} takes no text; task {self.task} needs a text model")
 
     def _task(self) -> Task:
-        from benchmark.subject.tasks.task import get_task
-
         return get_task(self.task)
 
     def _classes(self) -> int:
@@ -184,11 +188,15 @@ class ImageEntry(ModelEntry):
         image_size: Height and width in pixels.
         mean: Of the red, green and blue values in [0, 1] that the model was trained with.
         std: Their standard deviations.
+        interpolation: How pictures of any size are resized, in timm's word.
+        crop_pct: Side of the centre crop over the shorter side of the resized picture.
     """
 
     image_size: int
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
 
     def image_inputs(self, images: Tensor) -> Tensor:
         """Float32 ``(N, 3, size, size)`` from uint8 ``(N, 1 or 3, height, width)``.
@@ -204,6 +212,31 @@ class ImageEntry(ModelEntry):
             pixels = interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
         return ((pixels - mean) / std).contiguous()  # one grey channel broadcasts to three
+
+    @cached_property
+    def _transform(self) -> Any:
+        """The evaluation transform of timm for this preprocessing: resize, centre crop, normalise."""
+        from timm.data import create_transform
+
+        return create_transform(
+            (3, self.image_size, self.image_size),
+            is_training=False,
+            interpolation=self.interpolation,
+            crop_pct=self.crop_pct,
+            crop_mode="center",
+            mean=self.mean,
+            std=self.std,
+        )
+
+    def image_batch(self, images: Sequence[Image]) -> Tensor:
+        """Float32 ``(N, 3, size, size)`` from pictures in RGB.
+
+        The shorter side is resized to ``floor(size / crop_pct)``, the centre cut out and normalised: timm's
+        own evaluation.
+        """
+        import torch
+
+        return torch.stack([self._transform(image) for image in images])
 
 
 class TextEntry(ModelEntry):

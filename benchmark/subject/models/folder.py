@@ -7,23 +7,30 @@ checkpoint must already be trained for the task.
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmark.subject.assets.cache import known_sha256
+from benchmark.subject.models.checkpoint import (
+    read_config,
+    read_tokenizer,
+    read_transformers,
+    require_complete,
+    weight_files,
+)
 from benchmark.subject.models.entry import (
     ImageEntry,
     ModelEntry,
     Progress,
-    Text,
     TextEntry,
     own_random_state,
 )
+from benchmark.subject.models.names import MODEL_FORMS, require_fit, split_task
+from benchmark.subject.tasks.preprocessing import Text
+from benchmark.subject.tasks.task import Task, get_task
 from quanttune.errors import AssetError, ConfigError
 
 if TYPE_CHECKING:
@@ -33,10 +40,9 @@ if TYPE_CHECKING:
 FOLDER_PREFIX = "folder:"
 RECIPE = {"steps": 300, "learning_rate": 3e-5, "batch_size": 32}
 _MAX_LENGTH = 128
-_TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
-_PICKLED = ("*.bin", "*.pt", "*.pth")
 
 
+@MODEL_FORMS.register("folder")
 def entry_from_folder(name: str) -> ModelEntry:
     """The entry that ``folder:PATH@TASK`` names.
 
@@ -44,19 +50,50 @@ def entry_from_folder(name: str) -> ModelEntry:
         ConfigError: If the name has no task or the folder's configuration is of neither library.
         AssetError: If the folder, its configuration or its weights are not there.
     """
-    path, mark, task = name.removeprefix(FOLDER_PREFIX).rpartition("@")
-    if not mark or not path or not task:
+    path, task = split_task(name.removeprefix(FOLDER_PREFIX))
+    if not path or not task:
         raise ConfigError(f"model {name!r} should read folder:PATH@TASK, e.g. folder:my-bert@movie_reviews")
     folder = Path(path).expanduser().resolve()
+    return entry_of(folder, name=name, task=task, title=folder.name)
+
+
+def entry_of(folder: Path, *, name: str, task: str, title: str) -> FolderEntry:
+    """The entry of a checkpoint in a folder.
+
+    Args:
+        folder: Absolute path of what ``save_pretrained`` of transformers or ``save_for_hf`` of timm wrote.
+        name: What it is called.
+        task: Name of its task.
+        title: For a person.
+
+    Raises:
+        UnknownNameError: If there is no such task.
+        ConfigError: If the configuration is of neither library, or the model cannot do the task.
+        AssetError: If the folder, its configuration or its weights are not there.
+    """
+    entry = _read_entry(folder, {"name": name, "task": task, "title": title})
+    require_fit(entry, get_task(task))
+    _require_order(folder, get_task(task))
+    return entry
+
+
+def _require_order(folder: Path, task: Task) -> None:
+    """Refuse a head that has the task's classes in another order: every answer would count as wrong."""
+    config = read_config(folder)
+    known = config.get("id2label") or dict(enumerate(config.get("label_names") or ()))
+    names = [str(known[key]).casefold() for key in sorted(known, key=int)]
+    wanted = [name.casefold() for name in task.classes]
+    if names != wanted and sorted(names) == sorted(wanted):
+        raise ConfigError(
+            f"{folder} answers in the order {', '.join(names)}, task {task.name} has {', '.join(wanted)}; "
+            f"write the model's numbers, 0 to {len(names) - 1}, in place of the labels"
+        )
+
+
+def _read_entry(folder: Path, facts: dict[str, Any]) -> FolderEntry:
     config = read_config(folder)
     weight_files(folder)
-    common: dict[str, Any] = {
-        "name": name,
-        "task": task,
-        "folder": folder,
-        "source": str(folder),
-        "title": folder.name,
-    }
+    common = {**facts, "folder": folder, "source": str(folder)}
     if "architecture" in config and "pretrained_cfg" in config:
         data = config["pretrained_cfg"]
         built = config.get("model_args", {}).get(
@@ -67,7 +104,14 @@ def entry_from_folder(name: str) -> ModelEntry:
             raise ConfigError(
                 f"{folder} wants images of {height} x {width} pixels; only square ones are supported"
             )
-        return TimmFolder(**common, image_size=height, mean=tuple(data["mean"]), std=tuple(data["std"]))
+        return TimmFolder(
+            **common,
+            image_size=height,
+            mean=tuple(data["mean"]),
+            std=tuple(data["std"]),
+            interpolation=data.get("interpolation", "bicubic"),
+            crop_pct=data.get("crop_pct", 1.0),
+        )
     if "model_type" in config:
         length = min(_MAX_LENGTH, int(config.get("max_position_embeddings", _MAX_LENGTH)))
         return TransformersFolder(**common, family=config["model_type"], max_length=length)
@@ -173,6 +217,8 @@ class TimmFolder(ImageEntry, FolderEntry):
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
     recipe: Mapping[str, Any] = field(default_factory=lambda: dict(RECIPE))
     family: str = "vit"
 
@@ -207,116 +253,3 @@ class TimmFolder(ImageEntry, FolderEntry):
         require_complete(self.folder, found.missing_keys, found.unexpected_keys)
         progress("reading weights", 1, 1)
         return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def read_transformers(kind: Any, folder: Path, **settings: Any) -> tuple[nn.Module, set[str], set[str]]:
-    """Load a checkpoint of transformers in float32 from safetensors.
-
-    Args:
-        kind: Class of transformers with ``from_pretrained``.
-        folder: Holds configuration and weights.
-        settings: Further arguments of the configuration.
-
-    Returns:
-        The model in evaluation mode, what the checkpoint has no weights for (drawn from torch's global
-        generator), and the weights that have no place in the model.
-
-    Raises:
-        AssetError: If the weights cannot be read.
-    """
-    from safetensors import SafetensorError
-
-    weight_files(folder)
-    try:
-        with own_random_state(0), _no_report():
-            model, found = kind.from_pretrained(
-                folder,
-                local_files_only=True,
-                use_safetensors=True,
-                dtype="float32",
-                output_loading_info=True,
-                **settings,
-            )
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise AssetError(f"the weights in {folder} cannot be loaded: {error}") from error
-    return model.eval(), set(found["missing_keys"]), set(found["unexpected_keys"])
-
-
-@contextlib.contextmanager
-def _no_report() -> Iterator[None]:
-    """Keep transformers from printing what it found: the caller is told, and refuses what is wrong."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
-def require_complete(folder: Path, absent: Collection[str], unknown: Collection[str]) -> None:
-    """Refuse a checkpoint that would leave a part of the model random, or that is of another model.
-
-    Raises:
-        AssetError: If a name is given.
-    """
-    for names, fault in ((absent, "has no weights for"), (unknown, "has weights without a place:")):
-        if names:
-            some = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise AssetError(f"{folder} {fault} {some}; give a complete checkpoint of this model")
-
-
-def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint of transformers.
-
-    Raises:
-        AssetError: If there is none, it cannot be read or has no padding token.
-    """
-    from transformers import AutoTokenizer
-
-    if not any((folder / name).is_file() for name in _TOKENIZERS):  # else an empty one would be made
-        raise AssetError(f"{folder} has no tokenizer ({', '.join(_TOKENIZERS)}); save it there as well")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise AssetError(f"the tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}") from error
-    if tokenizer.pad_token_id is None:
-        raise AssetError(f"the tokenizer in {folder} has no padding token; set one and save it again")
-    return tokenizer
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The ``config.json`` of a checkpoint.
-
-    Raises:
-        AssetError: If it is not there or holds no JSON object.
-    """
-    if not folder.is_dir():
-        raise AssetError(f"there is no folder {folder}")
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AssetError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise AssetError(f"{path} holds no JSON object")
-    return config
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, whole or in shards, by name.
-
-    Raises:
-        AssetError: If there are none; pickled ones are refused.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if files:
-        return files
-    pickled = [path.name for pattern in _PICKLED for path in sorted(folder.glob(pattern))]
-    if pickled:
-        raise AssetError(
-            f"{folder} holds pickled weights ({pickled[0]}), which can run code when read and are refused; "
-            "save them again with safe_serialization"
-        )
-    raise AssetError(f"{folder} holds no *.safetensors weights")

@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from benchmark.subject.models.bert import REFERENCE_SEED, FineTunedBert
+from benchmark.subject.models.checkpoint import read_tokenizer, read_transformers
 from benchmark.subject.models.entry import MODELS, Progress
-from benchmark.subject.models.folder import read_tokenizer, read_transformers
 from benchmark.subject.models.hub import BERT_FILES, HubEntry, tokenizer_digest
 from quanttune.errors import AssetError
 
@@ -54,7 +54,7 @@ class GlueBert(HubEntry, FineTunedBert):
     def identity(self) -> dict[str, Any]:
         """Where the encoder comes from, the fine-tuning recipe and the data."""
         return {
-            "model": self.name,
+            "model": self.key,
             "version": self.version,
             **self.origin(),
             "max_length": self.max_length,

@@ -7,10 +7,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from benchmark.subject.assets.catalogue import Hub
+from benchmark.subject.assets.pretrained import find, obstacle, obtain
+from benchmark.subject.models.checkpoint import weight_files
 from benchmark.subject.models.entry import ModelEntry
-from benchmark.subject.models.folder import weight_files
 from benchmark.subject.obstacles import Obstacle
-from quanttune.digests import json_digest
+from quanttune.digests import json_digest, tensor_digest
 from quanttune.errors import AssetError
 
 if TYPE_CHECKING:
@@ -54,8 +55,6 @@ class HubEntry(ModelEntry):
         Raises:
             AssetError: If it cannot be had.
         """
-        from benchmark.subject.assets.pretrained import obtain
-
         return obtain(self.hub, lambda _line: None).folder
 
     def origin(self) -> dict[str, Any]:
@@ -64,16 +63,12 @@ class HubEntry(ModelEntry):
 
     def fetch(self, say: Callable[[str], None]) -> list[tuple[Path, bool]]:
         """The checkpoint's folder, and whether this call downloaded it."""
-        from benchmark.subject.assets.pretrained import obtain
-
         found = obtain(self.hub, say)
         weight_files(found.folder)
         return [(found.folder, found.fresh)]
 
     def obstacle(self) -> Obstacle | None:
         """That the checkpoint is neither here nor to be had, or is here and cannot be used."""
-        from benchmark.subject.assets.pretrained import find, obstacle
-
         found = find(self.hub)
         if found is None:
             return obstacle(self.hub)
@@ -89,8 +84,6 @@ class HubEntry(ModelEntry):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        from quanttune.digests import tensor_digest
-
         tensors: dict[str, Tensor] = {}
         try:
             for path in weight_files(self.folder):
@@ -101,8 +94,6 @@ class HubEntry(ModelEntry):
 
     def pins(self) -> dict[str, Any]:
         """Repository, revision, commit where it is known, and the digest of the tensors."""
-        from benchmark.subject.assets.pretrained import obtain
-
         commit = obtain(self.hub, lambda _line: None).commit
         return {**self.origin(), "commit": commit, "weights": self.checkpoint_digest}
 

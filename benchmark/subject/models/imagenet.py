@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from benchmark.subject.models.checkpoint import read_config
 from benchmark.subject.models.entry import IMAGENET_MEAN, IMAGENET_STD, MODELS, ImageEntry, Progress
-from benchmark.subject.models.folder import TimmFolder, read_config
+from benchmark.subject.models.folder import TimmFolder
 from benchmark.subject.models.hub import TIMM_FILES, HubEntry
 from quanttune.errors import AssetError
 
 if TYPE_CHECKING:
     import torch
-    from PIL.Image import Image
     from torch import Tensor, nn
 
 RECIPE = {"steps": 2000, "learning_rate": 1e-5, "batch_size": 64}
@@ -23,7 +23,9 @@ RECIPE = {"steps": 2000, "learning_rate": 1e-5, "batch_size": 64}
 
 @dataclass(frozen=True, kw_only=True)
 class ImageNetClassifier(HubEntry, ImageEntry):
-    """A timm model with the head it was released with.
+    """A timm model with the head it was released with, and the preprocessing it was released for.
+
+    FQ-ViT's published DeiT values were measured with a crop of 0.875, timm's are at 0.9.
 
     Args:
         name: Registered name.
@@ -87,7 +89,7 @@ class ImageNetClassifier(HubEntry, ImageEntry):
     def identity(self) -> dict[str, Any]:
         """Architecture and tag, repository, preprocessing and the data."""
         return {
-            "model": self.name,
+            "model": self.key,
             "version": self.version,
             "architecture": self.architecture,
             **self.origin(),
@@ -153,31 +155,6 @@ class ImageNetClassifier(HubEntry, ImageEntry):
 
     def _reference(self, progress: Progress, device: torch.device) -> dict[str, Tensor]:
         return self._released.make_reference(None, progress, device)
-
-    @cached_property
-    def _transform(self) -> Any:
-        """The evaluation transform of timm for this preprocessing: resize, centre crop, normalise."""
-        from timm.data import create_transform
-
-        return create_transform(
-            (3, self.image_size, self.image_size),
-            is_training=False,
-            interpolation=self.interpolation,
-            crop_pct=self.crop_pct,
-            crop_mode="center",
-            mean=self.mean,
-            std=self.std,
-        )
-
-    def image_batch(self, images: Sequence[Image]) -> Tensor:
-        """Float32 ``(N, 3, size, size)`` from pictures in RGB.
-
-        The shorter side is resized to ``floor(size / crop_pct)``, the centre cut out and normalised: timm's
-        own evaluation. FQ-ViT's published DeiT values were measured with a crop of 0.875, timm's are at 0.9.
-        """
-        import torch
-
-        return torch.stack([self._transform(image) for image in images])
 
 
 # Expected values: the FP32 rows of benchmark/report/published/imagenet_fqvit.csv. Its DeiT rows belong to a

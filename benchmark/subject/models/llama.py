@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmark.subject.assets.catalogue import get_asset
+from benchmark.subject.assets.fetch import fetch
 from benchmark.subject.models.bundle import TOKENIZER
 from benchmark.subject.models.decoder import DecoderEntry
 from benchmark.subject.models.entry import MODELS
@@ -30,14 +31,10 @@ class PretrainedDecoder(DecoderEntry):
 
     def tokenizer_file(self) -> Path:
         """``tokenizer.json`` of the asset."""
-        from benchmark.subject.assets.fetch import fetch
-
         return fetch(self.source).folder / TOKENIZER
 
     def weights(self) -> dict[str, Tensor]:
         """The tensors of the asset."""
-        from benchmark.subject.assets.fetch import fetch
-
         return fetch(self.source).tensors()
 
 
@@ -64,7 +61,7 @@ MODELS.register("smollm2_135m")(
         },
         max_length=8192,
         pad_id=2,
-        # By suite decoder_search: the residual stream reaches 26,000, which small steps do not take down in
+        # By study decoder_search: the residual stream reaches 26,000, which small steps do not take down in
         # time. At 1e-5 the tuner's guard refuses the weights.
         recipe={"steps": 50, "learning_rate": 1e-3, "batch_size": 4},
         expected=74.2,

@@ -7,9 +7,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from benchmark.subject.models.checkpoint import (
+    read_config,
+    read_tokenizer,
+    read_transformers,
+    require_complete,
+)
 from benchmark.subject.models.decoder import OUTPUT
 from benchmark.subject.models.entry import MODELS, CausalTextEntry, Progress, own_random_state
-from benchmark.subject.models.folder import read_config, read_tokenizer, read_transformers, require_complete
 from benchmark.subject.models.hub import OPT_FILES, HubEntry, tokenizer_digest
 from quanttune.errors import AssetError
 
@@ -67,7 +72,7 @@ class ReleasedOpt(HubEntry, CausalTextEntry):
     def identity(self) -> dict[str, Any]:
         """Repository, special tokens and the data."""
         return {
-            "model": self.name,
+            "model": self.key,
             "version": self.version,
             **self.origin(),
             "begin": list(self.begin),

@@ -19,11 +19,11 @@ from benchmark.subject.models.entry import (
     ImageEntry,
     ModelEntry,
     Progress,
-    Text,
     TextEntry,
     as_one,
     own_random_state,
 )
+from benchmark.subject.tasks.preprocessing import Text
 from quanttune.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class RandomEntry(ModelEntry):
     def identity(self) -> dict[str, Any]:
         """Architecture, seed and the data."""
         return {
-            "model": self.name,
+            "model": self.key,
             "version": self.version,
             "architecture": self.architecture,
             "settings": dict(self.settings),
@@ -66,7 +66,7 @@ class RandomEntry(ModelEntry):
 
     def build(self) -> nn.Module:
         """The architecture with its random weights, in evaluation mode."""
-        with own_random_state(derive_seed(self.seed, "tiny", self.name)):
+        with own_random_state(derive_seed(self.seed, "tiny", self.key)):
             model = self._construct()
         return model.eval()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from benchmark.subject.assets.catalogue import get_asset
+from benchmark.subject.assets.fetch import fetch
 from benchmark.subject.models.entry import MODELS, ImageEntry, Progress, own_random_state
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class LinearProbe(ImageEntry):
     def identity(self) -> dict[str, Any]:
         """Backbone, its preprocessing, the head's fit and the data."""
         return {
-            "model": self.name,
+            "model": self.key,
             "version": self.version,
             "architecture": self.architecture,
             "backbone": get_asset(self.source).tensor_digest,
@@ -80,8 +81,6 @@ class LinearProbe(ImageEntry):
     def backbone(self) -> dict[str, Tensor]:
         """The pretrained tensors, position embedding resampled to this entry's image size; no head."""
         from timm.layers import resample_abs_pos_embed
-
-        from benchmark.subject.assets.fetch import fetch
 
         tensors = fetch(self.source).tensors()
         side = self.image_size // tensors["patch_embed.proj.weight"].shape[-1]

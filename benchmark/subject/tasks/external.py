@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmark.subject.data.draws import training_draw
 from benchmark.subject.data.external import External, get_external
+from benchmark.subject.data.locate import content_fingerprints, fetch_data, obstacle, open_split
 from benchmark.subject.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -61,8 +62,6 @@ class ExternalTask(Task):
 
     def obstacle(self) -> Obstacle | None:
         """Why the data cannot be read here; the network is asked at most whether the Hub answers."""
-        from benchmark.subject.data.locate import obstacle
-
         return obstacle(get_external(self.dataset))
 
     def fetch(self, say: Callable[[str], None]) -> list[tuple[str, str]]:
@@ -71,14 +70,10 @@ class ExternalTask(Task):
         Raises:
             AssetError: If it cannot be had, or is not what is declared.
         """
-        from benchmark.subject.data.locate import fetch_data
-
         return fetch_data(get_external(self.dataset), say)
 
     def content_fingerprints(self) -> dict[str, str]:
         """Digests of the content by split, for the lock file; reads texts whole, pictures in part."""
-        from benchmark.subject.data.locate import content_fingerprints
-
         return content_fingerprints(self.dataset)
 
     def rows(self, split: str) -> Rows:
@@ -87,8 +82,6 @@ class ExternalTask(Task):
         Raises:
             AssetError: If they are not here or not as declared.
         """
-        from benchmark.subject.data.locate import open_split
-
         data = self.data()
         self._forget_unless((data, data.folder()))
         opened = self._open.rows

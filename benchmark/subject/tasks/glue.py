@@ -13,18 +13,17 @@ from typing import TYPE_CHECKING
 
 from benchmark.subject.data.external import get_external
 from benchmark.subject.tasks.external import ExternalTask
-from benchmark.subject.tasks.task import TASKS, ClassificationTask
+from benchmark.subject.tasks.task import TASKS, ClassificationTask, RegressionTask
 from benchmark.subject.tasks.text_classification import TextItems
 from quanttune.errors import AssetError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import numpy as np
     from torch import Tensor
 
     from benchmark.subject.data.external import External
-    from benchmark.subject.models.entry import ModelEntry, Text
+    from benchmark.subject.tasks.preprocessing import Preprocessing, Text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +50,7 @@ class GlueItems(ExternalTask, TextItems):
             self._tokens.clear()
         super()._forget_unless(key)
 
-    def tokens(self, entry: ModelEntry, ids: Sequence[int]) -> list[list[int]]:
+    def tokens(self, entry: Preprocessing, ids: Sequence[int]) -> list[list[int]]:
         """Token ids of these items; each is encoded once for a model."""
         data = self.data()
         self._forget_unless((data, data.folder()))
@@ -88,45 +87,14 @@ class GlueClasses(GlueItems, ClassificationTask):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlueValues(GlueItems):
+class GlueValues(GlueItems, RegressionTask):
     """A value for every item, predicted by the one output of a model; Pearson correlation times 100."""
-
-    metric = "Pearson correlation"
-    n_classes: int = 1
 
     def targets(self, ids: Sequence[int]) -> Tensor:
         """The values, float32 ``(N,)``."""
         import torch
 
         return torch.tensor(self.values(ids, ("label",))["label"], dtype=torch.float32)
-
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean squared error of outputs ``(N, 1)`` and values ``(N,)``."""
-        from torch.nn.functional import mse_loss
-
-        return mse_loss(logits.squeeze(-1), targets.to(logits.dtype))
-
-    def item_scores(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Each item's prediction and value, float64 ``(N, 2)``: a correlation is no mean over items."""
-        import torch
-
-        return torch.stack([logits.squeeze(-1).double(), targets.double()], dim=1)
-
-    def metric_value(self, scores: np.ndarray) -> float:
-        """100 times the Pearson correlation of rows ``(prediction, value)``.
-
-        0 where there is none: predictions that are all the same say nothing of the values, nor do any that
-        are not finite.
-        """
-        import numpy as np
-
-        if not np.isfinite(scores).all():
-            return 0.0
-        centred = scores - scores.mean(axis=0)
-        norms = np.sqrt((centred**2).sum(axis=0))
-        if norms.min() <= np.finfo(np.float64).eps * np.abs(scores).max() * len(scores):
-            return 0.0
-        return 100.0 * float(centred[:, 0] @ centred[:, 1] / norms.prod())
 
 
 for _name, _kind in (

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from baselines.method import Batch
-    from benchmark.subject.models.entry import ModelEntry
+    from benchmark.subject.tasks.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,8 @@ class ImageClassification(ClassificationTask):
         n_classes: Number of labels.
         shape: Height and width of an image in pixels.
     """
+
+    reads = ("image_inputs",)
 
     name: str
     title: str
@@ -47,7 +49,7 @@ class ImageClassification(ClassificationTask):
         rows = {item: row for row, item in enumerate(data["id"])}
         return rows, images, torch.tensor(data["label"], dtype=torch.int64)
 
-    def collate(self, entry: ModelEntry, ids: Sequence[int]) -> Batch:
+    def collate(self, entry: Preprocessing, ids: Sequence[int]) -> Batch:
         """Images as the model wants them, ``(N, 3, size, size)`` float32, and labels ``(N,)`` int64."""
         from baselines.method import Batch
 

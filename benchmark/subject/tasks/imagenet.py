@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from benchmark.subject.data.rows import decode
 from benchmark.subject.tasks.external import ExternalTask
 from benchmark.subject.tasks.task import TASKS, ClassificationTask
 from quanttune.errors import AssetError
 
 if TYPE_CHECKING:
     from baselines.method import Batch
-    from benchmark.subject.models.entry import ModelEntry
+    from benchmark.subject.tasks.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +29,15 @@ class Pictures(ExternalTask, ClassificationTask):
         benchmark: Its public name.
     """
 
+    reads = ("image_batch",)
+
     name: str
     title: str
     dataset: str
     n_classes: int
     benchmark: str | None = None
 
-    def collate(self, entry: ModelEntry, ids: Sequence[int]) -> Batch:
+    def collate(self, entry: Preprocessing, ids: Sequence[int]) -> Batch:
         """What the model makes of the pictures in RGB, and labels ``(N,)`` int64.
 
         Raises:
@@ -43,7 +46,6 @@ class Pictures(ExternalTask, ClassificationTask):
         import torch
 
         from baselines.method import Batch
-        from benchmark.subject.data.rows import decode
 
         values = self.values(ids, ("image", "label"))
         for item, label in zip(ids, values["label"], strict=True):

@@ -6,7 +6,6 @@ the logits at ``t - 1`` predict, or -100 where nothing is scored.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,18 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from benchmark.subject.data.loader import load_bundled
 from benchmark.subject.data.manifest import split_ids
+from benchmark.subject.metrics.metric import CLASS, TEXT, UNSCORED
 from benchmark.subject.tasks.task import SPLITS, TASKS, Task
-from quanttune.errors import ConfigError, QuantTuneError
+from quanttune.errors import ConfigError
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from baselines.method import Batch
-    from benchmark.subject.models.entry import ModelEntry
-
-UNSCORED = -100
-"""The target of a token that is context or padding, as in transformers."""
+    from benchmark.subject.tasks.preprocessing import Preprocessing
 
 
 class NextToken(Task):
@@ -65,6 +61,8 @@ class SlidingWindowPerplexity(NextToken):
 
     metric = "perplexity"
     higher_is_better = False
+    answer = TEXT
+    reads = ("tokenize", "text_inputs")
 
     name: str
     title: str
@@ -106,7 +104,7 @@ class SlidingWindowPerplexity(NextToken):
     def _splits(self) -> Mapping[str, Sequence[int]]:
         return self._numbers
 
-    def tokens(self, entry: ModelEntry, split: str) -> Tensor:
+    def tokens(self, entry: Preprocessing, split: str) -> Tensor:
         """Token ids of a split's text, int64 ``(tokens,)``; tokenized once for a model.
 
         Raises:
@@ -128,7 +126,7 @@ class SlidingWindowPerplexity(NextToken):
             self._tokens[key] = ids
         return self._tokens[key]
 
-    def collate(self, entry: ModelEntry, ids: Sequence[int]) -> Batch:
+    def collate(self, entry: Preprocessing, ids: Sequence[int]) -> Batch:
         """Token ids and mask ``(N, length)``; targets likewise, -100 where a token is not scored."""
         import torch
 
@@ -139,37 +137,11 @@ class SlidingWindowPerplexity(NextToken):
         targets[:, : max(1, self.length - self.stride)] = UNSCORED
         return Batch(entry.text_inputs(windows.tolist()), targets)
 
-    def _window(self, entry: ModelEntry, item: int) -> Tensor:
+    def _window(self, entry: Preprocessing, item: int) -> Tensor:
         numbers = self._numbers
         split = next(split for split, those in numbers.items() if item in those)
         start = (item - numbers[split].start) * self.stride
         return self.tokens(entry, split)[start : start + self.length]
-
-    def item_scores(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean negative log-likelihood in nats of each window's scored tokens, float64 ``(N,)``.
-
-        Raises:
-            QuantTuneError: If a logit is not finite: there is no perplexity then.
-        """
-        import torch
-        from torch.nn.functional import cross_entropy
-
-        scores = torch.empty(len(logits), dtype=torch.float64)
-        for row, (predicted, wanted) in enumerate(zip(logits[:, :-1], targets[:, 1:], strict=True)):
-            kept = (
-                wanted != UNSCORED
-            )  # one window at a time: logits of a large vocabulary are most of the memory
-            losses = cross_entropy(predicted[kept].float(), wanted[kept], reduction="none")
-            scores[row] = losses.double().mean()
-        if not torch.isfinite(scores).all():
-            raise QuantTuneError(
-                f"task {self.name}: the model's logits are not finite, so it has no perplexity"
-            )
-        return scores
-
-    def metric_value(self, scores: np.ndarray) -> float:
-        """``exp`` of the mean: every window scores equally many tokens."""
-        return math.exp(float(scores.mean()))
 
 
 class LastToken(NextToken):
@@ -180,12 +152,14 @@ class LastToken(NextToken):
     """
 
     metric = "accuracy"
+    answer = CLASS
+    reads = ("encode", "tokenize", "text_inputs")
 
     @abstractmethod
     def texts(self, ids: Sequence[int]) -> list[str]:
         """The passages of these ids; the model's own tokenizer adds the special tokens it begins with."""
 
-    def collate(self, entry: ModelEntry, ids: Sequence[int]) -> Batch:
+    def collate(self, entry: Preprocessing, ids: Sequence[int]) -> Batch:
         """Token ids and mask ``(N, longest)``, padded on the right; targets likewise, all but the last -100.
 
         Raises:
@@ -205,21 +179,10 @@ class LastToken(NextToken):
             targets[row, len(tokens) - 1] = tokens[-1]
         return Batch(inputs, targets)
 
-    def item_scores(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """1.0 where the largest logit before the last token is that token's, else 0.0, float64 ``(N,)``.
-
-        Logits that are not finite never score.
-        """
-        import torch
-
+    def judged(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits before each passage's last token, ``(N, vocabulary)``, and that token, ``(N,)``."""
         rows, places = (targets != UNSCORED).nonzero(as_tuple=True)
-        predicting = logits[rows, places - 1]
-        right = (predicting.argmax(dim=-1) == targets[rows, places]) & torch.isfinite(predicting).all(dim=-1)
-        return right.double()
-
-    def metric_value(self, scores: np.ndarray) -> float:
-        """Percentage of passages that are right."""
-        return 100.0 * float(scores.mean())
+        return logits[rows, places - 1], targets[rows, places]
 
 
 @dataclass(frozen=True, kw_only=True)

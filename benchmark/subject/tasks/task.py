@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmark.subject.data.manifest import data_fingerprint, split_ids
+from benchmark.subject.metrics.metric import CLASS, METRICS, QUANTITIES, VALUE, offered
 from quanttune.digests import json_digest
 from quanttune.errors import ConfigError, UnknownNameError
 from quanttune.registry import Registry
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from baselines.method import Batch
-    from benchmark.subject.models.entry import ModelEntry
     from benchmark.subject.obstacles import Obstacle
+    from benchmark.subject.tasks.preprocessing import Preprocessing
 
 SPLITS = ("train", "validation", "test")
 
@@ -35,8 +36,12 @@ class Task(ABC):
         name: The registered name.
         title: What it is, for a person.
         dataset: Name of the bundled data set in ``benchmark/subject/data/manifest.json``.
-        metric: What is reported, e.g. ``"accuracy"`` in percent.
+        metric: Name of the leading metric: what is reported, gated and compared with an interval.
         higher_is_better: Whether a larger metric is better.
+        answer: What a model's answers are, which decides the further metrics: one of those in
+            :mod:`benchmark.subject.metrics.metric`; empty for a task that has the leading one only.
+        reads: Names of what it calls of a model's preprocessing, by which a model of another kind is refused.
+        classes: Names of the classes in the order of their numbers, where they are known.
         n_classes: Number of classes, or None where the task has none.
         batch_size: Items per evaluation batch; fixed, because the split into batches may change the last bits
             of a sum. Calibration batches are no larger.
@@ -50,6 +55,9 @@ class Task(ABC):
     dataset: str
     metric: str
     higher_is_better: bool = True
+    answer: str = ""
+    reads: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
     n_classes: int | None = None
     batch_size: int = 50
     version: int = 1
@@ -57,6 +65,8 @@ class Task(ABC):
 
     def fingerprint(self) -> str:
         """A digest of what decides the items, their order and the metric; read from the manifest only."""
+        # The leading metric stays part of it although references do not depend on it: the digest is part of
+        # the identity of every reference and cell that has been measured. Further metrics are not.
         facts = {
             "task": self.name,
             "metric": self.metric,
@@ -133,8 +143,13 @@ class Task(ABC):
         ids = self._calibration_pool()
         if not 1 <= n <= len(ids):
             raise ConfigError(f"{n} calibration items asked of task {self.name}; it has 1 to {len(ids)}")
-        chosen = set(sorted(ids, key=lambda item: derive_seed(seed, "calibration", self.name, item))[:n])
+        name = self._draw_name()
+        chosen = set(sorted(ids, key=lambda item: derive_seed(seed, "calibration", name, item))[:n])
         return [item for item in ids if item in chosen]
+
+    def _draw_name(self) -> str:
+        """What names the task in the draw of calibration items."""
+        return self.name
 
     def _calibration_pool(self) -> list[int]:
         """The training items that calibration draws from, in the committed order: all of them by default."""
@@ -143,7 +158,7 @@ class Task(ABC):
     def batches(
         self,
         split: str,
-        entry: ModelEntry,
+        entry: Preprocessing,
         *,
         ids: Sequence[int] | None = None,
         limit: int | None = None,
@@ -169,16 +184,16 @@ class Task(ABC):
             raise ConfigError(f"items {sorted(strangers)[:5]} are not in split {split!r} of task {self.name}")
         return self._batches(entry, wanted, batch_size)
 
-    def _batches(self, entry: ModelEntry, ids: Sequence[int], batch_size: int) -> Iterator[Batch]:
+    def _batches(self, entry: Preprocessing, ids: Sequence[int], batch_size: int) -> Iterator[Batch]:
         for start in range(0, len(ids), batch_size):
             yield self.collate(entry, ids[start : start + batch_size])
 
-    def training_data(self, entry: ModelEntry, ids: Sequence[int] | None = None) -> TrainingSplit:
+    def training_data(self, entry: Preprocessing, ids: Sequence[int] | None = None) -> TrainingSplit:
         """The training split, or the given items of it, as endless shuffled batches for a model."""
         return TrainingSplit(self, entry, self.split_ids("train") if ids is None else list(ids))
 
     def training_order(
-        self, entry: ModelEntry, ids: Sequence[int], batch_size: int, generator: torch.Generator
+        self, entry: Preprocessing, ids: Sequence[int], batch_size: int, generator: torch.Generator
     ) -> Iterator[list[int]]:
         """One epoch of training batches, as lists of ids: shuffled, without the incomplete last batch."""
         import torch
@@ -189,26 +204,54 @@ class Task(ABC):
             yield [ids[index] for index in order[start : start + batch_size]]
 
     @abstractmethod
-    def collate(self, entry: ModelEntry, ids: Sequence[int]) -> Batch:
+    def collate(self, entry: Preprocessing, ids: Sequence[int]) -> Batch:
         """One batch of these items, prepared for a model."""
 
     @abstractmethod
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of a batch, a scalar."""
 
-    @abstractmethod
-    def item_scores(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """A score of every item, float64 of shape ``(N,)``, from which the metric is made."""
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of all metrics of the task, the leading one first."""
+        return offered(self.metric, self.answer, self.n_classes)
 
-    @abstractmethod
+    @property
+    def quantities(self) -> tuple[str, ...]:
+        """Names of what the further metrics need of each item and the scores do not hold."""
+        further = (METRICS.get(name).needs for name in self.metrics[1:])
+        return tuple(sorted({need for needs in further for need in needs} - set(self._scored())))
+
+    def judged(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits and targets that are judged: those of the batch, unless a task judges a part of them."""
+        return logits, targets
+
+    def item_scores(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """What the leading metric is made from, float64 ``(N,)``, or ``(N, k)`` if it needs ``k`` numbers."""
+        import torch
+
+        answer = self.judged(logits, targets)
+        scores = [QUANTITIES.get(need)(*answer).double() for need in METRICS.get(self.metric).needs]
+        return scores[0] if len(scores) == 1 else torch.stack(scores, dim=1)
+
     def metric_value(self, scores: np.ndarray) -> float:
-        """The metric of a set of item scores."""
+        """The leading metric of a set of item scores."""
+        return METRICS.get(self.metric).value(self.named(scores))
+
+    def named(self, scores: np.ndarray) -> dict[str, np.ndarray]:
+        """The item scores by the names of the quantities they are."""
+        needs = self._scored()
+        return {need: scores if len(needs) == 1 else scores[:, at] for at, need in enumerate(needs)}
+
+    def _scored(self) -> tuple[str, ...]:
+        # a task may bring scores and metric of its own, which nobody registered
+        return METRICS.get(self.metric).needs if self.metric in METRICS else ()
 
 
 class TrainingSplit:
     """Training items as a method that trains sees them; implements ``baselines.method.TrainingData``."""
 
-    def __init__(self, task: Task, entry: ModelEntry, ids: Sequence[int]) -> None:
+    def __init__(self, task: Task, entry: Preprocessing, ids: Sequence[int]) -> None:
         if not ids:
             raise ConfigError(f"no training items chosen for task {task.name}")
         self._task, self._entry, self._ids = task, entry, list(ids)
@@ -233,6 +276,7 @@ class ClassificationTask(Task):
     """One class out of ``n_classes`` for every item; accuracy in percent."""
 
     metric = "accuracy"
+    answer = CLASS
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of logits ``(N, n_classes)`` and class ids ``(N,)``."""
@@ -240,26 +284,35 @@ class ClassificationTask(Task):
 
         return cross_entropy(logits, targets)
 
-    def item_scores(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """1.0 where the largest logit is the target's, else 0.0; logits that are not finite never score."""
-        import torch
 
-        right = (logits.argmax(dim=-1) == targets) & torch.isfinite(logits).all(dim=-1)
-        return right.double()
+class RegressionTask(Task):
+    """A value for every item, predicted by the one output of a model; Pearson correlation times 100."""
 
-    def metric_value(self, scores: np.ndarray) -> float:
-        """Percentage of items that are right."""
-        return 100.0 * float(scores.mean())
+    metric = "Pearson correlation"
+    answer = VALUE
+    n_classes = 1
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean squared error of outputs ``(N, 1)`` and values ``(N,)``."""
+        from torch.nn.functional import mse_loss
+
+        return mse_loss(logits.squeeze(-1), targets.to(logits.dtype))
 
 
 TASKS: Registry[Task] = Registry("task", packages=("benchmark.subject.tasks",))
 """Every task, by name."""
 
 
+TASK_FORMS: Registry[Callable[[str], Task]] = Registry("form of task", packages=("benchmark.subject.tasks",))
+"""What makes a task from a name such as ``data:PATH``, by what stands before the colon."""
+
+
 def get_task(name: str) -> Task:
-    """The task called ``name``.
+    """The task called ``name``; ``data:PATH`` makes one from a file or a folder of pictures.
 
     Raises:
         UnknownNameError: If there is none; the message suggests close names.
+        AssetError: If the data of such a name cannot be used.
     """
-    return TASKS.get(name)
+    form, mark, _ = name.partition(":")
+    return TASK_FORMS.get(form)(name) if mark and form in TASK_FORMS else TASKS.get(name)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from baselines.method import Batch
-    from benchmark.subject.models.entry import ModelEntry, Text
+    from benchmark.subject.tasks.preprocessing import Preprocessing, Text
 
 _POOL = 50  # batches whose items are sorted by length together: little padding, still well shuffled
 
@@ -24,6 +24,8 @@ _POOL = 50  # batches whose items are sorted by length together: little padding,
 @dataclass(frozen=True, kw_only=True)
 class TextItems(Task):
     """Items that are a text, or a pair of texts, with one target each; tokenized once for a model."""
+
+    reads = ("encode", "text_inputs")
 
     _tokens: dict[tuple[str, int], list[int]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -35,7 +37,7 @@ class TextItems(Task):
     def targets(self, ids: Sequence[int]) -> Tensor:
         """What is to be predicted, ``(N,)``: classes int64, or values float32."""
 
-    def tokens(self, entry: ModelEntry, ids: Sequence[int]) -> list[list[int]]:
+    def tokens(self, entry: Preprocessing, ids: Sequence[int]) -> list[list[int]]:
         """Token ids of these items; each is encoded once for a model."""
         missing = [item for item in ids if (entry.name, item) not in self._tokens]
         if missing:
@@ -45,18 +47,18 @@ class TextItems(Task):
             )
         return [self._tokens[entry.name, item] for item in ids]
 
-    def collate(self, entry: ModelEntry, ids: Sequence[int]) -> Batch:
+    def collate(self, entry: Preprocessing, ids: Sequence[int]) -> Batch:
         """Token ids and mask ``(N, longest)``, padded to the batch's longest, and targets ``(N,)``."""
         from baselines.method import Batch
 
         return Batch(entry.text_inputs(self.tokens(entry, ids)), self.targets(ids))
 
-    def _batches(self, entry: ModelEntry, ids: Sequence[int], batch_size: int) -> Iterator[Batch]:
+    def _batches(self, entry: Preprocessing, ids: Sequence[int], batch_size: int) -> Iterator[Batch]:
         self.tokens(entry, ids)  # one call of the tokenizer for the whole split
         return super()._batches(entry, ids, batch_size)
 
     def training_order(
-        self, entry: ModelEntry, ids: Sequence[int], batch_size: int, generator: torch.Generator
+        self, entry: Preprocessing, ids: Sequence[int], batch_size: int, generator: torch.Generator
     ) -> Iterator[list[int]]:
         """One epoch: shuffled, then items of similar length put into the same batch to save padding."""
         import torch

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benchmark.subject.data.external import External
-    from benchmark.subject.models.entry import ModelEntry
+    from benchmark.subject.tasks.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class ExternalText(ExternalTask, SlidingWindowPerplexity):
             self._tokens.clear()
         super()._forget_unless(key)
 
-    def tokens(self, entry: ModelEntry, split: str) -> Tensor:
+    def tokens(self, entry: Preprocessing, split: str) -> Tensor:
         """Token ids of a split's text, int64 ``(tokens,)``; tokenized once for a model."""
         data = self.data()
         self._forget_unless((data, data.folder()))
