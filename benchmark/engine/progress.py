@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 import click
 
+from benchmark.engine.events import Events
 from benchmark.engine.runner import Outcome
 from benchmark.grid.cells import Cell
 from benchmark.subject.metrics.display import loss, loss_name
@@ -19,6 +20,8 @@ from benchmark.subject.tasks.task import get_task
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+    from benchmark.engine.events import Work
 
 _PLAIN_EVERY = 30.0  # seconds between two lines about a long stage when there is no terminal
 
@@ -67,30 +70,28 @@ def duration_text(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-class Display:
-    """Shows a run on standard error; an :class:`benchmark.engine.executors.Events`.
+class Display(Events):
+    """Shows a run on standard error.
 
     Args:
-        cells: The cells that will run.
+        cells: The cells that will run; :meth:`begin` replaces them.
         jobs: How many run at once.
         live: Draw bars; by default only on a terminal.
     """
 
-    def __init__(self, cells: Sequence[Cell], jobs: int, live: bool | None = None) -> None:
-        self._pending = {cell.cell_id: cell for cell in cells}
-        self._total = len(self._pending)
-        self._jobs = jobs
+    def __init__(self, cells: Sequence[Cell] = (), jobs: int = 1, live: bool | None = None) -> None:
+        self._live = sys.stderr.isatty() if live is None else live
         self._estimator = Estimator()
         self._stages: dict[int, tuple[str, float, int]] = {}
         self._spoke: dict[int, float] = {}
         self._bars: Progress | None = None
         self._overall: TaskID | None = None
         self._workers: dict[int, TaskID] = {}
-        if sys.stderr.isatty() if live is None else live:
-            self._bars = _bars()
+        self._expect(cells, jobs)
 
     def __enter__(self) -> Self:
-        if self._bars is not None:
+        if self._live:
+            self._bars = _bars()
             self._bars.start()
             self._overall = self._bars.add_task("cells", total=self._total, left="")
         return self
@@ -100,6 +101,26 @@ class Display:
     ) -> None:
         if self._bars is not None:
             self._bars.stop()
+            self._bars = None
+            self._workers.clear()
+
+    def say(self, line: str) -> None:
+        """Show a line."""
+        click.echo(line, err=True)
+
+    def begin(self, cells: Sequence[Cell], work: Work) -> None:
+        """Show bars for the cells, on a terminal."""
+        self._expect(cells, work.jobs)
+        self.__enter__()
+
+    def end(self, status: str) -> None:
+        """Take the bars away."""
+        self.__exit__(None, None, None)
+
+    def _expect(self, cells: Sequence[Cell], jobs: int) -> None:
+        self._pending = {cell.cell_id: cell for cell in cells}
+        self._total = len(self._pending)
+        self._jobs = jobs
 
     def started(self, worker: int, cell: Cell) -> None:
         """Show what a worker is at."""

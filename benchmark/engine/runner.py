@@ -10,21 +10,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmark import components
+from benchmark.components import Include
 from benchmark.engine.environment import DEFAULT_THREADS, prepare_torch, provenance
 from benchmark.grid.cells import Cell
 from benchmark.keep.lock import Lock, LockError
 from benchmark.keep.record import DONE, SKIPPED, Record, Result, plain
 from benchmark.keep.stages import Stages
+from benchmark.keep.status import FAILED, status_of
 from benchmark.keep.store import Store
 from benchmark.subject.lookup import obstacles_of
 from benchmark.subject.obstacles import ObstacleError
+from quanttune.digests import tensor_digest
 from quanttune.errors import AssetError, QuantTuneError, StoreError
 
 if TYPE_CHECKING:
-    from baselines.method import Quantized
     from benchmark.engine.measure import Items
     from benchmark.engine.session import Session
-    from quanttune.quantization import SiteTable
+    from quanttune.quantization import Quantized, SiteTable
 
 OVERWRITE = ("never", "failed", "always")
 
@@ -40,6 +43,7 @@ class Settings:
         overwrite: ``never`` leaves every cell that has a record or a failure, ``failed`` tries failed cells
             again, ``always`` measures every cell again.
         processes: How many processes share one fine-tuning, each on a device of its own.
+        includes: Files of the user whose components take part; every process imports them before it runs.
     """
 
     results: Path
@@ -47,11 +51,16 @@ class Settings:
     device: str = "cpu"
     overwrite: str = "failed"
     processes: int = 1
+    includes: tuple[Include, ...] = ()
 
     def provenance(self) -> dict[str, Any]:
         """What a record says about where it was made."""
-        several = {"processes": self.processes} if self.processes > 1 else {}
-        return provenance(self.threads, self.device) | several
+        about = provenance(self.threads, self.device)
+        if self.processes > 1:
+            about["processes"] = self.processes
+        if self.includes:
+            about["includes"] = [file.provenance() for file in self.includes]
+        return about
 
 
 @dataclass(frozen=True)
@@ -86,15 +95,21 @@ def from_record(record: Record, status: str, seconds: float = 0.0) -> Outcome:
     )
 
 
-def stored_outcome(store: Store, cell: Cell, overwrite: str) -> Outcome | None:
-    """What the store already says about a cell; ``None`` if it has to run."""
+def stored_outcome(store: Store, cell: Cell, overwrite: str, *, held: bool = False) -> Outcome | None:
+    """The outcome the store already has of a cell; ``None`` if it has to run.
+
+    Args:
+        store: Where to look.
+        cell: Which cell.
+        overwrite: As in :class:`Settings`.
+        held: Whether the caller holds the cell's lock.
+    """
     if overwrite == "always":
         return None
-    record = store.load(cell)
-    if record is not None:
-        return from_record(record, "cached")
-    failure = store.load_failure(cell.cell_id) if overwrite == "never" else None
-    return None if failure is None else Outcome(cell, "failed", str(failure["error"]))
+    status = status_of(store, cell, held=held)
+    if status.record is not None:
+        return from_record(status.record, "cached")
+    return Outcome(cell, FAILED, status.message) if status.word == FAILED and overwrite == "never" else None
 
 
 class CellRunner:
@@ -106,6 +121,7 @@ class CellRunner:
     """
 
     def __init__(self, settings: Settings, progress: Callable[[str, int, int], None]) -> None:
+        components.use(settings.includes)
         self.settings = settings
         self.progress = progress
         self.store = Store(settings.results)
@@ -123,21 +139,38 @@ class CellRunner:
         """
         started = time.monotonic()
         with self.store.cell_lock(cell.cell_id):
-            stored = stored_outcome(self.store, cell, self.settings.overwrite)
+            stored = stored_outcome(self.store, cell, self.settings.overwrite, held=True)
             if stored is not None:  # another process finished it in the meantime
                 return stored
             try:
-                record, items = self._measure(cell, started)
+                record, items, quantized = self._measure(cell, started)
             except StoreError:
                 raise
-            except (
-                Exception
-            ) as error:  # any failure of a method belongs in the record, not in the way of the others
+            except (Exception, SystemExit) as error:
+                # Any failure of a method belongs in the record, not in the way of the others.
                 return self._fail(cell, error, time.monotonic() - started)
-            record = self.store.save(record, None if items is None else items.arrays())
+            record = self.store.save(record, None if items is None else items.arrays(), quantized)
         return from_record(record, DONE, record.duration_s)
 
-    def _fail(self, cell: Cell, error: Exception, seconds: float) -> Outcome:
+    def _check(self, quantized: object, cell: Cell, session: Session) -> None:
+        """Refuse what no method may do: to return something else, or to change the reference itself.
+
+        Raises:
+            QuantTuneError: Naming the method.
+        """
+        from quanttune.quantization import Quantized
+
+        if not isinstance(quantized, Quantized):
+            raise QuantTuneError(f"method {cell.method} returned {type(quantized).__name__}, not a Quantized")
+        if tensor_digest(session.model.state_dict()) != session.reference_digest:
+            # The next cell gets the weights anew.
+            self._session = None
+            raise QuantTuneError(
+                f"method {cell.method} changed context.model in place; change a copy, "
+                "context.changed(weights).model, and return the weights"
+            )
+
+    def _fail(self, cell: Cell, error: BaseException, seconds: float) -> Outcome:
         known = isinstance(error, QuantTuneError)
         message = str(error) if known else f"{type(error).__name__}: {error}"
         failure = {
@@ -149,7 +182,7 @@ class CellRunner:
             "provenance": self.settings.provenance(),
         }
         self.store.save_failure(cell, failure)
-        return Outcome(cell, "failed", message.splitlines()[0] if message else "unknown error", seconds)
+        return Outcome(cell, FAILED, message.splitlines()[0] if message else "unknown error", seconds)
 
     def _open(self, cell: Cell) -> Session:
         """The session of the cell's model, gated; the previous model is dropped first."""
@@ -176,16 +209,15 @@ class CellRunner:
             self._lock.check(cell.model, self._session.calibration_pin(cell.calibration_items, cell.seed))
         return self._session
 
-    def _measure(self, cell: Cell, started: float) -> tuple[Record, Items | None]:
+    def _measure(self, cell: Cell, started: float) -> tuple[Record, Items | None, Quantized | None]:
         session = self._open(cell)
         method = cell.make_method()
         reference = session.fp32_items(
             session.model, session.reference_digest, cell.limit, cell.split, cell.autocast
         )
         if cell.is_reference:
-            return self._record(
-                cell, session, started, reference, reference, session.reference_digest
-            ), reference
+            record = self._record(cell, session, started, reference, reference, session.reference_digest)
+            return record, reference, None
         reason = method.skip(session.sites, cell.scheme)
         if reason is not None:
             record = Record(
@@ -197,12 +229,15 @@ class CellRunner:
                 reference_digest=session.reference_digest,
                 provenance=self.settings.provenance(),
             )
-            return record, None
+            return record, None, None
         quantized = method.quantize(session.context(cell))
+        self._check(quantized, cell, session)
+        if quantized.extra_operations:
+            quantized.details["extra_operations"] = quantized.extra_operations
         items, own, digest = self._evaluate(cell, session, quantized)
         sites = site_rows(cell.scheme.sites(session.sites), quantized)
         record = self._record(cell, session, started, reference, items, digest, own, quantized.details, sites)
-        return record, items
+        return record, items, quantized
 
     def _evaluate(
         self, cell: Cell, session: Session, quantized: Quantized
@@ -213,6 +248,7 @@ class CellRunner:
         model, digest = session.with_weights(quantized.weights)
         own = None
         if quantized.weights is not None:
+            quantized.details |= session.check_changed(quantized, model, cell)
             own = session.fp32_items(model, digest, cell.limit, cell.split, cell.autocast)
         with simulate(model, quantized.quantizers):
             items = evaluate(
@@ -238,17 +274,19 @@ class CellRunner:
         details: dict[str, Any] | None = None,
         sites: list[dict[str, Any]] | None = None,
     ) -> Record:
-        from benchmark.engine.measure import drop_interval
+        from benchmark.engine.measure import drop_interval, metric_values
 
-        metric = session.task.metric_value
-        value, fp32 = float(metric(items.scores)), float(metric(reference.scores))
-        low, high = drop_interval(reference.scores, items.scores, metric)
+        task = session.task
+        values, fp32s = metric_values(task, items), metric_values(task, reference)
+        owns = {} if own is None else metric_values(task, own)
+        value, fp32 = values[task.metric], fp32s[task.metric]
+        low, high = drop_interval(reference.scores, items.scores, task.metric_value)
         result = Result(
-            metric=session.task.metric,
-            higher_is_better=session.task.higher_is_better,
+            metric=task.metric,
+            higher_is_better=task.higher_is_better,
             value=value,
             fp32=fp32,
-            fp32_own=None if own is None else float(metric(own.scores)),
+            fp32_own=owns.get(task.metric),
             drop=fp32 - value,
             ci_low=low,
             ci_high=high,
@@ -260,6 +298,12 @@ class CellRunner:
             _now(),
             round(time.monotonic() - started, 3),
             result=result,
+            metrics=plain(
+                {
+                    name: {"value": values[name], "fp32": fp32s.get(name), "fp32_own": owns.get(name)}
+                    for name in values
+                }
+            ),
             reference_digest=session.reference_digest,
             weights_digest=weights_digest,
             details=plain({**(details or {}), "evaluation_batch": items.batch_size}),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from baselines.method import Batch, Context
     from benchmark.grid.cells import Cell
-    from quanttune.quantization import SiteTable
+    from quanttune.quantization import Quantized, SiteTable
 
 CALIBRATION_BATCH = 32
 
@@ -140,6 +140,32 @@ class Session:
         self._changed = replace(self._changed, weights=weights)
         return self._changed.model, digest
 
+    def check_changed(self, quantized: Quantized, changed: nn.Module, cell: Cell) -> dict[str, float]:
+        """Refuse changed weights that break what the model or the method promises.
+
+        Args:
+            quantized: A method's result that has weights.
+            changed: The model that holds them.
+            cell: Whose calibration items are run, where the same function was claimed.
+
+        Returns:
+            What is worth recording: the relative difference of logits, where it was measured.
+
+        Raises:
+            ChangedFunctionError: If tied weights were changed apart, or the function is another one than
+                claimed.
+        """
+        from quanttune.inputs import to_device
+        from quanttune.quantization.equivalence import check_same_function, refuse_untied
+
+        if quantized.weights is not None:
+            refuse_untied(self.model, quantized.weights)
+        if not quantized.same_function:
+            return {}
+        batches = self.calibration(cell.calibration_items, cell.seed)
+        inputs = (to_device(batch.inputs, self.device) for batch in batches)
+        return {"function_difference": check_same_function(self.model, changed, inputs)}
+
     @cached_property
     def sites(self) -> SiteTable:
         """Every site of the model."""
@@ -213,6 +239,8 @@ class Session:
 
         key = {"weights": digest, "limit": limit} | ({} if split == "test" else {"split": split})
         key |= {} if autocast == FULL_PRECISION else {"autocast": autocast}
+        # what was kept before a metric was there lacks what it needs of the items
+        key |= {"quantities": " ".join(self.task.quantities)} if self.task.quantities else {}
         return Items.from_tensors(self.stages.tensors("fp32_items", key, make))
 
     def check_gate(self, autocast: str = FULL_PRECISION) -> None:

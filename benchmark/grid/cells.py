@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from benchmark.grid.autocast import FULL_PRECISION
 from benchmark.grid.schemes import scheme_of
 from quanttune.digests import canonical_json, json_digest
+from quanttune.errors import UnknownNameError
 
 if TYPE_CHECKING:
     from baselines.method import Method
@@ -109,6 +110,11 @@ class Cell:
         """How the tensors of this cell are quantized; the reference has none."""
         return scheme_of(self.precision, self.weight_granularity, self.symmetric, self.profile)
 
+    @property
+    def scheme_text(self) -> str:
+        """The scheme in one word, such as ``W8tA8-asym``; ``FP32`` for the reference."""
+        return self.precision if self.is_reference else str(self.scheme)
+
     def make_method(self) -> Method:
         """The method of this cell with its parameters."""
         from baselines import METHODS
@@ -118,12 +124,13 @@ class Cell:
     def __str__(self) -> str:
         if self.is_reference:
             return f"{self.model} {self.method}"
-        extra = "" if self.weight_granularity == "per_channel" else f" {self.weight_granularity}"
-        extra += "" if self.symmetric else " asymmetric"
-        extra += "" if self.autocast == FULL_PRECISION else f" {self.autocast}"
-        return f"{self.model} {self.label} {self.precision} {self.profile}{extra} seed {self.seed}"
+        extra = "" if self.autocast == FULL_PRECISION else f" {self.autocast}"
+        return f"{self.model} {self.label} {self.scheme_text} {self.profile}{extra} seed {self.seed}"
 
     @cached_property
     def label(self) -> str:
         """The method's own short name, which tells apart other parameters."""
-        return self.make_method().label
+        try:
+            return self.make_method().label
+        except (UnknownNameError, TypeError):  # a record may be of a method that is not here
+            return f"{self.method}{self.parameters_json if self.parameters else ''}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,8 @@ from benchmark.grid.autocast import AUTOCAST
 from benchmark.grid.cells import NO_RECIPE, REFERENCE_METHOD, REFERENCE_PRECISION, Cell
 from benchmark.grid.schemes import axes_of, scheme_of
 from benchmark.grid.suite import MethodSpec, Suite
-from benchmark.subject.lookup import FOLDER_PREFIX, get_model
+from benchmark.subject.lookup import get_model, is_special
+from benchmark.subject.models.entry import MODELS
 from benchmark.subject.tasks.task import get_task
 from quanttune.digests import canonical_json, json_digest
 from quanttune.errors import ConfigError, UnknownNameError
@@ -20,14 +21,16 @@ from quanttune.quantization.sites import PROFILES
 
 if TYPE_CHECKING:
     from baselines.method import Method
+    from quanttune.registry import Registry
 
 
 @dataclass(frozen=True)
 class Selection:
     """What a user asked for out of a suite.
 
-    Model and method globs choose among the suite's; precisions, profiles and seeds replace the suite's.
-    Empty means "as the suite says".
+    Model and method globs choose among the suite's; a plain name that is registered joins the suite, a method
+    with its default parameters, and so do the special forms of models such as ``folder:PATH@TASK``.
+    Precisions, profiles and seeds replace the suite's. Empty means "as the suite says".
     """
 
     models: tuple[str, ...] = ()
@@ -52,15 +55,19 @@ def expand(
         autocast: Mixed precision, in place of the suite's own.
 
     Raises:
-        UnknownNameError: If a model or method is not registered, or a plain name is not in the suite.
+        UnknownNameError: If a model or method is neither of the suite nor registered.
         ConfigError: If a value is out of range or nothing is left.
     """
+    from baselines import METHODS
+
     selection = selection or Selection()
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit {limit}: it must be at least 1 test item")
-    models = _choose("model", suite.models, selection.models, suite.name)
-    names = _choose("method", [spec.name for spec in suite.methods], selection.methods, suite.name)
-    methods = [(spec, _instance(spec)) for spec in suite.methods if spec.name in names]
+    models = _choose(MODELS, suite.models, selection.models, suite.name, is_special)
+    of_suite = [spec.name for spec in suite.methods]
+    names = _choose(METHODS, of_suite, selection.methods, suite.name)
+    specs = [*suite.methods, *(MethodSpec(name) for name in names if name not in of_suite)]
+    methods = [(spec, _instance(spec)) for spec in specs if spec.name in names]
     precisions = [str(Scheme.parse(text)) for text in selection.precisions or suite.precisions]
     profiles = selection.profiles or suite.profiles
     for profile in profiles:
@@ -170,18 +177,36 @@ def _instance(spec: MethodSpec) -> Method:
     return kind(**spec.parameters)
 
 
-def _choose(kind: str, available: Iterable[str], patterns: tuple[str, ...], suite: str) -> list[str]:
-    names = list(dict.fromkeys(available))
+def _choose(
+    registry: Registry[Any],
+    of_suite: Iterable[str],
+    patterns: tuple[str, ...],
+    suite: str,
+    joins: Callable[[str], bool] = lambda name: False,
+) -> list[str]:
+    """The names that patterns choose: a glob among the suite's, a plain name also among all registered ones.
+
+    Args:
+        registry: Where the components are.
+        of_suite: The suite's names.
+        patterns: What the user gave; nothing for all of the suite.
+        suite: The suite's name, for messages.
+        joins: Whether a name that is not registered names a component all the same.
+    """
+    names = list(dict.fromkeys(of_suite))
     if not patterns:
         return names
     chosen: list[str] = []
     for pattern in patterns:
-        if kind == "model" and pattern.startswith(FOLDER_PREFIX):  # a user's own model joins any suite
-            names.append(pattern)
         matches = [name for name in names if name == pattern or fnmatchcase(name, pattern)]
+        if not matches and (joins(pattern) or pattern in registry):
+            names.append(pattern)
+            matches = [pattern]
         if not matches and not set(pattern) & set("*?["):
-            raise UnknownNameError(f"{kind} of suite {suite}:", pattern, names)
+            raise UnknownNameError(registry.kind, pattern, {*names, *registry.names()})
         if not matches:
-            raise ConfigError(f"no {kind} of suite {suite} matches {pattern!r}; it has {', '.join(names)}")
+            raise ConfigError(
+                f"no {registry.kind} of suite {suite} matches {pattern!r}; it has {', '.join(names)}"
+            )
         chosen += matches
     return [name for name in names if name in chosen]

@@ -1,4 +1,7 @@
-"""Writing into the results folder: a file is whole or absent, trouble with the disk is said in one line."""
+"""Writing into the results folder: a file is whole or absent, by one process at a time.
+
+Trouble with the disk is said in one line.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import contextlib
 import errno
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from quanttune.errors import StoreError
@@ -38,6 +42,21 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def write_text_atomically(path: Path, text: str) -> None:
     """Write UTF-8 text with :func:`write_atomically`."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def file_lock(path: Path) -> AbstractContextManager[object]:
+    """A lock on a file that ends with its process, however that ends.
+
+    Raises:
+        StoreError: If the lock file cannot be made.
+    """
+    from filelock import FileLock
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot write {path.parent}: {error}; choose another --results folder") from error
+    return FileLock(path)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -18,8 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmark.keep.atomic import write_text_atomically
-from benchmark.keep.store import file_lock
+from benchmark.keep.atomic import file_lock, write_text_atomically
 from quanttune.digests import canonical_json
 from quanttune.errors import QuantTuneError, StoreError
 

@@ -11,24 +11,29 @@ from benchmark.grid.cells import Cell
 from quanttune.digests import json_digest
 from quanttune.errors import StoreError
 
-SCHEMA = 1
-"""Version of the records' form; a folder written by a newer one is refused."""
+SCHEMA = 2
+"""Version of what is written; a folder written by a newer one is refused."""
+
+READABLE = (1, 2)
+"""Versions that are read: records of version 1 lack what ``_NEWER`` names, the rest is of the same form."""
+
+_NEWER = ("metrics", "quantized")
 
 DONE, SKIPPED = "done", "skipped"
 
 
 @dataclass(frozen=True)
 class Result:
-    """The measured numbers of one cell on the test split.
+    """The measured numbers of one cell on the split that it names.
 
     Attributes:
         value: The metric of the quantized model, in the metric's unit (accuracy: percent).
         fp32: The metric of the FP32 reference on the same items.
         fp32_own: The FP32 metric of the cell's own weights, for methods that train.
         drop: ``fp32 - value``.
-        ci_low: Lower end of the paired 95 % interval of the drop.
+        ci_low: Lower end of the paired 95 % interval of the drop; ``None`` if there is none.
         ci_high: Its upper end.
-        n: Number of test items.
+        n: Number of items.
     """
 
     metric: str
@@ -37,32 +42,58 @@ class Result:
     fp32: float
     fp32_own: float | None
     drop: float
-    ci_low: float
-    ci_high: float
+    ci_low: float | None
+    ci_high: float | None
     n: int
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Where a cell's quantized model is.
+
+    Attributes:
+        sha256: Digest of the file beside the record.
+        weights: The stage that has its weights, e.g. ``tuning/<sha256>``; ``None`` for the reference's own.
+    """
+
+    sha256: str
+    weights: str | None = None
+
+
+@dataclass(frozen=True)
 class Record:
-    """A finished cell: measured (``done``) or declined by its method with a reason (``skipped``)."""
+    """A finished cell: measured (``done``) or declined by its method with a reason (``skipped``).
+
+    Attributes:
+        result: The leading metric.
+        metrics: Every metric of the task by name, the leading one too: its ``value``, that of the FP32
+            reference as ``fp32``, and that of the cell's own weights as ``fp32_own``, for methods that train;
+            None where there is no such number. Empty in records of before there were several.
+        quantized: Its quantized model; ``None`` for references, skipped cells and those of older versions.
+    """
 
     cell: Cell
     status: str
     finished_at: str
     duration_s: float
     result: Result | None = None
+    metrics: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     reason: str | None = None
     reference_digest: str | None = None
     weights_digest: str | None = None
     items_sha256: str | None = None
+    quantized: Kept | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     sites: list[dict[str, Any]] = field(default_factory=list)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that :meth:`from_json` reads back, sealed with the digest of its other fields."""
-        body = asdict(self) | {"cell": self.cell.identity(), "cell_id": self.cell.cell_id, "schema": SCHEMA}
-        body = plain(body)
+        body = asdict(self) | {"cell": self.cell.identity(), "cell_id": self.cell.cell_id}
+        # What the first version could say is said as it did: its records keep the digests that views know.
+        newer = {name for name in _NEWER if body[name]}
+        body = {name: value for name, value in body.items() if name in newer or name not in _NEWER}
+        body = plain(body | {"schema": SCHEMA if newer else READABLE[0]})
         return body | {"digest": json_digest(body)}
 
     @classmethod
@@ -77,13 +108,14 @@ class Record:
         refuse_newer(text.get("schema"), origin)
         body = {key: value for key, value in text.items() if key != "digest"}
         try:
-            if text.get("schema") != SCHEMA or text.get("digest") != json_digest(body):
+            if text.get("schema") not in READABLE or text.get("digest") != json_digest(body):
                 return None
         except ValueError:  # a NaN that no record of ours holds
             return None
         fields = {key: value for key, value in body.items() if key not in ("schema", "cell_id")}
         fields["cell"] = Cell.from_identity(fields["cell"])
         fields["result"] = Result(**fields["result"]) if fields["result"] is not None else None
+        fields["quantized"] = Kept(**fields["quantized"]) if fields.get("quantized") else None
         return cls(**fields)
 
 

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmark.keep.atomic import write_atomically, write_text_atomically
-from benchmark.keep.record import SCHEMA
-from benchmark.keep.store import file_lock
+from benchmark.keep.atomic import file_lock, write_atomically, write_text_atomically
+from benchmark.keep.record import READABLE, SCHEMA
 from quanttune.digests import json_digest, sha256_file
 from quanttune.errors import ConfigError, TuningDivergedError
 
@@ -24,6 +23,9 @@ if TYPE_CHECKING:
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[a-z0-9_]{1,40}")
+_REMEMBERED = frozenset({"tuning"})
+"""Stages whose last result stays in memory: whole state dicts, asked for by every width, profile and
+calibrator of one training. They are read and checked once, and as one object they need be hashed but once."""
 
 
 class Stages:
@@ -40,11 +42,12 @@ class Stages:
         self.seconds = 0.0
         """Time spent on computing stages, as opposed to reading them."""
         self._refused: dict[str, TuningDivergedError] = {}
+        self._latest: dict[str, tuple[str, dict[str, Tensor]]] = {}
 
     def scoped(self, **scope: Any) -> Stages:
         """The same folder with more in every key."""
         scoped = Stages(self.folder, {**self.scope, **scope})
-        scoped._refused = self._refused
+        scoped._refused, scoped._latest = self._refused, self._latest
         return scoped
 
     def tensors(
@@ -57,12 +60,25 @@ class Stages:
             key: Everything that decides the tensors, as JSON.
             make: Computes them; called by one process at a time.
 
+        Returns:
+            The tensors, not to be changed: tuned weights are handed out more than once.
+
         Raises:
             StoreError: If the disk is full or cannot be written.
             TuningDivergedError: If ``make`` raised it, now or earlier in this process: the same training
                 would diverge again for each cell that shares it. A new process may try again.
         """
         full_key, digest = self._identify(stage, key)
+        latest, tensors = self._latest.get(stage, ("", {}))
+        if latest != digest:
+            tensors = self._find_or_make(stage, full_key, digest, make)
+            if stage in _REMEMBERED:
+                self._latest[stage] = digest, tensors
+        return tensors
+
+    def _find_or_make(
+        self, stage: str, full_key: dict[str, Any], digest: str, make: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
         path = self.folder / stage / f"{digest}.safetensors"
         found = _load(path)
         if found is not None:
@@ -124,7 +140,7 @@ def _load(path: Path) -> dict[str, Tensor] | None:
     """The tensors of a stage file, ``None`` if it is absent, truncated or not what was written."""
     sidecar = _read(path.with_suffix(".json"))
     try:
-        if sidecar.get("schema") != SCHEMA or sidecar.get("sha256") != sha256_file(path):
+        if sidecar.get("schema") not in READABLE or sidecar.get("sha256") != sha256_file(path):
             return None
     except FileNotFoundError:
         return None

@@ -4,7 +4,8 @@ Layout of a results folder::
 
     store.json                      schema of the folder
     cells/<cell id>.json            a finished cell
-    cells/<cell id>.safetensors     its per-item scores and predictions
+    cells/<cell id>.safetensors     its per-item scores, predictions and what further metrics need
+    cells/<cell id>.quantized.safetensors  its quantized model, see :mod:`benchmark.keep.quantized`
     failures/<cell id>.json         why a cell failed last; never read as a result
     references/<identity>.json      digest of the reference weights a model has at present
     locks/<cell id>.lock            a cell under way, or interrupted
@@ -18,20 +19,25 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmark.grid.cells import Cell
-from benchmark.keep.atomic import write_atomically, write_text_atomically
-from benchmark.keep.record import SCHEMA, Record, refuse_newer
+from benchmark.keep.atomic import file_lock, write_atomically, write_text_atomically
+from benchmark.keep.quantized import read_quantized, write_quantized
+from benchmark.keep.record import SCHEMA, Kept, Record, refuse_newer
+from benchmark.keep.stages import Stages
 from quanttune.digests import sha256_file
 from quanttune.errors import StoreError
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from quanttune.quantization import Quantized
+
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_QUANTIZED = ".quantized.safetensors"
 _PREFIX = re.compile(r"[0-9a-f]{1,64}")
 
 
@@ -73,17 +79,22 @@ class Store:
             return None
         return record
 
-    def save(self, record: Record, items: Mapping[str, np.ndarray] | None = None) -> Record:
-        """Keep a finished cell with its per-item arrays, and forget an earlier failure of it.
+    def save(
+        self,
+        record: Record,
+        items: Mapping[str, np.ndarray] | None = None,
+        quantized: Quantized | None = None,
+    ) -> Record:
+        """Keep a finished cell with its per-item arrays and its quantized model, and forget a failure of it.
+
+        Weights that no stage has yet become one.
 
         Returns:
-            The record as kept, with the digest of the items.
+            The record as kept, with the digests of both.
 
         Raises:
             StoreError: If the disk is full or cannot be written; then nothing half-written is left.
         """
-        from dataclasses import replace
-
         cell_id = record.cell.cell_id
         if items:
             from safetensors.numpy import save_file
@@ -91,13 +102,47 @@ class Store:
             path = self._file("cells", cell_id, ".safetensors")
             write_atomically(path, lambda temporary: save_file(dict(items), temporary))
             record = replace(record, items_sha256=sha256_file(path))
+        if quantized is not None:
+            record = replace(record, quantized=self._keep(record, quantized))
         text = json.dumps(record.to_json(), indent=1, sort_keys=True, allow_nan=False) + "\n"
         write_text_atomically(self._file("cells", cell_id, ".json"), text)
         self._file("failures", cell_id, ".json").unlink(missing_ok=True)
         return record
 
+    def quantized(self, record: Record) -> Quantized:
+        """The quantized model of a cell whose record names one.
+
+        Raises:
+            StoreError: If it was not kept, or a file is absent or damaged.
+            AssetError: If it does not hold what it promises.
+        """
+        cell_id = record.cell.cell_id
+        if record.quantized is None:
+            raise StoreError(f"cell {cell_id[:12]} has no quantized model")
+        kept = record.quantized
+        return read_quantized(
+            self._file("cells", cell_id, _QUANTIZED), kept.sha256, self.stages, kept.weights
+        )
+
+    @property
+    def stages(self) -> Stages:
+        """The folder's stages."""
+        return Stages(self.root / "stages")
+
+    def _keep(self, record: Record, quantized: Quantized) -> Kept:
+        digest, weights = record.weights_digest or "", quantized.weights
+        origin = quantized.weights_origin
+        if weights is not None and origin is None:
+            key = {"digest": digest}
+            self.stages.tensors("weights", key, lambda: weights)
+            origin = self.stages.reference("weights", key)
+        path = self._file("cells", record.cell.cell_id, _QUANTIZED)
+        return Kept(write_quantized(path, quantized, digest), origin)
+
     def items(self, cell_id: str) -> dict[str, np.ndarray]:
         """The per-item arrays of a finished cell: ``ids``, ``scores`` and, for classifiers, ``predictions``.
+
+        Cells measured since there are several metrics also hold the quantities these are made from, by name.
 
         Raises:
             StoreError: If the cell has none.
@@ -198,21 +243,6 @@ class Store:
             if not items.exists() or sha256_file(items) != record.items_sha256:
                 return None
         return record
-
-
-def file_lock(path: Path) -> AbstractContextManager[object]:
-    """A lock on a file that ends with its process, however that ends.
-
-    Raises:
-        StoreError: If the lock file cannot be made.
-    """
-    from filelock import FileLock
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"cannot write {path.parent}: {error}; choose another --results folder") from error
-    return FileLock(path)
 
 
 def _read_json(path: Path) -> Any:

@@ -16,9 +16,11 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from benchmark.engine.executors.base import EXECUTORS, Events
+from benchmark.engine.events import Events
+from benchmark.engine.executors.base import EXECUTORS
 from benchmark.engine.runner import CellRunner, Outcome, Settings
 from benchmark.grid.cells import Cell
+from benchmark.keep.status import FAILED
 from benchmark.keep.store import Store
 from quanttune.errors import QuantTuneError, StoreError
 
@@ -27,7 +29,10 @@ _REPORT_EVERY = 0.2  # seconds between two progress messages of a worker
 
 @EXECUTORS.register("local")
 def local(cells: Sequence[Cell], settings: Settings, jobs: int, events: Events) -> Iterator[Outcome]:
-    """Run the cells in ``jobs`` processes, each with the same number of threads as the serial executor."""
+    """Several cells at once, in processes of this machine.
+
+    Each has the same number of threads as the serial executor, so that numbers are the same to the bit.
+    """
     pending = list(cells)
     workers = [_Worker.start(number, settings) for number in range(min(jobs, len(pending)))]
     try:
@@ -123,7 +128,7 @@ def _receive(worker: _Worker, events: Events, settings: Settings) -> Outcome | N
         Store(settings.results).save_failure(
             worker.cell, {"error": message, "kind": "WorkerDied", "traceback": ""}
         )
-        return Outcome(worker.cell, "failed", message)
+        return Outcome(worker.cell, FAILED, message)
     if kind == "stage":
         name, done, total = content
         events.stage(worker.number, name, done, total)

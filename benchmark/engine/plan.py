@@ -1,0 +1,162 @@
+"""A run as a value: which cells, how, with which executor; and the one loop that measures them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+
+from benchmark.engine.assets import fetch_models
+from benchmark.engine.environment import prepare_torch
+from benchmark.engine.events import Events
+from benchmark.engine.executors import EXECUTORS
+from benchmark.engine.runner import OVERWRITE, Outcome, Settings, stored_outcome
+from benchmark.grid.cells import Cell
+from benchmark.grid.expand import Selection, expand
+from benchmark.grid.suite import DEFAULT_SUITE, load_suite
+from benchmark.keep.store import Store
+from benchmark.subject.tasks.data import commit_splits
+from benchmark.subject.tasks.task import get_task
+from quanttune.errors import ConfigError, UnknownNameError
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure.
+
+    Attributes:
+        suite: A suite's name, or a path to a ``.toml`` file.
+        selection: A part of the suite; all of it by default.
+        limit: Test items, in place of the suite's own.
+        autocast: Mixed precision, in place of the suite's own.
+    """
+
+    suite: str = DEFAULT_SUITE
+    selection: Selection = field(default_factory=Selection)
+    limit: int | None = None
+    autocast: str | None = None
+
+    def cells(self) -> list[Cell]:
+        """The cells asked for; raises as :func:`benchmark.grid.expand.expand` does."""
+        return expand(load_suite(self.suite), self.selection, self.limit, self.autocast)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Cells and the way to run them; made by :func:`make_plan`.
+
+    Attributes:
+        suite: What was given as the suite.
+        cells: What to measure, in order.
+        settings: How to run each of them.
+        executor: Name of a registered executor.
+        jobs: Processes it may use.
+    """
+
+    suite: str
+    cells: tuple[Cell, ...]
+    settings: Settings
+    executor: str
+    jobs: int
+
+    @property
+    def store(self) -> Store:
+        """Where results are kept."""
+        return Store(self.settings.results)
+
+    def known(self) -> dict[str, Outcome]:
+        """The outcomes that the store already has, by cell id; the other cells have to run."""
+        store = self.store
+        found = {cell.cell_id: stored_outcome(store, cell, self.settings.overwrite) for cell in self.cells}
+        return {cell_id: outcome for cell_id, outcome in found.items() if outcome is not None}
+
+    def outcomes(self, events: Events | None = None) -> Generator[Outcome, None, None]:
+        """Measure what is missing; yield every cell's outcome, first as they come, then those kept before.
+
+        A reference made anew may be another one; cells kept before then count as missing and run as well.
+
+        Args:
+            events: Told what goes on.
+
+        Raises:
+            ConfigError: If the device is not there.
+            StoreError: If results cannot be kept.
+            KeyboardInterrupt: If the user stops it; the store then holds nothing half-written.
+        """
+        events = events or Events()
+        outcomes, told = self.known(), set[str]()
+        for _ in range(2):
+            missing = [cell for cell in self.cells if cell.cell_id not in outcomes]
+            if not missing:
+                break
+            # refuse a device that is not there before any work
+            prepare_torch(self.settings.threads, self.settings.device)
+            events.say(f"cells finished: {len(outcomes)}, to run: {len(missing)}")
+            for outcome in self._run(missing, events):
+                outcomes[outcome.cell.cell_id] = outcome
+                told.add(outcome.cell.cell_id)
+                yield outcome
+            for cell in self.cells:
+                if outcomes[cell.cell_id].status == "cached" and self.store.load(cell) is None:
+                    del outcomes[cell.cell_id]
+        for cell in self.cells:
+            if cell.cell_id not in told and cell.cell_id in outcomes:
+                yield outcomes[cell.cell_id]
+
+    def _run(self, cells: Sequence[Cell], events: Events) -> Generator[Outcome, None, None]:
+        self.store.prepare()
+        for task in dict.fromkeys(cell.task for cell in cells):
+            commit_splits(get_task(task), self.settings.results)
+        fetch_models(dict.fromkeys(cell.model for cell in cells), events.say)
+        status = "FAILED"
+        events.begin(cells, self)
+        running = EXECUTORS.get(self.executor)(cells, self.settings, self.jobs, events)
+        try:
+            for outcome in running:
+                events.finished(outcome)
+                yield outcome
+            status = "FINISHED"
+        except (KeyboardInterrupt, GeneratorExit):
+            status = "KILLED"
+            raise
+        finally:
+            if isinstance(running, Generator):  # its processes end with it, not when memory is collected
+                running.close()
+            events.end(status)
+
+
+def make_plan(
+    request: Request, settings: Settings, executor: str | None = None, jobs: int | None = None
+) -> Plan:
+    """Check a request and choose what it leaves open; nothing is written and nothing fetched.
+
+    Args:
+        request: What to measure.
+        settings: How to run.
+        executor: A registered name; by default ``local`` if ``jobs`` is above 1, else ``serial``.
+        jobs: Processes of the executor; by default cores / threads, one for ``serial``.
+
+    Raises:
+        UnknownNameError: If there is no such suite, model, method, profile or executor.
+        ConfigError: If values are out of range or exclude each other.
+    """
+    for option, value in (("jobs", jobs), ("threads", settings.threads), ("processes", settings.processes)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{option} {value}: it must be at least 1")
+    if settings.overwrite not in OVERWRITE:
+        raise UnknownNameError("choice of --overwrite", settings.overwrite, OVERWRITE)
+    cells = tuple(request.cells())
+    by_cores = max(1, (os.cpu_count() or 1) // settings.threads)
+    count = jobs or (1 if executor in (None, "serial") else by_cores)
+    name = executor or ("local" if count > 1 else "serial")
+    EXECUTORS.get(name)
+    if name == "serial" and count > 1:
+        raise ConfigError(
+            f"--executor serial runs one cell at a time; leave out --jobs {count} or use --executor local"
+        )
+    several = settings.processes
+    if several > 1 and name != "serial":
+        raise ConfigError(
+            f"--processes {several} share one fine-tuning and so need --executor serial, not {name}"
+        )
+    return Plan(request.suite, cells, settings, name, count)

@@ -1,0 +1,109 @@
+"""Getting models back from a store: the quantized model of a cell, and the reference it was made from."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING
+
+from benchmark.engine.assets import fetch_models
+from benchmark.engine.environment import prepare_torch
+from benchmark.grid.cells import Cell
+from benchmark.grid.expand import Selection, expand
+from benchmark.grid.suite import Suite, load_suite, suite_names
+from benchmark.keep.lock import Lock
+from benchmark.keep.record import SKIPPED
+from benchmark.keep.stages import Stages
+from benchmark.keep.store import Store
+from quanttune.errors import AssetError, QuantTuneError, StoreError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from quanttune.quantization import Quantized
+
+
+def load_quantized(store: Store, prefix: str) -> Quantized:
+    """The quantized model of a cell.
+
+    Args:
+        store: Where the cell is.
+        prefix: The start of its id.
+
+    Raises:
+        StoreError: If there is no such cell, it has no quantized model, or that is damaged; the message says
+            what to do.
+    """
+    record = store.find(prefix)
+    cell = record.cell
+    what = f"cell {cell.cell_id[:12]} ({cell})"
+    if record.status == SKIPPED:
+        raise StoreError(f"{what} was skipped, so it has no quantized model: {record.reason}")
+    if cell.is_reference:
+        from quanttune.quantization import Quantized
+
+        return Quantized({})
+    if store.load(cell) is None:
+        raise StoreError(
+            f"{what} was measured with other reference weights than {cell.model} has now; measure it again: "
+            f"{measure_again(cell)}"
+        )
+    if record.quantized is None:
+        raise StoreError(
+            f"{what} was measured before quantized models were kept; to have one, measure it again: "
+            f"{measure_again(cell)}"
+        )
+    try:
+        return store.quantized(record)
+    except (StoreError, AssetError) as error:
+        raise StoreError(
+            f"{what} cannot be reopened: {error}; measure it again: {measure_again(cell)}"
+        ) from error
+
+
+def load_reference(store: Store, model: str) -> nn.Module:
+    """The FP32 reference of a model in evaluation mode on the CPU; made and kept if it is not there yet.
+
+    Args:
+        store: Where its weights are or will be.
+        model: A model's name.
+
+    Raises:
+        UnknownNameError: If there is no such model.
+        AssetError: If its weights cannot be had here.
+        LockError: If they are not the pinned ones.
+    """
+    from benchmark.engine.session import Session
+
+    device = prepare_torch(_threads(), "cpu")
+    for failure in fetch_models([model], say=lambda line: None).values():
+        raise AssetError(failure)
+    session = Session(model, Stages(store.root / "stages"), device, lambda *_: None)
+    Lock(store.root).check(model, session.pins)
+    return session.model
+
+
+def measure_again(cell: Cell) -> str:
+    """The command that measures a cell again, whatever the store has of it."""
+    wanted = Selection((cell.model,), (cell.method,), (cell.scheme_text,), (cell.profile,), (cell.seed,))
+    suites = [load_suite(name) for name in suite_names()]
+    # Any model joins any suite by name, but one that lists the model is what a person expects.
+    suites.sort(key=lambda suite: cell.model not in suite.models)
+    suite = next((suite.origin for suite in suites if _holds(suite, cell, wanted)), "SUITE")
+    words = ["run", "--overwrite", "always", "--suite", suite, "--model", cell.model, "--method", cell.method]
+    words += ["--precision", cell.scheme_text, "--profile", cell.profile, "--seed", str(cell.seed)]
+    words += [] if cell.limit is None else ["--limit", str(cell.limit)]
+    return f"`python -m benchmark {shlex.join(words)}`"
+
+
+def _holds(suite: Suite, cell: Cell, selection: Selection) -> bool:
+    try:
+        cells = expand(suite, selection, cell.limit, cell.autocast)
+    except QuantTuneError:  # a suite that needs what is not here does not hold the cell
+        return False
+    return any(other.cell_id == cell.cell_id for other in cells)
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
