@@ -13,17 +13,21 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
+from baselines.method import METHODS
 from benchmark.cli import cli
 from benchmark.engine.measure import drop_interval
 from benchmark.grid.cells import Cell
 from benchmark.grid.expand import expand
-from benchmark.grid.suite import Suite, parse_suite
+from benchmark.grid.suite import MethodSpec, Suite, parse_suite
 from benchmark.keep.record import Record, Result
 from benchmark.keep.store import Store
 from benchmark.report.claims import ABSENT, Claim, _verdict, claims
 from benchmark.report.comparison import Comparison, Estimate, comparison_frame
-from benchmark.report.figures import SPECS, csv_of
+from benchmark.report.figures.figure import FIGURES
+from benchmark.report.figures.overview import Overview
+from benchmark.report.gallery import csv_of
 from benchmark.report.html import make_report
+from benchmark.report.roles import CALIBRATORS, CONTROLS, STATE_OF_THE_ART
 from benchmark.report.rows import SuiteRows, collect_rows
 from benchmark.subject.models.entry import MODELS
 from benchmark.subject.tasks.task import get_task
@@ -56,7 +60,7 @@ ACCURACY = {
     "quanttune": {"W8A8": 89.0, "W6A6": 84.0},
 }
 OWN = {"finetune": 91.0, "finetune+mse": 91.0, "quanttune": 89.5}
-NO_FRAMES = {spec.name: pd.DataFrame() for spec in SPECS}
+NO_FRAMES = {name: pd.DataFrame() for name in FIGURES.names()}
 
 
 def scores_of(cell: Cell) -> np.ndarray:
@@ -107,19 +111,19 @@ def test_the_best_rival_is_chosen_by_model_and_precision(rows: SuiteRows, store:
     comparison = Comparison(rows, store)
     assert comparison.models == ["tiny_vit", "tiny_bert"]
     for precision, label in (("W8A8", "mse"), ("W6A6", "minmax")):
-        best = comparison.best("tiny_vit", precision, ("minmax", "percentile", "mse"))
+        best = comparison.best("tiny_vit", precision, CALIBRATORS)
         assert best is not None
         assert best.label == label
-    control = comparison.best("tiny_vit", "W8A8", ["finetune"])
+    control = comparison.best("tiny_vit", "W8A8", CONTROLS)
     assert control is not None
     assert control.label == "finetune+mse"
-    assert comparison.best("tiny_vit", "W8A8", ["fq_vit"]) is None
+    assert comparison.best("tiny_vit", "W8A8", STATE_OF_THE_ART) is None
     assert comparison.get("tiny_vit", "W4A4", "quanttune") is None
 
 
 def test_gains_are_differences_of_drops_with_the_paired_interval(rows: SuiteRows, store: Store) -> None:
     comparison = Comparison(rows, store)
-    pairs = comparison.pairs("W8A8", ("minmax", "mse"))
+    pairs = comparison.pairs("W8A8", CALIBRATORS)
     assert list(pairs) == ["tiny_vit", "tiny_bert"]
     gain = comparison.gain(pairs)
     assert gain.value == pytest.approx(89.0 - 75.0)
@@ -323,14 +327,12 @@ class Page(HTMLParser):
 
 
 def test_the_page_stands_alone(rows: SuiteRows, store: Store) -> None:
-    from benchmark.report.overview import overview_frame
-
     text = make_report(
         rows,
         store,
         frames_of_figures()
         | {"outliers": pd.DataFrame(), "saturation": pd.DataFrame()}
-        | {"decomposition": pd.DataFrame(), "overview": overview_frame(rows)},
+        | {"decomposition": pd.DataFrame(), "overview": Overview("overview").frame(rows)},
     )
     page = Page(text)
     assert page.open == []
@@ -346,7 +348,7 @@ def test_the_page_stands_alone(rows: SuiteRows, store: Store) -> None:
         assert expected in words
     assert "torch 2.9" in words
     assert "Partial:" not in words
-    assert text == make_report(rows, store, NO_FRAMES | {"overview": overview_frame(rows)})
+    assert text == make_report(rows, store, NO_FRAMES | {"overview": Overview("overview").frame(rows)})
 
 
 def test_a_partial_report_says_so(suite: Suite, store: Store) -> None:
@@ -380,7 +382,7 @@ def test_the_command_writes_the_page(tmp_path: Path, suite: Suite, store: Store,
     path = tmp_path / "made.toml"
     path.write_text(SUITE)
     rows = fill(store, parse_suite("made", SUITE, str(path)))
-    monkeypatch.setattr("benchmark.report.figures.make_frames", lambda *_: NO_FRAMES)
+    monkeypatch.setattr("benchmark.report.gallery.make_frames", lambda *_: NO_FRAMES)
     results = str(store.root)
     done = CliRunner().invoke(cli, ["report", "--suite", str(path), "--results", results])
     assert done.exit_code == 0, done.output
@@ -388,3 +390,28 @@ def test_the_command_writes_the_page(tmp_path: Path, suite: Suite, store: Store,
     assert written == store.root / "report" / "made.html"
     assert written.read_text(encoding="utf-8") == make_report(rows, store, NO_FRAMES)
     assert csv_of(comparison_frame(Comparison(rows, store))).count("\n") == 5
+
+
+def test_methods_from_outside_compete_at_once(
+    suite: Suite, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A calibrator, a published method and a trained one that no file of the report names."""
+    METHODS.names()
+    accuracy = {"fresh_rule": 76.0, "fresh_rival": 88.0, "fresh_tuned": 87.0}
+    for name, like in (("fresh_rule", "mse"), ("fresh_rival", "fq_vit"), ("fresh_tuned", "quanttune")):
+        kind = type(name, (METHODS.get(like),), {"name": name})
+        monkeypatch.setitem(METHODS._items, name, kind)
+        monkeypatch.setitem(ACCURACY, name, dict.fromkeys(("W8A8", "W6A6"), accuracy[name]))
+    methods = (*suite.methods, *(MethodSpec(name) for name in accuracy))
+    rows = fill(store, dataclasses.replace(suite, methods=methods))
+    comparison = Comparison(rows, store)
+    assert comparison.rivals(CALIBRATORS) == ["minmax", "mse", "fresh_rule"]
+    assert comparison.rivals(STATE_OF_THE_ART) == ["fresh_rival", "fresh_tuned"]
+    line = comparison_frame(comparison).iloc[0]
+    assert (line["best_calibrator"], line["best_state_of_the_art"]) == ("fresh_rule", "fresh_rival")
+    assert line["gain_over_state_of_the_art"] == pytest.approx(1.0)
+    claim = by_statement(claims(rows, comparison, NO_FRAMES), "More accurate than the state of the art")
+    assert "over fresh_rival" in claim.measured
+    words = " ".join(" ".join(Page(make_report(rows, store, NO_FRAMES)).words).split())
+    assert "Calibrators on the reference: minmax, mse, fresh_rule." in words
+    assert "fresh_rival, drop 2.0" in words

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from benchmark.engine.environment import prepare_torch
+from benchmark.performance.measurement import MEASUREMENTS, Setup
 from quanttune.errors import QuantTuneError
 
 
@@ -29,8 +31,6 @@ from quanttune.errors import QuantTuneError
 )
 def main(name: str | None, model: str, repeats: int, results: Path, device: str, threads: int | None) -> None:
     """Run the measurement NAME and print its table; without a name, list the measurements."""
-    from benchmark.performance.measurement import MEASUREMENTS
-
     if name is None:
         click.echo("\n".join(MEASUREMENTS.names()))
         return
@@ -43,9 +43,6 @@ def main(name: str | None, model: str, repeats: int, results: Path, device: str,
 def _run(name: str, model: str, repeats: int, results: Path, device: str, threads: int | None) -> None:
     import torch
     from tabulate import tabulate
-
-    from benchmark.engine.environment import prepare_torch
-    from benchmark.performance.measurement import MEASUREMENTS, Setup
 
     measurement = MEASUREMENTS.get(name)
     chosen = prepare_torch(threads or torch.get_num_threads(), device)

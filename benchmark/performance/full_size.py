@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from benchmark.engine.environment import prepare_torch
 from benchmark.performance.architectures import ARCHITECTURES, Architecture
 from benchmark.performance.measurement import MEASUREMENTS, Row, Setup, interleaved, seconds
 from benchmark.performance.peak_memory import PeakMemory, saved_bytes
@@ -59,7 +60,6 @@ def in_own_process(key: str, device: str, threads: int, repeats: int, layers: in
 
 
 def _measure(key: str, device: str, threads: int, repeats: int, layers: int | None) -> list[Row]:
-    from benchmark.engine.environment import prepare_torch
     from quanttune.inputs import to_device
     from quanttune.quantization import discover_sites
 

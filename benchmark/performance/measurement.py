@@ -9,13 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmark.engine.session import Session
+from benchmark.keep.stages import Stages
 from quanttune.registry import Registry
 
 if TYPE_CHECKING:
     import torch
 
     from baselines.method import Context
-    from benchmark.engine.session import Session
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,6 @@ class Setup:
     @cached_property
     def session(self) -> Session:
         """The model with its reference weights, sites and data; opened by the first who asks."""
-        from benchmark.engine.session import Session
-        from benchmark.keep.stages import Stages
-
         return Session(self.model, Stages(self.results / "stages"), self.device, lambda *_: None)
 
     @property

@@ -3,63 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmark.grid.cells import Cell
+from benchmark.engine.session import Session
 from benchmark.keep.stages import Stages
 from benchmark.keep.store import Store
 from benchmark.report.rows import SuiteRows
 from benchmark.report.site_tables import (
     REACHES,
-    RULES,
     VERSION,
     errors_of,
     metrics_of,
     reaches_of,
+    rules_of,
     site_tables,
 )
+from benchmark.report.sweep import saturation_scores
+from benchmark.report.weight_sets import REFERENCE, WeightSet, weight_sets
+from quanttune.digests import tensor_digest
 from quanttune.errors import StoreError
+from quanttune.quantization.scheme import Scheme
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from baselines.method import Context
-    from benchmark.engine.session import Session
     from quanttune.quantization import TensorStatistics
 
 Progress = Callable[[str, int, int], None]
 
-REFERENCE = "reference"
-TRAINED = ("finetune", "quanttune")
-"""The methods whose weights are compared with the reference's, before and after."""
-
-_SETTINGS = ("profile", "seed", "weight_granularity", "symmetric")
-SWEEP_ITEMS = 500
-"""Items of the saturation sweep, which takes an evaluation per model, width and saturation."""
-
-
-@dataclass(frozen=True)
-class WeightSet:
-    """Weights of a model that a suite has measured.
-
-    Attributes:
-        name: ``reference``, or the method that trained them.
-        cell: A finished cell with these weights.
-        digest: Their digest.
-    """
-
-    name: str
-    cell: Cell
-    digest: str
-
 
 class ModelAnalysis:
     """One model of a suite under its first profile, seed and granularity.
+
+    What is analysed are static ranges of activations: precisions that quantize weights alone, or choose a
+    range anew for every token, take no part.
 
     Args:
         rows: The suite's finished cells.
@@ -80,11 +62,16 @@ class ModelAnalysis:
         self._done = [
             record
             for cell in rows.cells
-            if cell.model == model and (record := rows.records.get(cell.cell_id)) and record.result
+            if cell.model == model
+            and (record := rows.records.get(cell.cell_id))
+            and record.result
+            and (cell.is_reference or cell.scheme.is_static)
         ]
         self.cell = next(record.cell for record in self._done if not record.cell.is_reference)
         self._reference_digest = str(self._done[0].reference_digest)
-        self.precisions = tuple(dict.fromkeys(rows.suite.precisions))
+        self.precisions = tuple(
+            text for text in dict.fromkeys(rows.suite.precisions) if Scheme.parse(text).is_static
+        )
 
     def close(self) -> None:
         """Free the model, if it was needed; it is made again when it is needed again."""
@@ -92,17 +79,13 @@ class ModelAnalysis:
 
     @cached_property
     def weight_sets(self) -> list[WeightSet]:
-        """The reference, then what fine-tuning and QuantTune made of it, if the suite has them."""
-        found = [WeightSet(REFERENCE, self.cell, self._reference_digest)]
-        for name in TRAINED:
-            alike = [
-                WeightSet(name, record.cell, str(record.weights_digest))
-                for record in self._done
-                if record.cell.method == name
-                and all(getattr(record.cell, field) == getattr(self.cell, field) for field in _SETTINGS)
-            ]
-            found += alike[:1]
-        return found
+        """The reference, then what each method that trains made of it, controls first."""
+        return weight_sets(self._done, self.cell, self._reference_digest)
+
+    @cached_property
+    def rules(self) -> tuple[str, ...]:
+        """The range rules that the error is split for, see :func:`benchmark.report.site_tables.rules_of`."""
+        return rules_of(type(record.cell.make_method()) for record in self._done)
 
     @property
     def sites(self) -> list[tuple[str, str]]:
@@ -116,7 +99,7 @@ class ModelAnalysis:
 
     def errors(self, weights: WeightSet) -> Iterator[tuple[str, str, dict[str, float]]]:
         """Precision, range rule and the parts of the quantization error, of one site after the other."""
-        return errors_of(self._tables(weights), self._site_ids, self.precisions)
+        return errors_of(self._tables(weights), self._site_ids, self.precisions, self.rules)
 
     def reaches(self, weights: WeightSet) -> dict[str, dict[float, float]]:
         """By precision and limit of the ordinary: the mean share of the amplification with min-max."""
@@ -154,47 +137,12 @@ class ModelAnalysis:
             "split": self.cell.split,
             "weight_granularity": self.cell.weight_granularity,
         }
-        kept = self._stages.tensors("saturation", key, lambda: self._sweep(precision, limit))
+
+        def make() -> dict[str, Tensor]:
+            return saturation_scores(self._session, self.cell, precision, limit, self._progress)
+
+        kept = self._stages.tensors("saturation", key, make)
         return kept["ids"].numpy(), kept["scores"].numpy()
-
-    def _sweep(self, precision: str, limit: int) -> dict[str, Tensor]:
-        import torch
-
-        from benchmark.engine.measure import Items, evaluate
-        from quanttune.analysis import SATURATIONS, saturation_sweep
-
-        session = self._session
-        context = session.context(self.cell)
-
-        def measure() -> Items:
-            return evaluate(
-                session.model,
-                session.task,
-                session.entry,
-                split=self.cell.split,
-                limit=limit,
-                device=self._device,
-                progress=lambda _, done, total: self._progress(
-                    f"{self.model}: saturation sweep at {precision}",
-                    done + total * len(finished),
-                    total * len(SATURATIONS),
-                ),
-            )
-
-        finished: dict[float, Items] = {}
-        for saturation in SATURATIONS:
-            finished |= saturation_sweep(
-                session.model,
-                context.profile_sites,
-                context.statistics(),
-                replace(self.cell, precision=precision).scheme,
-                measure,
-                (saturation,),
-            )
-        return {
-            "ids": torch.from_numpy(finished[0.0].ids),
-            "scores": torch.from_numpy(np.stack([items.scores for items in finished.values()])),
-        }
 
     def reference_scores(self, ids: np.ndarray) -> np.ndarray | None:
         """The FP32 reference's scores of these items; ``None`` if the suite has not measured them."""
@@ -234,7 +182,7 @@ class ModelAnalysis:
         key = {
             **self._key(weights),
             "precisions": list(self.precisions),
-            "rules": list(RULES),
+            "rules": list(self.rules),
             "reaches": list(REACHES),
         }
         return self._stages.tensors("site_analysis", key, lambda: self._analyse(weights))
@@ -256,6 +204,7 @@ class ModelAnalysis:
             statistics,
             norms,
             self.precisions,
+            self.rules,
             self.cell.symmetric,
             lambda done: self._progress(f"{what}: error by cause", done, len(statistics)),
         )
@@ -275,8 +224,6 @@ class ModelAnalysis:
 
     def _kept_weights(self, weights: WeightSet) -> dict[str, Tensor] | None:
         """The tuned weights that the record names, if they are still kept."""
-        from quanttune.digests import tensor_digest
-
         for key, tensors in self._stages.kept("tuning"):
             if key.get("method") == weights.cell.method and tensor_digest(tensors) == weights.digest:
                 return tensors
@@ -290,8 +237,6 @@ class ModelAnalysis:
 
     @cached_property
     def _session(self) -> Session:
-        from benchmark.engine.session import Session
-
         session = Session(self.model, Stages(self._store.root / "stages"), self._device, self._progress)
         if session.reference_digest != self._reference_digest:
             raise self._changed(REFERENCE)
@@ -301,9 +246,11 @@ class ModelAnalysis:
 def analyses_of(
     rows: SuiteRows, store: Store, device: torch.device, progress: Progress
 ) -> list[ModelAnalysis]:
-    """One analysis for each model of which a quantized cell is done."""
+    """One analysis for each model of which a cell with static ranges of activations is done."""
     done = [rows.records[cell.cell_id] for cell in rows.cells if cell.cell_id in rows.records]
     models = dict.fromkeys(
-        record.cell.model for record in done if record.result and not record.cell.is_reference
+        record.cell.model
+        for record in done
+        if record.result and not record.cell.is_reference and record.cell.scheme.is_static
     )
     return [ModelAnalysis(rows, store, model, device, progress) for model in models]

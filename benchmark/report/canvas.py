@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,13 @@ from typing import TYPE_CHECKING, Any
 from quanttune.errors import ConfigError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_ACROSS = 3
+"""Panels of models that stand side by side."""
+_NARROW = 28
+"""Letters of a label that fit below a panel of three."""
 WIDTH = 7.0
 """Inches: the text of a two-column page."""
 
@@ -73,6 +79,26 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
     return figure
 
 
+def panels_of(count: int, height: float, xlabel: str, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel per model, at most three side by side.
+
+    Args:
+        count: Panels; at least one.
+        height: Of a row of panels, in inches.
+        xlabel: Label of every x axis, on several lines where three panels share the width.
+        sharey: Whether the panels share their y axis.
+    """
+    down = -(-count // _ACROSS)
+    figure = new_figure(height * down)
+    grid = figure.subplots(down, min(count, _ACROSS), squeeze=False, sharey=sharey)
+    panels, spare = list(grid.flat[:count]), grid.flat[count:]
+    for axes in spare:
+        axes.set_visible(False)
+    for axes in panels:
+        axes.set_xlabel(xlabel if count < _ACROSS else textwrap.fill(xlabel, _NARROW))
+    return figure, panels
+
+
 def rendered(figure: Figure, form: str) -> bytes:
     """The figure as ``pdf``, ``svg`` or ``png``, without dates or versions in it.
 
@@ -84,3 +110,14 @@ def rendered(figure: Figure, form: str) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format=form, metadata=_METADATA[form], dpi=160)
     return stream.getvalue()
+
+
+def line_style(index: int) -> dict[str, Any]:
+    """How the line of this index is drawn: seven differ without colour."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": DASHES[index % len(DASHES)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "markersize": 3.5,
+        "markerfacecolor": "white" if index % 2 else COLOURS[index % len(COLOURS)],
+    }

@@ -6,19 +6,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmark.report.comparison import (
-    CALIBRATORS,
-    CONTROL,
-    OURS,
-    STATE_OF_THE_ART,
-    Comparison,
-    Estimate,
-)
-from benchmark.report.frames import by_layer
+from benchmark.report.comparison import Comparison, Estimate
+from benchmark.report.figures.outliers import by_layer
 from benchmark.report.published.reader import load_published
+from benchmark.report.roles import CALIBRATORS, CONTROLS, OURS, PLAIN, STATE_OF_THE_ART
 from benchmark.report.rows import SuiteRows
 from benchmark.report.site_tables import REACHES
-from benchmark.subject.metrics.display import POINTS
+from benchmark.subject.lookup import get_model
+from benchmark.subject.metrics.display import in_points
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,7 +91,7 @@ def _amplification(frame: pd.DataFrame, stated: float) -> Claim:
     )
     if not len(frame):
         return Claim(statement, f"{stated:g} %", ABSENT, ABSENT, how)
-    part = frame[(frame["weights"] == "reference") & (frame["rule"] == "minmax")]
+    part = frame[(frame["weights"] == "reference") & (frame["rule"] == PLAIN)]
     by_precision = 100 * part.groupby("precision", sort=False)["amplification"].mean()
     overall = float(by_precision.mean())
     text = ", ".join(f"{precision} {share:.0f} %" for precision, share in by_precision.items())
@@ -125,7 +120,7 @@ def _rounding_dominates(frame: pd.DataFrame) -> Claim:
 def _saturation(frame: pd.DataFrame) -> Claim:
     statement = "How far ranges are clipped decides accuracy"
     how = "Accuracy at 0 % and at the best of 0 to 30 %. The best is picked on the items it is measured on."
-    frame = frame[frame["metric"] == POINTS] if len(frame) else frame
+    frame = frame[frame["metric"].map(in_points)] if len(frame) else frame
     if not len(frame):
         return Claim(statement, "-", ABSENT, ABSENT, how)
     lines, helped = [], 0
@@ -164,9 +159,9 @@ def _depth(frame: pd.DataFrame) -> Claim:
 
 def _against_calibrators(comparison: Comparison, stated: dict[str, float]) -> Iterator[Claim]:
     how = (
-        "Drop of the best of min-max, percentile, MSE and OMSE on the reference, less the drop of QuantTune "
-        "with min-max, in points of accuracy; the best is chosen per model. Mean over models, paired "
-        "bootstrap. We read the paper's percent as points."
+        "Drop of the suite's best calibrator on the reference, less the drop of QuantTune with min-max, in "
+        "points of accuracy; the best is chosen per model. Mean over models, paired bootstrap. We read the "
+        "paper's percent as points."
     )
     for precision in comparison.precisions:
         statement = f"The drop shrinks against the best calibrator at {precision}"
@@ -196,10 +191,8 @@ def _verdict(gain: Estimate, stated: float | None, before: float) -> str:
 
 
 def _against_state_of_the_art(rows: SuiteRows, comparison: Comparison, stated: float) -> Claim:
-    from benchmark.subject.lookup import get_model
-
     statement = "More accurate than the state of the art on ViT models"
-    how = "The same against the better of FQ-ViT and PTQ4ViT, on ViT models and on the same profile."
+    how = "The same against the best published method of the suite, on ViT models and on the same profile."
     texts, verdicts = [], []
     for precision in comparison.precisions:
         pairs = {
@@ -230,7 +223,7 @@ def _kept(comparison: Comparison) -> Claim:
         ours = comparison.get(model, "W6A6", OURS)
         if ours is None:
             continue
-        control = comparison.best(model, "W6A6", [CONTROL])
+        control = comparison.best(model, "W6A6", CONTROLS)
         best = max(ours.fp32, control.fp32_own if control and control.fp32_own is not None else ours.fp32)
         texts.append(f"{model} {best - ours.value:.1f} points")
         kept += best - ours.value <= KEPT
@@ -245,14 +238,14 @@ def _no_overhead(rows: SuiteRows) -> Claim:
     layouts: dict[tuple[str, str, str], dict[str, list[Any]]] = {}
     for record in rows.records.values():
         cell = record.cell
-        if cell.label in (OURS, "minmax") and record.sites:
+        if cell.label in (OURS, PLAIN) and record.sites:
             layout = [(site["id"], tuple(site["shape"]), site["parameter"]) for site in record.sites]
             key = (cell.model, cell.profile, cell.precision)
             layouts.setdefault(key, {})[cell.label] = layout
     both = [found for found in layouts.values() if len(found) == 2]
     if not both:
         return Claim(statement, "-", ABSENT, ABSENT, how)
-    same = sum(found[OURS] == found["minmax"] for found in both)
+    same = sum(found[OURS] == found[PLAIN] for found in both)
     verdict = "holds" if same == len(both) else "does not hold"
     return Claim(statement, "-", f"the same graph in {same} of {len(both)} cases", verdict, how)
 
@@ -265,7 +258,7 @@ def _against_control(comparison: Comparison) -> Iterator[Claim]:
     )
     for precision in comparison.precisions:
         statement = f"Control: the outlier loss does it, not the fine-tuning, at {precision}"
-        pairs = comparison.pairs(precision, [CONTROL])
+        pairs = comparison.pairs(precision, CONTROLS)
         if not pairs:
             yield Claim(statement, "-", ABSENT, ABSENT, how)
             continue

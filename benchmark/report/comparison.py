@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from benchmark.engine.measure import CONFIDENCE, RESAMPLES
+from benchmark.grid.schemes import axes_of, scheme_of
 from benchmark.keep.record import Record
 from benchmark.keep.store import Store
+from benchmark.report.roles import CALIBRATORS, CONTROLS, OURS, STATE_OF_THE_ART, role_of
 from benchmark.report.rows import SuiteRows
-from benchmark.subject.metrics.display import POINTS
-from benchmark.subject.tasks.task import get_task
+from benchmark.subject.lookup import get_task
+from benchmark.subject.metrics.display import in_points
 from quanttune.errors import StoreError
 from quanttune.seeds import numpy_generator
 
 if TYPE_CHECKING:
     import pandas as pd
 
-OURS = "quanttune"
-CONTROL = "finetune"
-CALIBRATORS = ("minmax", "percentile", "mse", "omse")
-STATE_OF_THE_ART = ("fq_vit", "ptq4vit")
+RIVALS: Mapping[str, Collection[str]] = {
+    "calibrator": CALIBRATORS,
+    "finetune": CONTROLS,
+    "state_of_the_art": STATE_OF_THE_ART,
+}
+"""The kinds of rival that stand beside QuantTune, each with the roles of the methods that compete in it."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Scored:
 class Comparison:
     """A suite's finished cells of its first profile, granularity and symmetry, by model, precision and label.
 
-    Only models measured in accuracy take part.
+    Only models whose metric is in points, such as accuracy, take part.
 
     Args:
         rows: The suite's cells.
@@ -76,22 +80,27 @@ class Comparison:
 
     def __init__(self, rows: SuiteRows, store: Store) -> None:
         suite = rows.suite
-        self.precisions = list(dict.fromkeys(suite.precisions))
+        profile, axes = suite.profiles[0], (suite.weight_granularity[0], suite.symmetric[0])
+        wanted = {axes_of(scheme_of(precision, *axes, profile)) for precision in suite.precisions}
+        precisions: dict[str, None] = {}
         self.tasks: dict[str, str] = {}
-        self._methods: dict[str, str] = {}
+        self._methods: dict[str, str] = {}  # the method of each label
         groups: dict[tuple[str, str, str], list[Record]] = {}
         for cell in rows.cells:
             record = rows.records.get(cell.cell_id)
-            setting = (cell.profile, cell.weight_granularity, cell.symmetric)
-            first = (suite.profiles[0], suite.weight_granularity[0], suite.symmetric[0])
-            if (
-                record is None or record.result is None or record.result.metric != POINTS
-            ):  # points alone may be averaged over models
+            if record is None or record.result is None:
                 continue
-            if not cell.is_reference and setting == first:
-                groups.setdefault((cell.model, cell.precision, cell.label), []).append(record)
+            # points alone may be averaged over models
+            if not in_points(record.result.metric):
+                continue
+            setting = (cell.precision, cell.weight_granularity, cell.symmetric)
+            if not cell.is_reference and cell.profile == profile and setting in wanted:
+                precision = rows.precision_of(cell)
+                precisions[precision] = None
+                groups.setdefault((cell.model, precision, cell.label), []).append(record)
                 self.tasks[cell.model] = cell.task
                 self._methods[cell.label] = cell.method
+        self.precisions = list(precisions)
         self._scored = {key: _scored(key[2], records, store) for key, records in groups.items()}
 
     @property
@@ -103,15 +112,16 @@ class Comparison:
         """A method's scores; ``None`` if they were not measured."""
         return self._scored.get((model, precision, label))
 
-    def best(self, model: str, precision: str, methods: Iterable[str]) -> Scored | None:
-        """The best of these methods, with whatever parameters and calibrator; ``None`` if there is none."""
-        wanted = set(methods)
-        found = [
-            scored
-            for (other, width, label), scored in self._scored.items()
-            if (other, width) == (model, precision) and self._methods[label] in wanted
+    def rivals(self, roles: Collection[str]) -> list[str]:
+        """Labels of the methods with one of these roles, QuantTune aside, in the suite's order."""
+        return [
+            label for label, method in self._methods.items() if method != OURS and role_of(method) in roles
         ]
-        return max(found, key=lambda scored: scored.value, default=None)
+
+    def best(self, model: str, precision: str, roles: Collection[str]) -> Scored | None:
+        """The best rival with one of these roles, whatever its parameters; ``None`` if there is none."""
+        found = [self.get(model, precision, label) for label in self.rivals(roles)]
+        return max((one for one in found if one is not None), key=lambda one: one.value, default=None)
 
     def gain(self, pairs: dict[str, tuple[Scored, Scored]]) -> Estimate:
         """How much better the first of each pair is than the second, in points, averaged over models.
@@ -134,12 +144,11 @@ class Comparison:
         low, high = np.percentile(np.mean(draws, axis=0), [tail, 100 - tail])
         return Estimate(float(np.mean(values)), float(low), float(high))
 
-    def pairs(self, precision: str, rivals: Iterable[str]) -> dict[str, tuple[Scored, Scored]]:
-        """QuantTune with min-max and the best of the rivals, for each model that has both."""
-        rivals = tuple(rivals)
+    def pairs(self, precision: str, roles: Collection[str]) -> dict[str, tuple[Scored, Scored]]:
+        """QuantTune with min-max and the best rival with one of these roles, for each model that has both."""
         found = {}
         for model in self.models:
-            mine, rival = self.get(model, precision, OURS), self.best(model, precision, rivals)
+            mine, rival = self.get(model, precision, OURS), self.best(model, precision, roles)
             if mine is not None and rival is not None:
                 found[model] = (mine, rival)
         return found
@@ -155,7 +164,7 @@ def comparison_frame(comparison: Comparison) -> pd.DataFrame:
             ours = comparison.get(model, precision, OURS)
             if ours is None:
                 continue
-            control = comparison.best(model, precision, [CONTROL])
+            control = comparison.best(model, precision, CONTROLS)
             known = [ours.fp32, *([control.fp32_own] if control and control.fp32_own is not None else [])]
             line: dict[str, str | float | None] = {
                 "model": model,
@@ -165,12 +174,8 @@ def comparison_frame(comparison: Comparison) -> pd.DataFrame:
                 "quanttune_drop": ours.drop,
                 "quanttune_drop_against_better_fp32": max(known) - ours.value,
             }
-            for name, methods in (
-                ("calibrator", CALIBRATORS),
-                ("finetune", (CONTROL,)),
-                ("state_of_the_art", STATE_OF_THE_ART),
-            ):
-                rival = comparison.best(model, precision, methods)
+            for name, roles in RIVALS.items():
+                rival = comparison.best(model, precision, roles)
                 gain = None if rival is None else comparison.gain({model: (ours, rival)})
                 line |= {
                     f"best_{name}": None if rival is None else rival.label,

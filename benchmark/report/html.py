@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from benchmark.keep.store import Store
 from benchmark.report.claims import CLOSE, KEPT, claims
-from benchmark.report.comparison import CALIBRATORS, Comparison, comparison_frame
-from benchmark.report.figures import SPECS, FigureSpec, csv_of, svg_of
-from benchmark.report.frames import by_layer
+from benchmark.report.comparison import RIVALS, Comparison, comparison_frame
+from benchmark.report.figures.figure import FigureKind, choose
+from benchmark.report.figures.outliers import by_layer
+from benchmark.report.gallery import csv_of, svg_of
 from benchmark.report.published_table import HEADS, make_published_table, published_frame, text_rows
+from benchmark.report.roles import CALIBRATORS
 from benchmark.report.rows import SuiteRows
 from benchmark.report.tables import Table, make_table, text_of
+from benchmark.subject.lookup import get_model, get_task
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +48,7 @@ def make_report(rows: SuiteRows, store: Store, frames: Mapping[str, pd.DataFrame
     Args:
         rows: The suite's finished cells.
         store: Holds their per-item scores.
-        frames: The data of every figure by name, as of :func:`benchmark.report.figures.make_frames`.
+        frames: The data of every figure by name, as of :func:`benchmark.report.gallery.make_frames`.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -64,13 +67,13 @@ def make_report(rows: SuiteRows, store: Store, frames: Mapping[str, pd.DataFrame
         claims=claims(rows, comparison, frames),
         comparison=_comparison(comparison),
         published=_published(rows),
-        figures=[_figure(spec, frames[spec.name]) for spec in SPECS if len(frames[spec.name])],
+        figures=[_figure(figure, frames[figure.name]) for figure in choose() if len(frames[figure.name])],
         largest=_largest(frames["outliers"]),
         methods=_methods(rows),
         machines=_machines(rows),
         references=_references(rows),
         reconstructed=RECONSTRUCTED,
-        calibrators=", ".join(CALIBRATORS),
+        calibrators=", ".join(comparison.rivals(CALIBRATORS)),
     )
 
 
@@ -91,7 +94,7 @@ def _comparison(comparison: Comparison) -> dict[str, Any] | None:
     lines = []
     for line in frame.to_dict("records"):
         gains: list[dict[str, str] | None] = []
-        for name in ("calibrator", "finetune", "state_of_the_art"):
+        for name in RIVALS:
             label = line[f"best_{name}"]
             if not isinstance(label, str):
                 gains.append(None)
@@ -128,15 +131,15 @@ def _published(rows: SuiteRows) -> dict[str, Any]:
     }
 
 
-def _figure(spec: FigureSpec, frame: pd.DataFrame) -> dict[str, Any]:
+def _figure(figure: FigureKind, frame: pd.DataFrame) -> dict[str, Any]:
     from markupsafe import Markup
 
     return {
-        "name": spec.name,
-        "title": spec.title,
-        "caption": spec.caption,
+        "name": figure.name,
+        "title": figure.title,
+        "caption": figure.caption,
         # drawn by this package from numbers and registered names; matplotlib escapes the text in it
-        "svg": Markup(inline(svg_of(spec, frame), spec.name, spec.title)),  # noqa: S704
+        "svg": Markup(inline(svg_of(figure, frame), figure.name, figure.title)),  # noqa: S704
         "download": _download(frame),
     }
 
@@ -204,9 +207,6 @@ def _machines(rows: SuiteRows) -> list[dict[str, Any]]:
 
 def _references(rows: SuiteRows) -> list[dict[str, str]]:
     """Each model with its task and the digests that identify its weights and data."""
-    from benchmark.subject.lookup import get_model
-    from benchmark.subject.tasks.task import get_task
-
     found = {}
     for record in rows.records.values():
         cell = record.cell

@@ -12,8 +12,7 @@ from benchmark.grid.cells import Cell
 from benchmark.report.latex import escape_latex
 from benchmark.report.published_values import REMARKS, Published, published_values
 from benchmark.report.rows import SuiteRows
-from benchmark.subject.lookup import get_model
-from benchmark.subject.tasks.task import get_task
+from benchmark.subject.lookup import get_model, get_task
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmark.grid.cells import REFERENCE_METHOD, REFERENCE_PRECISION
 from benchmark.report.published.reader import load_published
+from benchmark.report.roles import OURS
 
 IMAGENET = "ImageNet-1k"
 LAMBADA = "LAMBADA"
@@ -191,7 +192,7 @@ def _headline() -> Iterator[Published]:
             model="average over models",
             data="several",
             metric=str(line["claim"]),
-            method="quanttune",
+            method=OURS,
             precision=precision if isinstance(precision, str) else "",
             value=float(line["value"]),
             fp32=None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmark.keep.record import Record
+from benchmark.report.canvas import new_figure
 
 
 def save_range_plot(record: Record, path: Path) -> None:
@@ -14,16 +15,12 @@ def save_range_plot(record: Record, path: Path) -> None:
         record: A record with sites.
         path: The image; its ending decides the format.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     sites = [
         site
         for site in record.sites
         if site["kind"] != "weight" and site["low"] is not None and site["high"] is not None
     ]
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(3, width=8)
     axes = figure.add_subplot()
     for kind in dict.fromkeys(site["kind"] for site in sites):
         chosen = [(index, site) for index, site in enumerate(sites) if site["kind"] == kind]

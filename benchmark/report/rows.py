@@ -7,8 +7,10 @@ from typing import Any
 
 from benchmark.grid.cells import Cell
 from benchmark.grid.expand import expand
+from benchmark.grid.schemes import scheme_of
 from benchmark.grid.suite import Suite
 from benchmark.keep.record import Record
+from benchmark.keep.status import status_of
 from benchmark.keep.store import Store
 from quanttune.errors import ConfigError
 
@@ -43,12 +45,14 @@ class SuiteRows:
         cells: The grid, in its order.
         records: The finished record of each cell, by cell id.
         unfinished: The status word of each other cell, by cell id.
+        store: Where they were read, with what is kept of every item.
     """
 
     suite: Suite
     cells: list[Cell]
     records: dict[str, Record]
     unfinished: dict[str, str]
+    store: Store
 
     @property
     def finished(self) -> int:
@@ -59,6 +63,15 @@ class SuiteRows:
     def complete(self) -> bool:
         """Whether every cell is done or skipped."""
         return self.finished == len(self.cells)
+
+    def precision_of(self, cell: Cell) -> str:
+        """How the suite tells a cell's precision: with what its axes leave open, such as ``W8tA8``."""
+        suite = self.suite
+        if cell.is_reference or len(suite.weight_granularity) > 1 or len(suite.symmetric) > 1:
+            return cell.precision
+        axes = (suite.weight_granularity[0], suite.symmetric[0], cell.profile)
+        told = scheme_of(cell.precision, *axes) == cell.scheme
+        return cell.precision if told else str(cell.scheme)
 
     def to_json(self) -> list[dict[str, Any]]:
         """One object a cell with the fields :data:`ROW_FIELDS`; numbers of unfinished cells are ``None``."""
@@ -75,7 +88,7 @@ class SuiteRows:
             "method": cell.label,
             "variant": cell.variant,
             "profile": cell.profile,
-            "precision": cell.precision,
+            "precision": self.precision_of(cell),
             "seed": cell.seed,
             "cell_id": cell.cell_id,
             "status": status,
@@ -97,14 +110,12 @@ def collect_rows(store: Store, suite: Suite, allow_partial: bool = False) -> Sui
     records: dict[str, Record] = {}
     unfinished: dict[str, str] = {}
     for cell in cells:
-        record = store.load(cell)
-        if record is not None:
-            records[cell.cell_id] = record
-        elif store.load_failure(cell.cell_id) is not None:
-            unfinished[cell.cell_id] = "failed"
+        status = status_of(store, cell)
+        if status.record is not None:
+            records[cell.cell_id] = status.record
         else:
-            unfinished[cell.cell_id] = "interrupted" if store.was_interrupted(cell.cell_id) else "missing"
-    rows = SuiteRows(suite, cells, records, unfinished)
+            unfinished[cell.cell_id] = status.word
+    rows = SuiteRows(suite, cells, records, unfinished, store)
     if not rows.complete and not allow_partial:
         raise ConfigError(_refusal(store, rows))
     return rows

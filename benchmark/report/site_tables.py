@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from baselines.method import Method
     from quanttune.quantization import TensorStatistics
 
 VERSION = 2
 """Part of every key: raise it when the same statistics are analysed differently."""
 
 RULES = ("minmax", "percentile", "mse", "omse")
+"""The range rules that every model's error is split for, in the order of the kept tables."""
 METRICS = ("low", "high", "mean", "std", "ratio", "kurtosis", "beyond", "inf_norm")
 ERRORS = ("ordinary", "amplification", "outliers", "saturation", "energy", "clipped")
+SOFTMAX = "softmax output"
+"""The kind of site that the figures about outliers leave aside: its values lie between 0 and 1."""
 REACHES = (4.0, 5.0, 8.0)
 """Other limits of what is ordinary, in standard deviations, to show what the share owes to choosing 6."""
+
+
+def rules_of(methods: Iterable[type[Method]]) -> tuple[str, ...]:
+    """:data:`RULES`, then the range rule of each other calibrator among these methods."""
+    from baselines.calibration import Calibrator
+
+    return tuple(dict.fromkeys([*RULES, *(kind.rule for kind in methods if issubclass(kind, Calibrator))]))
 
 
 def site_tables(
     statistics: Mapping[str, TensorStatistics],
     norms: Mapping[str, float],
     precisions: Iterable[str],
+    rules: Sequence[str],
     symmetric: bool,
     progress: Callable[[int], None],
 ) -> dict[str, Tensor]:
@@ -33,13 +45,14 @@ def site_tables(
     Args:
         statistics: By site.
         norms: Infinity norm by site.
-        precisions: Bit widths, e.g. ``W8A8``.
+        precisions: Static ones, e.g. ``W8A8``.
+        rules: Range rules.
         symmetric: Whether activation quantizers are symmetric.
         progress: Called with the number of sites done.
 
     Returns:
         For each site three float64 tensors: ``SITE|metrics`` of shape ``(METRICS,)``, ``SITE|errors`` of
-        shape ``(precisions, RULES, ERRORS)``, and ``SITE|reaches`` of shape ``(precisions, REACHES)``: the
+        shape ``(precisions, rules, ERRORS)``, and ``SITE|reaches`` of shape ``(precisions, REACHES)``: the
         amplification's share with min-max.
     """
     import torch
@@ -54,7 +67,7 @@ def site_tables(
         found = outlier_metrics(summary)
         metrics = [norms[site_id] if name == "inf_norm" else getattr(found, name) for name in METRICS]
         splits = [
-            [decompose(summary, bits, RANGE_RULES.get(rule), symmetric) for rule in RULES] for bits in widths
+            [decompose(summary, bits, RANGE_RULES.get(rule), symmetric) for rule in rules] for bits in widths
         ]
         errors = [[[getattr(split, name) for name in ERRORS] for split in line] for line in splits]
         shares = [
@@ -74,13 +87,13 @@ def metrics_of(kept: Mapping[str, Tensor], sites: Iterable[str]) -> dict[str, di
 
 
 def errors_of(
-    kept: Mapping[str, Tensor], sites: Iterable[str], precisions: Iterable[str]
+    kept: Mapping[str, Tensor], sites: Iterable[str], precisions: Iterable[str], rules: Sequence[str]
 ) -> Iterator[tuple[str, str, dict[str, float]]]:
     """Precision, range rule and the parts of the quantization error, of one site after the other."""
     widths = list(precisions)
     for site in sites:
         for precision, by_rule in zip(widths, kept[f"{site}|errors"].tolist(), strict=True):
-            for rule, parts in zip(RULES, by_rule, strict=True):
+            for rule, parts in zip(rules, by_rule, strict=True):
                 yield precision, rule, dict(zip(ERRORS, parts, strict=True))
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from benchmark.grid.cells import REFERENCE_METHOD, Cell
 from benchmark.keep.record import Record
+from benchmark.report.caption import caption_of
 from benchmark.report.rows import SuiteRows
-from benchmark.subject.metrics.display import POINTS, as_shown, loss, loss_name, number, with_unit
+from benchmark.subject.metrics.display import as_shown, loss, number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -159,12 +159,12 @@ def make_table(rows: SuiteRows) -> Table:
         ordered.append(key)
     entries |= own
     entries |= _references(rows, ordered)
-    return Table(_caption(rows), list(methods), ordered, entries, notes)
+    return Table(caption_of(rows), list(methods), ordered, entries, notes)
 
 
 def _row_name(cell: Cell, rows: SuiteRows) -> str:
     """The precision, with whatever else the suite varies."""
-    parts = [cell.precision]
+    parts = [rows.precision_of(cell)]
     suite = rows.suite
     if len(suite.profiles) > 1:
         parts.append(cell.profile)
@@ -223,47 +223,6 @@ def _references(rows: SuiteRows, keys: list[RowKey]) -> dict[tuple[RowKey, str],
                 result.fp32, None, None, None, None, result.metric, result.higher_is_better
             )
     return {(key, REFERENCE_METHOD): found[key[0]] for key in keys if key[0] in found}
-
-
-def _caption(rows: SuiteRows) -> str:
-    suite = rows.suite
-    results = [record.result for record in rows.records.values() if record.result is not None]
-    metrics = {result.metric: result.higher_is_better for result in results}
-    names = " and ".join(with_unit(metric) for metric in sorted(metrics)) or "metric"
-    counts: dict[str, int] = {}
-    for record in rows.records.values():
-        if record.result is not None:
-            counts[record.cell.task] = record.result.n
-    items = ", ".join(f"n = {count} ({task})" for task, count in sorted(counts.items()))
-    several = len(suite.seeds) > 1
-    spread = (
-        f"mean and standard deviation over {len(suite.seeds)} seeds"
-        if several
-        else "with its paired 95% bootstrap interval"
-    )
-    partial = "" if rows.complete else f" Partial: {rows.finished} of {len(rows.cells)} cells."
-    trained = any(result.fp32_own is not None for result in results)
-    own = "Rows FP32: each method's own weights before quantization. " if trained else ""
-    random = " Random weights: the numbers mean nothing." if suite.name == "smoke" else ""
-    return (
-        f"Suite {suite.name}: {names} on the {suite.split} split and, below, {_losses(metrics)}, "
-        f"{spread}. {items}; profile {', '.join(suite.profiles)}; "
-        f"weights {', '.join(suite.weight_granularity).replace('_', ' ')}, activations "
-        f"{' and '.join('symmetric' if value else 'asymmetric' for value in suite.symmetric)} per tensor; "
-        f"{suite.calibration_items} calibration items, seed {', '.join(map(str, suite.seeds))}. "
-        f"{own}Best at a precision in bold.{random}{partial}"
-    )
-
-
-def _losses(metrics: Mapping[str, bool]) -> str:
-    """What stands below the values: the drop of one metric, the rise of another."""
-    if not set(metrics) - {POINTS}:
-        return "the drop against FP32 in points"
-    parts = [
-        f"the {loss_name(higher)} of {metric}{' in points' if metric == POINTS else ''}"
-        for metric, higher in sorted(metrics.items())
-    ]
-    return f"{' or '.join(parts)} against FP32"
 
 
 def text_of(table: Table, row: RowKey, method: str) -> tuple[str, str]:

@@ -15,7 +15,8 @@ from benchmark.grid.expand import expand
 from benchmark.grid.suite import load_suite
 from benchmark.keep.store import Store
 from benchmark.report.analyses import ModelAnalysis, analyses_of
-from benchmark.report.figures import SPECS
+from benchmark.report.figures.figure import choose
+from benchmark.report.gallery import make_frames
 from benchmark.report.rows import SuiteRows, collect_rows
 
 SUITE = """
@@ -59,10 +60,7 @@ def analysis(rows: SuiteRows, results: Path) -> ModelAnalysis:
 
 @pytest.fixture(scope="package")
 def data(rows: SuiteRows, analysis: ModelAnalysis) -> dict[str, pd.DataFrame]:
-    return {
-        spec.name: spec.of_suite(rows) if spec.of_suite else spec.of_model(analysis, 40)  # type: ignore[misc]
-        for spec in SPECS
-    }
+    return make_frames(choose(), rows, [analysis], 40)
 
 
 def call(command: str, suite_file: Path, results: Path, *more: str) -> Result:

@@ -13,16 +13,20 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-import benchmark.engine.session
 from baselines.training import FineTuning
 from benchmark.cli import cli
+from benchmark.engine.runner import CellRunner, Settings
 from benchmark.engine.session import Session
+from benchmark.grid.expand import expand
+from benchmark.grid.suite import load_suite
 from benchmark.keep.store import Store
-from benchmark.report import frames
 from benchmark.report.analyses import ModelAnalysis, analyses_of
-from benchmark.report.figures import SPECS, choose, svg_of
-from benchmark.report.overview import overview_frame
-from benchmark.report.rows import SuiteRows
+from benchmark.report.figures.figure import FIGURES, choose
+from benchmark.report.figures.histograms import WORST_SITES, coarse_bins
+from benchmark.report.figures.outliers import by_layer
+from benchmark.report.figures.overview import Overview
+from benchmark.report.gallery import svg_of
+from benchmark.report.rows import SuiteRows, collect_rows
 from benchmark.report.site_tables import REACHES, RULES
 from benchmark.report.tables import make_table
 from quanttune.analysis import SATURATIONS, decompose, infinity_norms
@@ -32,7 +36,7 @@ from tests.figures.conftest import SUITE, call
 
 
 def test_the_overview_is_the_table(rows: SuiteRows) -> None:
-    frame = overview_frame(rows)
+    frame = Overview("overview").frame(rows)
     measured = [record for record in rows.records.values() if not record.cell.is_reference]
     lines = frame[frame["precision"] != "FP32"]
     assert len(lines) == len(measured)
@@ -78,7 +82,7 @@ def test_every_site_is_measured_before_and_after(analysis: ModelAnalysis, data: 
 
 def test_layers_take_the_largest_of_their_sites(data: dict[str, Any]) -> None:
     frame = data["outliers"]
-    layers = frames.by_layer(frame)
+    layers = by_layer(frame)
     assert list(dict.fromkeys(layers["layer"])) == ["in", "blocks.0", "blocks.1", "out"]
     part = frame[(frame["weights"] == "reference") & (frame["layer"] == "blocks.1")]
     kept = part[~part["site"].str.contains("softmax")]
@@ -138,7 +142,7 @@ def test_histograms_hold_every_value(analysis: ModelAnalysis, data: dict[str, An
     frame = data["histograms"]
     outliers = data["outliers"]
     reference = outliers[(outliers["weights"] == "reference") & (outliers["kind"] != "softmax output")]
-    worst = reference.sort_values("ratio", ascending=False)["site"].head(frames.WORST_SITES)
+    worst = reference.sort_values("ratio", ascending=False)["site"].head(WORST_SITES)
     assert list(dict.fromkeys(frame["site"])) == list(worst)
     for _, part in frame.groupby(["site", "weights"]):
         assert (part["density"] * (part["high"] - part["low"])).sum() == pytest.approx(1)
@@ -153,12 +157,12 @@ def test_histograms_hold_every_value(analysis: ModelAnalysis, data: dict[str, An
 def test_coarse_bins_count_every_value_once(scale: float) -> None:
     values = np.sort(scale * np.array([-200.0, -1.5, -0.2, 0.0, 0.1, 1.0, 7.0]))
     counts = np.arange(1.0, 8.0)
-    edges, binned = frames.coarse_bins(values, counts)
+    edges, binned = coarse_bins(values, counts)
     assert (np.diff(edges) > 0).all()
     assert binned.sum() == counts.sum()
     assert edges[0] <= values[0]
     for value in ([0.0], [5.0, 5.0]):
-        _, binned = frames.coarse_bins(np.array(value), np.ones(len(value)))
+        _, binned = coarse_bins(np.array(value), np.ones(len(value)))
         assert binned.sum() == len(value)
 
 
@@ -168,14 +172,14 @@ def test_a_second_call_needs_no_model_and_writes_the_same_bytes(
     first = call("figure", suite_file, results, "--items", "40")
     assert first.exit_code == 0, first.output
     written = {path.name: path.read_bytes() for path in (results / "figures").iterdir()}
-    names = {f"drawn-{spec.name}.{form}" for spec in SPECS for form in ("pdf", "svg", "csv")}
+    names = {f"drawn-{name}.{form}" for name in FIGURES.names() for form in ("pdf", "svg", "csv")}
     assert set(written) == names | {"drawn-overview.png"}
     assert sorted(first.stdout.split()) == sorted(str(results / "figures" / name) for name in written)
 
     def refuse(*arguments: object) -> None:
         raise AssertionError("a model was made")
 
-    monkeypatch.setattr(benchmark.engine.session, "Session", refuse)
+    monkeypatch.setattr("benchmark.report.analyses.Session", refuse)
     for path in (results / "figures").iterdir():
         path.unlink()
     second = call("figure", suite_file, results, "--items", "40")
@@ -187,10 +191,10 @@ def test_a_second_call_needs_no_model_and_writes_the_same_bytes(
 
 def test_the_csv_beside_a_figure_is_its_data(results: Path, suite_file: Path, data: dict[str, Any]) -> None:
     assert call("figure", suite_file, results, "--items", "40").exit_code == 0
-    for spec in SPECS:
-        read = pd.read_csv(results / "figures" / f"drawn-{spec.name}.csv")
-        pd.testing.assert_frame_equal(read, data[spec.name], check_dtype=False, rtol=1e-8)
-        svg_of(spec, read)  # what is kept is enough to draw it again
+    for figure in choose():
+        read = pd.read_csv(results / "figures" / f"drawn-{figure.name}.csv")
+        pd.testing.assert_frame_equal(read, data[figure.name], check_dtype=False, rtol=1e-8)
+        svg_of(figure, read)  # what is kept is enough to draw it again
 
 
 def test_weights_that_were_not_measured_are_refused(rows: SuiteRows, results: Path) -> None:
@@ -232,8 +236,9 @@ def test_tuned_weights_are_known_by_their_content(
 def test_names_are_suggested(suite_file: Path, results: Path) -> None:
     with pytest.raises(UnknownNameError, match="did you mean saturation"):
         choose(["saturtion"])
-    assert [spec.name for spec in choose(["histograms", "overview"])] == ["overview", "histograms"]
-    assert choose([]) == list(SPECS)
+    assert [figure.name for figure in choose(["histograms", "overview"])] == ["overview", "histograms"]
+    assert [figure.name for figure in choose()][:2] == ["overview", "outliers"]
+    assert {figure.name for figure in choose()} == set(FIGURES.names())
     refused = call("figure", suite_file, results, "--only", "overvew")
     assert refused.exit_code == 2
     assert "did you mean overview" in refused.output
@@ -260,3 +265,26 @@ def test_a_partial_grid_is_refused_unless_asked_for(
     assert empty.exit_code == 2
     assert "nothing to draw" in empty.output
     assert not (tmp_path / "empty").exists()
+
+
+def test_precisions_without_static_activation_ranges_take_no_part(tmp_path: Path) -> None:
+    """Weights alone, or a range for every token: there is no range to analyse, and the others are as ever."""
+    path = tmp_path / "mixed.toml"
+    text = SUITE.replace('"W8A8", "W6A6"', '"W4", "W8A8-token", "W8A8"')
+    path.write_text(text.replace(', {name = "mse"}', "").replace(', {name = "quanttune"}', ""))
+    suite = load_suite(str(path))
+    runner = CellRunner(Settings(tmp_path / "results"), lambda *_: None)
+    threads = torch.get_num_threads()
+    for cell in expand(suite):
+        assert runner.run(cell).status == "done"
+    torch.set_num_threads(threads)
+    store = Store(tmp_path / "results")
+    rows = collect_rows(store, suite)
+    (found,) = analyses_of(rows, store, torch.device("cpu"), lambda *_: None)
+    assert (found.precisions, found.cell.precision) == (("W8A8",), "W8A8")
+    assert {weights.cell.precision for weights in found.weight_sets} == {"W8A8"}
+    frame = FIGURES.get("decomposition")("decomposition").frame(found, 40)  # type: ignore[call-arg, arg-type]
+    assert set(frame["precision"]) == {"W8A8"}
+    assert "per tensor where the precision does not say otherwise;" in make_table(rows).caption
+    none = dataclasses.replace(suite, precisions=("W4", "W8A8-token"))
+    assert analyses_of(collect_rows(store, none), store, torch.device("cpu"), lambda *_: None) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import xml.etree.ElementTree as ElementTree
 from typing import Any
@@ -11,22 +12,22 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from benchmark.report import canvas, panels
-from benchmark.report.figures import FIGURES, csv_of, svg_of
+from benchmark.report import canvas
+from benchmark.report.figures.figure import FIGURES
+from benchmark.report.gallery import csv_of, svg_of
 from benchmark.report.html import inline
-from benchmark.report.overview import draw_overview
 from quanttune.errors import ConfigError
 
 
 def drawn(name: str, data: dict[str, Any]) -> Figure:
     with canvas.style():
-        return FIGURES[name].draw(data[name])
+        return FIGURES.get(name)(name).draw(data[name])
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", FIGURES.names())
 def test_files_are_whole_and_carry_no_date(name: str, data: dict[str, Any]) -> None:
     with canvas.style():
-        figure = FIGURES[name].draw(data[name])
+        figure = FIGURES.get(name)(name).draw(data[name])
         contents = {form: canvas.rendered(figure, form) for form in ("svg", "pdf", "png")}
     root = ElementTree.fromstring(contents["svg"])  # noqa: S314 - our own file
     assert root.tag.endswith("svg")
@@ -48,8 +49,8 @@ def test_lines_differ_without_colour(data: dict[str, Any]) -> None:
     for axes in drawn("histograms", data).axes:
         looks = [str(patch._dash_pattern) for patch in axes.patches]
         assert len(set(looks)) == len(looks) == 3
-    seven = [(str(panels._line(index)["linestyle"]), panels._line(index)["marker"]) for index in range(7)]
-    assert len(set(seven)) == 7
+    seven = [canvas.line_style(index) for index in range(7)]
+    assert len({(str(style["linestyle"]), style["marker"]) for style in seven}) == 7
 
 
 def test_bars_differ_without_colour(data: dict[str, Any]) -> None:
@@ -74,7 +75,7 @@ def test_every_method_and_model_has_its_place_in_the_overview(data: dict[str, An
     frame = data["overview"]
     twice = pd.concat([frame, frame.assign(panel="other model", drop=0.0, low=0.0, high=0.0)])
     with canvas.style():
-        figure = draw_overview(twice)
+        figure = FIGURES.get("overview")("overview").draw(twice)
     assert [axes.get_title(loc="left").partition(":")[0] for axes in figure.axes] == [
         "tiny_vit",
         "other model",
@@ -92,7 +93,7 @@ def test_two_panels_of_the_overview_stand_side_by_side(count: int, shape: tuple[
     rest = {"fp32": 85.0, "metric": "accuracy", "higher_is_better": True}
     frame = pd.DataFrame([{"panel": f"model {index}", **line, **rest} for index in range(count)])
     with canvas.style():
-        figure = draw_overview(frame)
+        figure = FIGURES.get("overview")("overview").draw(frame)
     drawn = [axes for axes in figure.axes if axes.get_title(loc="left")]
     assert len(drawn) == count
     assert figure.axes[0].get_gridspec().get_geometry() == shape
@@ -105,7 +106,7 @@ def test_a_rise_of_perplexity_is_drawn_to_the_right_and_by_powers_if_it_explodes
     frame = frame.assign(drop=-5.0, low=-6.0, high=-4.0)
     exploded = frame.assign(panel="exploded", drop=-40_000.0, low=-41_000.0, high=-39_000.0)
     with canvas.style():
-        figure = draw_overview(pd.concat([frame, exploded]))
+        figure = FIGURES.get("overview")("overview").draw(pd.concat([frame, exploded]))
     first, second = figure.axes
     assert first.get_xlabel() == "rise (perplexity); left is better"
     assert first.get_title(loc="left") == "tiny_vit: FP32 perplexity 30.00"
@@ -118,10 +119,10 @@ def test_drawing_leaves_the_users_settings_alone(data: dict[str, Any]) -> None:
     before = dict(matplotlib.rcParams)
     with matplotlib.rc_context({"font.size": 30, "svg.hashsalt": None, "lines.linewidth": 9}):
         mine = dict(matplotlib.rcParams)
-        changed = svg_of(FIGURES["outliers"], data["outliers"])
+        changed = svg_of(FIGURES.get("outliers")("outliers"), data["outliers"])
         assert dict(matplotlib.rcParams) == mine
     assert dict(matplotlib.rcParams) == before
-    assert changed == svg_of(FIGURES["outliers"], data["outliers"])
+    assert changed == svg_of(FIGURES.get("outliers")("outliers"), data["outliers"])
     from matplotlib import _pylab_helpers
 
     assert not _pylab_helpers.Gcf.figs
@@ -141,3 +142,30 @@ def test_inlined_figures_do_not_share_ids() -> None:
         '<svg role="img" aria-label="a &quot;b&quot;" xmlns="x">'
         '<path id="fig-m1"/><use xlink:href="#fig-m1" clip-path="url(#fig-m1)"/></svg>'
     )
+
+
+@pytest.mark.parametrize(("count", "shape"), [(1, (1, 1)), (2, (1, 2)), (3, (1, 3)), (4, (2, 3))])
+@pytest.mark.parametrize("name", ["saturation", "decomposition"])
+def test_labels_of_many_models_do_not_run_into_each_other(
+    name: str, count: int, shape: tuple[int, int], data: dict[str, Any]
+) -> None:
+    frame = pd.concat([data[name].assign(model=f"model {index}") for index in range(count)])
+    with canvas.style():
+        figure = FIGURES.get(name)(name).draw(frame)
+        figure.canvas.draw()
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert len(shown) == count
+    assert shown[0].get_gridspec().get_geometry() == shape
+    boxes = [axes.xaxis.label.get_window_extent() for axes in shown]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width for box in boxes)
+
+
+def test_a_long_name_of_a_site_stays_above_its_panel(data: dict[str, Any]) -> None:
+    site = "bert.encoder.layer.1.intermediate.intermediate_act_fn/gelu.output"
+    frame = data["histograms"]
+    with canvas.style():
+        figure = FIGURES.get("histograms")("histograms").draw(frame.assign(site=site))
+        figure.canvas.draw()
+    (axes,) = (axes for axes in figure.axes if axes.get_visible())
+    assert "".join(axes.get_title(loc="left").split("\n")[1:]) == site

@@ -1,0 +1,63 @@
+"""The caption of a suite's table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from benchmark.report.rows import SuiteRows
+from benchmark.subject.metrics.display import in_points, loss_name, with_unit
+from quanttune.quantization.scheme import Scheme
+
+
+def caption_of(rows: SuiteRows) -> str:
+    """What the table shows and how it was measured, in a few sentences."""
+    suite = rows.suite
+    results = [record.result for record in rows.records.values() if record.result is not None]
+    metrics = {result.metric: result.higher_is_better for result in results}
+    names = " and ".join(with_unit(metric) for metric in sorted(metrics)) or "metric"
+    counts: dict[str, int] = {}
+    for record in rows.records.values():
+        if record.result is not None:
+            counts[record.cell.task] = record.result.n
+    items = ", ".join(f"n = {count} ({task})" for task, count in sorted(counts.items()))
+    several = len(suite.seeds) > 1
+    spread = (
+        f"mean and standard deviation over {len(suite.seeds)} seeds"
+        if several
+        else "with its paired 95% bootstrap interval"
+    )
+    models = {cell.model for cell in rows.cells}
+    left_out = [model for model in suite.models if model not in models]
+    without = f" Left out, not being measured in it: {', '.join(left_out)}." if left_out else ""
+    partial = "" if rows.complete else f" Partial: {rows.finished} of {len(rows.cells)} cells."
+    trained = any(result.fp32_own is not None for result in results)
+    own = "Rows FP32: each method's own weights before quantization. " if trained else ""
+    random = " Random weights: the numbers mean nothing." if suite.name == "smoke" else ""
+    return (
+        f"Suite {suite.name}: {names} on the {suite.split} split and, below, {_losses(metrics)}, "
+        f"{spread}. {items}; profile {', '.join(suite.profiles)}; "
+        f"weights {', '.join(suite.weight_granularity).replace('_', ' ')}, activations "
+        f"{' and '.join('symmetric' if value else 'asymmetric' for value in suite.symmetric)} per tensor"
+        f"{_exceptions(suite.precisions)}; "
+        f"{suite.calibration_items} calibration items, seed {', '.join(map(str, suite.seeds))}. "
+        f"{own}Best at a precision in bold.{random}{without}{partial}"
+    )
+
+
+def _exceptions(precisions: Iterable[str]) -> str:
+    """What has to be said where a precision names another granularity, or no activations."""
+    plain = re.compile(r"W\d+A\d+")
+    usual = all(plain.fullmatch(str(Scheme.parse(text))) for text in precisions)
+    return "" if usual else " where the precision does not say otherwise"
+
+
+def _losses(metrics: Mapping[str, bool]) -> str:
+    """What stands below the values: the drop of one metric, the rise of another."""
+    if all(map(in_points, metrics)):
+        return "the drop against FP32 in points"
+    parts = [
+        f"the {loss_name(higher)} of {metric}{' in points' if in_points(metric) else ''}"
+        for metric, higher in sorted(metrics.items())
+    ]
+    return f"{' or '.join(parts)} against FP32"

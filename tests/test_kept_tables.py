@@ -1,0 +1,76 @@
+"""The tables and overviews kept in ``results/`` come out of their own rows, byte for byte.
+
+Ids alone may differ: some fine-tuned cells were measured before their methods had all of today's parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmark.grid.expand import expand
+from benchmark.grid.suite import load_suite, suite_names
+from benchmark.keep.record import Record, Result
+from benchmark.keep.store import Store
+from benchmark.report.figures.overview import Overview
+from benchmark.report.gallery import csv_of
+from benchmark.report.latex import to_latex
+from benchmark.report.rows import SuiteRows
+from benchmark.report.tables import make_table, to_frame, to_grid
+
+ROOT = Path(__file__).parents[1]
+TABLES = ROOT / "results" / "tables"
+KEPT = sorted(path.stem for path in TABLES.glob("*.json"))
+OVERVIEWS = [name for name in KEPT if (ROOT / "results" / "figures" / f"{name}-overview.csv").exists()]
+
+
+def without_ids(text: str) -> str:
+    return re.sub(r"\b[0-9a-f]{64}\b", "ID", text)
+
+
+def kept_rows(name: str) -> SuiteRows:
+    """The rows of a suite as its kept JSON has them; searches are suites of :mod:`benchmark.studies`."""
+    suite = load_suite(
+        name if name in suite_names() else str(ROOT / "benchmark" / "studies" / f"{name}.toml")
+    )
+    cells = expand(suite)
+    records = {}
+    for cell, line in zip(cells, json.loads((TABLES / f"{name}.json").read_text()), strict=True):
+        assert cell.make_method().trains or cell.cell_id == line["cell_id"]
+        result = None
+        if line["value"] is not None:
+            # the sign of every metric of these tables that should be low
+            higher = line["metric"] != "perplexity"
+            numbers = {
+                field: line[field]
+                for field in ("value", "fp32", "fp32_own", "drop", "ci_low", "ci_high", "n")
+            }
+            result = Result(metric=line["metric"], higher_is_better=higher, **numbers)
+        records[cell.cell_id] = Record(
+            cell, line["status"], "", line["duration_s"], result, weights_digest=cell.training_group
+        )
+    return SuiteRows(suite, cells, records, {}, Store(ROOT / "results"))
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_every_form_of_a_kept_table_is_of_its_rows(name: str) -> None:
+    rows = kept_rows(name)
+    table = make_table(rows)
+    made = {
+        "json": json.dumps(rows.to_json(), indent=1) + "\n",
+        "csv": to_frame(rows).to_csv(index=False, lineterminator="\n"),
+        "md": to_grid(table, "github"),
+        "tex": to_latex(table, f"tab:{name}"),
+    }
+    for ending, text in made.items():
+        kept = (TABLES / f"{name}.{ending}").read_text(encoding="utf-8")
+        assert without_ids(text) == without_ids(kept), ending
+
+
+@pytest.mark.parametrize("name", OVERVIEWS)
+def test_a_kept_overview_is_of_its_rows(name: str) -> None:
+    kept = ROOT / "results" / "figures" / f"{name}-overview.csv"
+    assert csv_of(Overview("overview").frame(kept_rows(name))) == kept.read_text(encoding="utf-8")
