@@ -1,5 +1,7 @@
 """The command line: one group whose commands are the modules of :mod:`benchmark.commands`.
 
+A command parses, calls and prints; :mod:`benchmark.api` and the rooms below do the work.
+
 Exit codes: 0 all is well, 1 a cell failed, 2 the request cannot be carried out (one line says why and what to
 do), 130 interrupted.
 """
@@ -9,18 +11,17 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn, TextIO
 
 import click
 
-from benchmark.grid.suite import DEFAULT_SUITE
+from benchmark import components
 from quanttune.errors import QuantTuneError, UnknownNameError
+from quanttune.registry import ComponentWarning
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class CommandGroup(click.Group):
@@ -49,7 +50,9 @@ class CommandGroup(click.Group):
         """Run and exit; errors meant for the user become one line on standard error."""
         extra["standalone_mode"] = False
         try:
-            code = super().main(args, **extra)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                code = super().main(args, **extra)
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
             sys.exit(EXIT_REFUSED)
@@ -60,6 +63,11 @@ class CommandGroup(click.Group):
         except (click.Abort, KeyboardInterrupt):
             click.echo("interrupted", err=True)
             sys.exit(EXIT_INTERRUPTED)
+        except Exception as error:
+            fault = components.fault_of(error)
+            if fault is None:
+                raise
+            _refuse(fault)
         sys.exit(code if isinstance(code, int) else 0)
 
     def _load(self) -> None:
@@ -72,39 +80,47 @@ class CommandGroup(click.Group):
             importlib.import_module(f"benchmark.commands.{module.name}")
 
 
+def examples(*lines: str) -> str:
+    """The end of a command's help: examples, each on lines of its own.
+
+    Args:
+        lines: What follows ``python -m benchmark``; of at most 58 characters, for a terminal of 80 columns.
+    """
+    return "\b\nExamples:\n" + "\n".join(f"  python -m benchmark {line}" for line in lines)
+
+
 @click.group(
-    cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=CommandGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=examples(
+        "run --all",
+        "run --model 'minilm*' --method quanttune",
+        "table --format latex",
+    ),
 )
 @click.version_option(package_name="quanttune-bench")
 def cli() -> None:
-    r"""Benchmark post-training quantization methods on pretrained Transformers.
-
-    \b
-    Examples:
-      python -m benchmark run --all                     the laptop suite, every cell
-      python -m benchmark run --model 'minilm*' --method quanttune --precision W6A6
-      python -m benchmark table --format latex
-    """
-
-
-def suite_option(function: _Function) -> _Function:
-    """``--suite``, the same in every command."""
-    return click.option(
-        "--suite", default=DEFAULT_SUITE, show_default=True, help="A suite's name, or a path to a .toml file."
-    )(function)
-
-
-def results_option(function: _Function) -> _Function:
-    """``--results``, the same in every command."""
-    return click.option(
-        "--results",
-        type=click.Path(path_type=Path),
-        default=Path("results"),
-        show_default=True,
-        help="Folder of the store.",
-    )(function)
+    """Benchmark post-training quantization methods on pretrained Transformers."""
 
 
 def _refuse(message: str) -> NoReturn:
     click.echo("error: " + " ".join(message.split()), err=True)
     sys.exit(EXIT_REFUSED)
+
+
+_show_any_warning = warnings.showwarning
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """One line for what is meant for a user; the rest as Python shows it."""
+    if issubclass(category, ComponentWarning):
+        click.echo(f"warning: {message}", err=True)
+    else:
+        _show_any_warning(message, category, filename, lineno, file, line)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import click
 
-from benchmark.cli import cli, suite_option
+from benchmark.cli import cli, examples
+from benchmark.options import include_option, suite_option
 from quanttune.errors import AssetError
 
 
-@cli.command()
+@cli.command(
+    short_help="Get the weights and data of a suite.", epilog=examples("fetch", "fetch --suite paper")
+)
 @suite_option
+@include_option
 def fetch(suite: str) -> None:
     """Download, verify and convert the weights and data a suite needs; nothing is fetched twice."""
+    from benchmark.engine.assets import fetch_models
     from benchmark.grid.suite import load_suite
 
-    failures = fetch_models(load_suite(suite).models, announce=True)
+    failures = fetch_models(
+        load_suite(suite).models, say=lambda line: click.echo(line, err=True), found=click.echo
+    )
     if failures:
         for failure in failures.values():
             click.echo(failure, err=True)
@@ -24,41 +29,3 @@ def fetch(suite: str) -> None:
             f"{', '.join(failures)} cannot be had on this machine; see above, or "
             f"`python -m benchmark run --suite {suite} --dry-run`"
         )
-
-
-def fetch_models(models: Iterable[str], announce: bool = False) -> dict[str, str]:
-    """Make sure the weights and the data of the given models are on this machine.
-
-    Args:
-        models: Names of registered models.
-        announce: Also say what was there already.
-
-    Returns:
-        For each model that cannot run here, why; the message says what to do.
-    """
-    from benchmark.subject.lookup import get_model, obstacles_of
-    from benchmark.subject.tasks.task import get_task
-
-    def say(line: str) -> None:
-        click.echo(line, err=True)
-
-    failures: dict[str, str] = {}
-    for name in models:
-        entry = get_model(name)
-        obstacles = obstacles_of(name)
-        if obstacles:
-            failures[name] = f"{name}: {'; '.join(map(str, obstacles))}"
-            continue
-        try:
-            weights, data = entry.fetch(say), get_task(entry.task).fetch(say)
-        except AssetError as error:
-            failures[name] = f"{name}: {error}"
-            continue
-        if announce:
-            if not weights:
-                click.echo(f"{name}: nothing to fetch")
-            for folder, fresh in weights:
-                click.echo(f"{name}: {'fetched' if fresh else 'already there'}, {folder}")
-            for part, place in data:
-                click.echo(f"{name}: {entry.task} {part}, {place}")
-    return failures

@@ -3,124 +3,101 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from benchmark.cli import cli, results_option, suite_option
+from benchmark.cli import cli, examples
+from benchmark.options import include_option, results_option, suite_option
 
 if TYPE_CHECKING:
-    from benchmark.grid.cells import Cell
-    from benchmark.keep.store import Store
-    from benchmark.subject.obstacles import Obstacle
+    from benchmark.keep.record import Record
 
-_KINDS = ("suites", "models", "methods", "tasks", "cells")
+_KINDS = ("suites", "models", "methods", "tasks", "metrics", "figures", "executors", "cells")
 
 
-@cli.command("list")
+@cli.command(
+    "list",
+    short_help="List suites, models, methods, cells and others.",
+    epilog=examples("list models", "list cells --suite rivals", "list methods --json"),
+)
 @click.argument("kind", type=click.Choice(_KINDS), default="suites")
 @suite_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; it tells more, such as parameters.")
+@include_option
 @results_option
 def list_command(kind: str, suite: str, as_json: bool, results: Path) -> None:
-    """List suites, models, methods, tasks, or the cells of a suite with their status."""
+    """List what there is to measure and to measure with, or the cells of a suite with their status."""
     if kind == "cells":
-        from benchmark.grid.expand import expand
-        from benchmark.grid.suite import load_suite
+        from benchmark.engine.plan import Request
         from benchmark.keep.store import Store
+        from benchmark.views import echo_cells
 
-        echo_cells(Store(results), expand(load_suite(suite)), as_json)
+        echo_cells(Store(results), Request(suite).cells(), as_json)
         return
-    rows = {"suites": _suites, "models": _models, "methods": _methods, "tasks": _tasks}[kind]()
-    _echo(rows, as_json)
+    from benchmark.views import echo_rows
+
+    lists = {
+        "suites": _suites,
+        "models": _models,
+        "methods": _methods,
+        "tasks": _tasks,
+        "metrics": _metrics,
+        "figures": _figures,
+        "executors": _executors,
+    }
+    hidden = {"parameters"} if not as_json else set()  # too long for a line
+    echo_rows(
+        [{key: value for key, value in row.items() if key not in hidden} for row in lists[kind]()], as_json
+    )
 
 
-@cli.command()
+@cli.command(
+    short_help="Print what is known of one cell.",
+    epilog=examples("show 3f9a", "show 3f9a --results my-results"),
+)
 @click.argument("cell_id_prefix")
+@include_option
 @results_option
 def show(cell_id_prefix: str, results: Path) -> None:
-    """Print everything the store knows about the cell whose id starts with CELL_ID_PREFIX, as JSON."""
+    """Print everything the store knows about the cell whose id starts with CELL_ID_PREFIX, as JSON.
+
+    Standard error has the lines of Python that give its quantized model back.
+    """
     from benchmark.keep.store import Store
 
-    click.echo(json.dumps(Store(results).find(cell_id_prefix).to_json(), indent=2))
+    record = Store(results).find(cell_id_prefix)
+    click.echo(json.dumps(record.to_json(), indent=2))
+    for line in _reopening(record, results):
+        click.echo(line, err=True)
 
 
-def echo_cells(store: Store, cells: list[Cell], as_json: bool = False) -> None:
-    """Print cells with the status the store has for each, and what keeps those that are to run from running.
+def _reopening(record: Record, results: Path) -> list[str]:
+    """The lines of Python that give a cell's quantized model back, or why there is none."""
+    cell = record.cell
+    if cell.is_reference:
+        call = _call("reference", cell.model, results)
+        return ["# the FP32 model itself:", "import benchmark", f"model = {call}"]
+    if record.quantized is None:
+        if record.reason is not None:
+            return ["# skipped, so there is no quantized model"]
+        from benchmark.engine.reopen import measure_again
 
-    A cell that cannot run here names its obstacles by number; below the grid each is told once, with the
-    command that removes it. As JSON each cell holds its own.
-    """
-    obstacles = _Obstacles()
-    rows: list[dict[str, Any]] = []
-    for cell in cells:
-        status, note = cell_status(store, cell)
-        row = {
-            "cell_id": cell.cell_id if as_json else cell.cell_id[:12],
-            "model": cell.model,
-            "method": cell.label,
-            "precision": cell.precision,
-            "profile": cell.profile,
-            "seed": cell.seed,
-            "status": status,
-            "note": note,
-        }
-        found = () if status in _FINISHED else obstacles.of(cell)
-        if as_json:
-            row["obstacles"] = [{"reason": item.reason, "remedy": item.remedy} for item in found]
-        elif found:
-            numbers = " ".join(f"[{obstacles.number(item)}]" for item in found)
-            row["note"] = "; ".join(filter(None, (f"cannot run here: {numbers}", note)))
-        rows.append(row)
-    _echo(rows, as_json)
-    if not as_json:
-        obstacles.echo(len(rows))
+        again = measure_again(cell).strip("`")
+        return ["# no quantized model is kept of this cell; to have one, measure it again:", f"# {again}"]
+    return [
+        "# the quantized model:",
+        "import benchmark",
+        f"quantized = {_call('load', cell.cell_id[:12], results)}",
+        f"model = quantized.apply({_call('reference', cell.model, results)})",
+    ]
 
 
-_FINISHED = ("cached", "skipped")
-
-
-class _Obstacles:
-    """The obstacles of the cells of a listing, numbered; each model is asked once."""
-
-    def __init__(self) -> None:
-        self._by_model: dict[str, tuple[Obstacle, ...]] = {}
-        self._numbers: dict[Obstacle, int] = {}
-        self._cells: Counter[str] = Counter()
-
-    def of(self, cell: Cell) -> tuple[Obstacle, ...]:
-        from benchmark.subject.lookup import obstacles_of
-
-        if cell.model not in self._by_model:
-            self._by_model[cell.model] = obstacles_of(cell.model)
-        found = self._by_model[cell.model]
-        self._cells[cell.model] += bool(found)
-        return found
-
-    def number(self, obstacle: Obstacle) -> int:
-        return self._numbers.setdefault(obstacle, len(self._numbers) + 1)
-
-    def echo(self, total: int) -> None:
-        if not self._numbers:
-            return
-        click.echo(f"\n{self._cells.total()} of {total} cells cannot run here:")
-        for obstacle, number in self._numbers.items():
-            models = [name for name, found in self._by_model.items() if obstacle in found]
-            click.echo(f"\n[{number}] {', '.join(models)}: {obstacle.reason}")
-            click.echo(f"    to make it run: {obstacle.remedy}")
-
-
-def cell_status(store: Store, cell: Cell) -> tuple[str, str]:
-    """A cell's status word and the reason or error behind it."""
-    record = store.load(cell)
-    if record is not None:
-        return ("cached" if record.status == "done" else record.status), record.reason or ""
-    failure = store.load_failure(cell.cell_id)
-    if failure is not None:
-        return "failed", str(failure["error"]).partition("\n")[0]
-    return ("interrupted" if store.was_interrupted(cell.cell_id) else "missing"), ""
+def _call(function: str, argument: str, results: Path) -> str:
+    where = "" if results == Path("results") else f", results={json.dumps(str(results))}"
+    return f"benchmark.{function}({json.dumps(argument)}{where})"
 
 
 def _suites() -> list[dict[str, Any]]:
@@ -154,10 +131,11 @@ def _methods() -> list[dict[str, Any]]:
     return [
         {
             "method": name,
+            "role": method.role,
             "variant": method.variant,
             "trains": method.trains,
             "parameters": json.dumps(method().parameters()),
-            "about": (method.__doc__ or "").strip().partition("\n")[0],
+            "about": _first_line(method),
         }
         for name, method in METHODS.items()
     ]
@@ -178,10 +156,27 @@ def _tasks() -> list[dict[str, Any]]:
     ]
 
 
-def _echo(rows: list[dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(rows, indent=2))
-        return
-    from tabulate import tabulate
+def _metrics() -> list[dict[str, Any]]:
+    from benchmark.subject.metrics.metric import METRICS
 
-    click.echo(tabulate(rows, headers="keys", tablefmt="simple", disable_numparse=True))
+    return [
+        {"metric": name, "higher_is_better": metric.higher_is_better, "about": metric.title}
+        for name, metric in METRICS.items()
+    ]
+
+
+def _figures() -> list[dict[str, Any]]:
+    from benchmark.report.figures.figure import FIGURES
+
+    return [{"figure": name, "about": figure.title} for name, figure in FIGURES.items()]
+
+
+def _executors() -> list[dict[str, Any]]:
+    from benchmark.engine.executors import EXECUTORS
+
+    return [{"executor": name, "about": _first_line(executor)} for name, executor in EXECUTORS.items()]
+
+
+def _first_line(component: object) -> str:
+    line = (component.__doc__ or "").strip().partition("\n")[0]
+    return re.sub(r":\w+:`~?([^`]*)`", r"\1", line).replace("``", "")

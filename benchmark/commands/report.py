@@ -6,13 +6,17 @@ from pathlib import Path
 
 import click
 
-from benchmark.cli import cli, results_option, suite_option
-from benchmark.commands.figure import analysis_options, open_suite
+from benchmark.cli import cli, examples
+from benchmark.options import analysis_options, include_option, results_option, suite_option
 
 
-@cli.command()
+@cli.command(
+    short_help="Write everything about a suite to one HTML file.",
+    epilog=examples("report", "report --suite rivals --allow-partial"),
+)
 @suite_option
 @analysis_options
+@include_option
 @results_option
 def report(suite: str, items: int, device: str, allow_partial: bool, results: Path) -> None:
     """Write tables, figures, the paper's claims beside the measured values, and where they were measured.
@@ -22,11 +26,13 @@ def report(suite: str, items: int, device: str, allow_partial: bool, results: Pa
     """
     from benchmark.keep.atomic import write_text_atomically
     from benchmark.keep.store import Store
-    from benchmark.report.figures import choose, make_frames
+    from benchmark.report.figures.figure import choose
+    from benchmark.report.gallery import make_frames
     from benchmark.report.html import make_report
+    from benchmark.views import open_suite
 
     rows, analyses = open_suite(suite, results, device, allow_partial)
-    frames = make_frames(choose(()), rows, analyses, items)
+    frames = make_frames(choose(), rows, analyses, items)
     path = results / "report" / f"{rows.suite.name}.html"
     write_text_atomically(path, make_report(rows, Store(results), frames))
     click.echo(str(path))

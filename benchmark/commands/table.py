@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from benchmark.cli import cli, results_option, suite_option
+from benchmark.cli import cli, examples
+from benchmark.options import include_option, results_option, suite_option
+from quanttune.errors import ConfigError
 
 if TYPE_CHECKING:
     from benchmark.report.rows import SuiteRows
@@ -17,7 +19,10 @@ _ENDINGS = {"latex": "tex", "markdown": "md", "csv": "csv", "json": "json"}
 _STYLES = {"markdown": "github", "terminal": "simple_grid"}
 
 
-@cli.command()
+@cli.command(
+    short_help="Print the table of a suite.",
+    epilog=examples("table", "table --suite paper --published", "table --format latex"),
+)
 @suite_option
 @click.option(
     "--format",
@@ -25,6 +30,7 @@ _STYLES = {"markdown": "github", "terminal": "simple_grid"}
     type=click.Choice(["latex", "markdown", "terminal", "csv", "json"]),
     default="terminal",
     show_default=True,
+    help="How to print it.",
 )
 @click.option(
     "--allow-partial", is_flag=True, help="Print a table although cells are missing, and say how many."
@@ -32,21 +38,30 @@ _STYLES = {"markdown": "github", "terminal": "simple_grid"}
 @click.option(
     "--published", is_flag=True, help="Published values beside the measured ones, or why they cannot be."
 )
+@click.option("--metric", metavar="NAME", help="Another metric than the leading one; see `list metrics`.")
+@include_option
 @results_option
-def table(suite: str, form: str, allow_partial: bool, published: bool, results: Path) -> None:
+def table(
+    suite: str, form: str, allow_partial: bool, published: bool, metric: str | None, results: Path
+) -> None:
     """Print the table of a suite; every form but `terminal` is also written to RESULTS/tables/."""
     from benchmark.grid.suite import load_suite
     from benchmark.keep.store import Store
+    from benchmark.report.other_metric import in_metric
     from benchmark.report.rows import collect_rows
 
     store = Store(results)
+    if published and metric:
+        raise ConfigError("--published shows the metrics of the sources; leave out --metric")
     rows = collect_rows(store, load_suite(suite), allow_partial)
+    if metric:
+        rows = in_metric(rows, metric, allow_partial)
     text = (_published if published else _measured)(rows, form)
     click.echo(text, nl=False)
     if form in _ENDINGS:
         from benchmark.keep.atomic import write_text_atomically
 
-        name = f"{rows.suite.name}-published" if published else rows.suite.name
+        name = "-".join([rows.suite.name, *["published"] * published, *(metric or "").split()])
         path = store.root / "tables" / f"{name}.{_ENDINGS[form]}"
         write_text_atomically(path, text)
         click.echo(f"written to {path}", err=True)

@@ -6,17 +6,23 @@ from pathlib import Path
 
 import click
 
-from benchmark.cli import cli, results_option
+from benchmark.cli import cli, examples
+from benchmark.options import include_option, results_option
 from quanttune.errors import ConfigError, StoreError
 
 
-@cli.command()
-@click.option("--port", type=int, default=5000, show_default=True)
+@cli.command(
+    short_help="Serve the MLflow UI on this machine.",
+    epilog=examples("ui", "ui --port 5001 --results my-results"),
+)
+@click.option(
+    "--port", type=int, default=5000, metavar="N", show_default=True, help="Port on 127.0.0.1 to serve on."
+)
 @results_option
 def ui(port: int, results: Path) -> None:
     """Serve the MLflow UI on 127.0.0.1 over the suite's own database."""
     from benchmark.keep.store import Store
-    from benchmark.tracking.tracker import serve_ui, tracking_uri
+    from benchmark.tracking.backend import serve_ui, tracking_uri
 
     if not 1 <= port <= 65535:
         raise ConfigError(f"--port {port}: it must be between 1 and 65535")
@@ -27,12 +33,17 @@ def ui(port: int, results: Path) -> None:
     serve_ui(store, port)
 
 
-@cli.command()
+@cli.command(
+    short_help="Log the cells of the store to MLflow.", epilog=examples("sync", "sync --results my-results")
+)
+@include_option
 @results_option
 def sync(results: Path) -> None:
     """Log every cell of the store that MLflow does not have yet, or has otherwise."""
     from benchmark.keep.store import Store
     from benchmark.tracking.tracker import sync_store
 
+    if not results.is_dir():
+        raise StoreError(f"there is no folder {results}; give the one that `run` wrote to")
     logged, present = sync_store(Store(results))
     click.echo(f"{logged} cells logged, {present} were there already")

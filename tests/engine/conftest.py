@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from baselines.method import METHODS, Batch, Context, Method, Quantized
+from baselines.method import METHODS, Batch, Context, Method
 from benchmark.grid.cells import Cell
 from benchmark.grid.expand import expand
 from benchmark.grid.suite import Suite, parse_suite
 from benchmark.keep.store import Store
 from benchmark.subject.models.entry import MODELS, ModelEntry, Progress
 from benchmark.subject.tasks.task import TASKS, ClassificationTask
+from quanttune.quantization import Quantized
 from quanttune.registry import Registry
 
 SUITE = """

@@ -229,7 +229,7 @@ def test_no_command_shows_help() -> None:
     assert CliRunner().invoke(cli, ["--help"]).exit_code == 0
 
 
-@pytest.mark.parametrize("kind", ["suites", "models", "methods", "tasks"])
+@pytest.mark.parametrize("kind", ["suites", "models", "methods", "tasks", "metrics", "figures", "executors"])
 def test_lists(kind: str) -> None:
     plain = CliRunner().invoke(cli, ["list", kind])
     assert plain.exit_code == 0, plain.output

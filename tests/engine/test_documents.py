@@ -26,7 +26,7 @@ def blocks(document: str, language: str) -> list[str]:
 
 
 def test_the_method_of_the_guide_runs(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    (source,) = (block for block in blocks("CONTRIBUTING.md", "python") if "METHODS.register" in block)
+    (source,) = (block for block in blocks("CONTRIBUTING.md", "python") if 'register("margin")' in block)
     (tmp_path / "margin.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     METHODS.names()
@@ -47,14 +47,16 @@ def test_the_method_of_the_guide_runs(tmp_path: Path, store: Store, monkeypatch:
     assert wider.sites != same.sites
 
 
-def test_the_library_example_of_the_readme_runs() -> None:
-    (source,) = blocks("README.md", "python")
+def test_the_library_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (source,) = (block for block in blocks("README.md", "python") if "quantize(model" in block)
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 3)).eval()
     batch = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     names: dict[str, Any] = {"model": model, "batch": batch, "batches": [batch]}
     exec(source, names)  # noqa: S102
     assert names["logits"].shape == (4, 3)
     assert not torch.equal(names["logits"], model(batch))
+    assert torch.equal(names["again"](batch), names["logits"])
 
 
 def test_the_readme_begins_with_what_it_is_and_two_command_lines() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -42,18 +40,3 @@ def test_bad_devices_are_refused(device: str) -> None:
 def test_an_absent_gpu_is_refused() -> None:
     with pytest.raises(ConfigError, match="no CUDA device"):
         prepare_torch(1, "cuda")
-
-
-def test_asking_what_there_is_stays_light() -> None:
-    code = "import sys; from benchmark.cli import cli; cli.main(['list', 'suites'], standalone_mode=False)\n"
-    check = "heavy = {'mlflow', 'timm', 'transformers', 'datasets', 'pandas', 'matplotlib', 'sklearn'}\n"
-    script = (
-        "import atexit, sys\n"
-        + check
-        + "atexit.register(lambda: print(sorted(heavy & set(sys.modules))))\n"
-        + code
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
-    )
-    assert done.stdout.strip().splitlines()[-1] == "[]"

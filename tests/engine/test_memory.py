@@ -64,7 +64,9 @@ def test_batches_are_halved_until_they_fit(roomy: Tight, error: Exception) -> No
     assert tight.sizes == [40, 25, 12, 6, 6, 6, 6, 6, 6, 4]
     assert (plain.batch_size, halved.batch_size) == (50, 6)
     for name, expected in plain.arrays().items():
-        np.testing.assert_array_equal(halved.arrays()[name], expected)
+        # logits of smaller batches differ in their last bits, and with them probabilities
+        tolerance = 1e-5 if name in plain.quantities else 0.0
+        np.testing.assert_allclose(halved.arrays()[name], expected, rtol=tolerance)
 
 
 def test_what_is_done_is_not_done_again() -> None:

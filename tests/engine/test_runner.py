@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import benchmark.engine.session
 from baselines import METHODS
 from benchmark.engine.executors import EXECUTORS
 from benchmark.engine.measure import RESAMPLES, drop_interval
@@ -97,6 +98,25 @@ def test_training_is_shared_and_its_own_fp32_measured(runner: Run, store: Store,
         assert record.details == {"steps": 2, "largest_ratio": 21.5, "evaluation_batch": 50}
     assert len(cells) == 2
     assert METHODS.get("toy_trained").calls == 1  # type: ignore[attr-defined]
+
+
+def test_tuned_weights_are_hashed_once_a_session(
+    runner: Run, suite: Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+    digest = benchmark.engine.session.tensor_digest
+
+    def counting(tensors: Any) -> str:
+        hashed.append(digest(tensors))
+        return hashed[-1]
+
+    for module in ("benchmark.engine.session", "baselines.method", "quanttune.quantization.quantized"):
+        monkeypatch.setattr(f"{module}.tensor_digest", counting)
+    run = runner()
+    cells = cells_of(suite, "finetune")
+    assert [run.run(cell).status for cell in cells] == ["done", "done"]
+    (weights,) = {run.store.load(cell).weights_digest for cell in cells}  # type: ignore[union-attr]
+    assert hashed.count(weights) == 1
 
 
 def test_the_reference_model_is_never_changed(runner: Run, suite: Suite) -> None:

@@ -48,6 +48,22 @@ def test_a_stage_is_computed_once(stages: Stages) -> None:
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+def test_tuned_weights_stay_in_memory_until_others_are_asked_for(stages: Stages) -> None:
+    """One object for all cells of a training, so that it is read, checked and hashed once."""
+
+    def ask(holder: Stages, stage: str, seed: int) -> dict[str, torch.Tensor]:
+        return holder.tensors(stage, {"seed": seed}, lambda: {"w": torch.full((3,), float(seed))})
+
+    scoped = stages.scoped(reference="r")
+    first = ask(scoped, "tuning", 0)
+    assert ask(stages.scoped(reference="r"), "tuning", 0) is first
+    assert ask(stages.scoped(reference="s"), "tuning", 0) is not first
+    other = ask(scoped, "tuning", 1)
+    assert other["w"].tolist() == [1.0] * 3
+    assert ask(scoped, "tuning", 0) is not first  # one at a time: memory stays bounded
+    assert ask(scoped, "statistics", 0) is not ask(scoped, "statistics", 0)
+
+
 def test_a_refused_training_is_not_repeated_by_the_cells_that_share_it(stages: Stages) -> None:
     calls = []
 

@@ -225,6 +225,24 @@ def test_axes_that_vary_are_named(suite: Suite, store: Store) -> None:
     assert len(rows) == len(set(rows)) == 8
 
 
+def test_a_scheme_that_differs_in_what_the_precision_leaves_open_has_a_row_of_its_own(
+    suite: Suite, store: Store
+) -> None:
+    """Two schemes are never taken for two seeds of one."""
+    schemes = ("W8A8", "W8tA8", "W8A8-asym", "W4g2A8", "W4")
+    wide = dataclasses.replace(suite, precisions=schemes)
+    cells = expand(wide)
+    for step, cell in enumerate(cells):
+        store.save(record(cell, 70.0 + step))
+    collected = collect_rows(store, wide)
+    table = make_table(collected)
+    assert [name for _, name in table.rows] == list(schemes)
+    assert all(entry.deviation is None for entry in table.entries.values())
+    found = {row["precision"]: row["value"] for row in collected.to_json() if row["method"] == "minmax"}
+    assert list(found) == list(schemes)
+    assert len(set(found.values())) == len(schemes)
+
+
 def test_the_caption_names_the_split(suite: Suite, store: Store) -> None:
     searched = dataclasses.replace(suite, split="validation")
     for cell in expand(searched):

@@ -21,7 +21,9 @@ from benchmark.grid.expand import expand
 from benchmark.grid.suite import load_suite
 from benchmark.keep.store import Store
 from benchmark.report.ranges import save_range_plot
-from benchmark.tracking.tracker import EXPERIMENT, find_runs, sync_store, tracking_uri
+from benchmark.tracking.backend import EXPERIMENT, tracking_uri
+from benchmark.tracking.runs import find_runs
+from benchmark.tracking.tracker import sync_store
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -137,6 +139,7 @@ def test_a_broken_backend_costs_a_warning_only(
 def test_sync_with_a_broken_backend_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "blocked").write_text("not a folder")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/blocked/mlflow.db")
+    (tmp_path / "results").mkdir()
     result = call("sync", "--results", str(tmp_path / "results"))
     assert result.exit_code == 2
     assert "cannot be used" in result.stderr

@@ -1,0 +1,138 @@
+"""What several commands show of a suite: its cells as the store has them, and its finished cells analysed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from benchmark.keep.status import status_of
+
+if TYPE_CHECKING:
+    from benchmark.grid.cells import Cell
+    from benchmark.keep.store import Store
+    from benchmark.report.analyses import ModelAnalysis
+    from benchmark.report.rows import SuiteRows
+    from benchmark.subject.obstacles import Obstacle
+
+
+def echo_rows(rows: Sequence[dict[str, Any]], as_json: bool = False) -> None:
+    """Print plain objects as a grid, or as JSON.
+
+    On a terminal the last column, which is prose, is broken into lines that fit; elsewhere a row is a line.
+    """
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    from tabulate import tabulate
+
+    widths = None
+    if rows and sys.stdout.isatty():
+        *others, last = rows[0]
+        used = sum(2 + max(len(str(row[name])) for row in [*rows, {name: name}]) for name in others)
+        room = shutil.get_terminal_size().columns - used
+        widths = [*([None] * len(others)), max(room, len(last), 20)]
+    click.echo(tabulate(rows, headers="keys", tablefmt="simple", disable_numparse=True, maxcolwidths=widths))
+
+
+def echo_cells(store: Store, cells: Sequence[Cell], as_json: bool = False) -> None:
+    """Print cells with the status the store has for each, and what keeps those that are to run from running.
+
+    A cell that cannot run here names its obstacles by number; below the grid each is told once, with the
+    command that removes it. As JSON each cell holds its own.
+    """
+    obstacles = _Obstacles()
+    rows: list[dict[str, Any]] = []
+    for cell in cells:
+        status = status_of(store, cell)
+        note = status.message.partition("\n")[0] if status.word == "failed" else status.message
+        row = {
+            "cell_id": cell.cell_id if as_json else cell.cell_id[:12],
+            "model": cell.model,
+            "method": cell.label,
+            "precision": cell.scheme_text,
+            "profile": cell.profile,
+            "seed": cell.seed,
+            "status": "cached" if status.word == "done" else status.word,
+            "note": note,
+        }
+        found = () if status.finished else obstacles.of(cell)
+        if as_json:
+            row["obstacles"] = [{"reason": item.reason, "remedy": item.remedy} for item in found]
+        elif found:
+            numbers = " ".join(f"[{obstacles.number(item)}]" for item in found)
+            row["note"] = "; ".join(filter(None, (f"cannot run here: {numbers}", note)))
+        rows.append(row)
+    echo_rows(rows, as_json)
+    if not as_json:
+        obstacles.echo(len(rows))
+
+
+class _Obstacles:
+    """The obstacles of the cells of a listing, numbered; each model is asked once."""
+
+    def __init__(self) -> None:
+        self._by_model: dict[str, tuple[Obstacle, ...]] = {}
+        self._numbers: dict[Obstacle, int] = {}
+        self._cells: Counter[str] = Counter()
+
+    def of(self, cell: Cell) -> tuple[Obstacle, ...]:
+        from benchmark.subject.lookup import obstacles_of
+
+        if cell.model not in self._by_model:
+            self._by_model[cell.model] = obstacles_of(cell.model)
+        found = self._by_model[cell.model]
+        self._cells[cell.model] += bool(found)
+        return found
+
+    def number(self, obstacle: Obstacle) -> int:
+        return self._numbers.setdefault(obstacle, len(self._numbers) + 1)
+
+    def echo(self, total: int) -> None:
+        if not self._numbers:
+            return
+        click.echo(f"\n{self._cells.total()} of {total} cells cannot run here:")
+        for obstacle, number in self._numbers.items():
+            models = [name for name, found in self._by_model.items() if obstacle in found]
+            click.echo(f"\n[{number}] {', '.join(models)}: {obstacle.reason}")
+            click.echo(f"    to make it run: {obstacle.remedy}")
+
+
+def open_suite(
+    suite: str, results: Path, device: str, allow_partial: bool
+) -> tuple[SuiteRows, list[ModelAnalysis]]:
+    """A suite's finished cells and an analysis of each of its models.
+
+    Raises:
+        ConfigError: If cells are missing and ``allow_partial`` is false, nothing at all is done, or the
+            device is not there.
+        UnknownNameError: If no suite has the name.
+    """
+    from benchmark.engine.environment import DEFAULT_THREADS, prepare_torch
+    from benchmark.engine.progress import Display
+    from benchmark.grid.suite import load_suite
+    from benchmark.keep.store import Store
+    from benchmark.report.analyses import analyses_of
+    from benchmark.report.rows import collect_rows
+    from quanttune.errors import ConfigError
+
+    store = Store(results)
+    rows = collect_rows(store, load_suite(suite), allow_partial)
+    if not any(record.result and not record.cell.is_reference for record in rows.records.values()):
+        raise ConfigError(
+            f"no quantized cell of suite {rows.suite.name} is done, so there is nothing to draw; "
+            f"run `python -m benchmark run --all --suite {rows.suite.origin}`"
+        )
+    display = Display((), 1, live=False)
+    chosen = prepare_torch(DEFAULT_THREADS, device)
+    if not rows.complete:
+        click.echo(f"partial: {rows.finished} of {len(rows.cells)} cells", err=True)
+    return rows, analyses_of(
+        rows, store, chosen, lambda name, done, total: display.stage(0, name, done, total)
+    )
