@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from benchmark.subject.models.entry import MODELS
 from benchmark.subject.tasks.task import get_task
 from quanttune.errors import StoreError
 from quanttune.seeds import numpy_generator
+from tests.pages import Page
 
 SUITE = """
 models = ["tiny_vit", "tiny_bert"]
@@ -289,41 +289,6 @@ def test_points_are_compared_of_models_measured_in_accuracy_alone(rows: SuiteRow
     kept = by_statement(claims(mixed, comparison, NO_FRAMES), "Accuracy is kept")
     assert "tiny_vit" in kept.measured
     assert "tiny_bert" not in kept.measured
-
-
-class Page(HTMLParser):
-    """What a page refers to, the ids it has, and whether its elements close."""
-
-    void = ("meta", "br", "link", "img", "hr", "input")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.targets: list[str] = []
-        self.ids: list[str] = []
-        self.open: list[str] = []
-        self.words: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in self.void:
-            self.open.append(tag)
-        self._attributes(attrs)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._attributes(attrs)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-    def _attributes(self, attrs: list[tuple[str, str | None]]) -> None:
-        for name, value in attrs:
-            if name in ("href", "src", "xlink:href"):
-                self.targets.append(value or "")
-            if name == "id":
-                self.ids.append(value or "")
 
 
 def test_the_page_stands_alone(rows: SuiteRows, store: Store) -> None:

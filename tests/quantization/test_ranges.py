@@ -13,32 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from quanttune.errors import ConfigError, UnknownNameError
-from quanttune.quantization import (
-    RANGE_RULES,
-    Format,
-    RangeRule,
-    Site,
-    SiteId,
-    SiteKind,
-    TensorStatistics,
-    UniformQuantizer,
-    activation_quantizer,
-)
+from quanttune.quantization import RANGE_RULES, TensorStatistics, UniformQuantizer
 from quanttune.quantization.ranges import OMSE_FACTORS, asymmetric_error, symmetric_error
+from tests.quantization.quantizing import quantizer_of
 
 # Values that float16 holds exactly, so that statistics and raw values are the same numbers.
 exact_arrays = hnp.arrays(np.float16, st.integers(1, 60), elements=st.floats(-100, 100, width=16))
 every_rule = pytest.mark.parametrize("name", RANGE_RULES.names())
-
-SITE = Site(SiteId("layer", "linear", 1, "input"), SiteKind.LINEAR_INPUT, (4,))
-
-
-def quantizer_of(
-    statistics: TensorStatistics, bits: int, rule: RangeRule, symmetric: bool
-) -> UniformQuantizer:
-    made = activation_quantizer(SITE, statistics, Format(bits, symmetric=symmetric), rule)
-    assert isinstance(made, UniformQuantizer)
-    return made
 
 
 def summary(*batches: np.ndarray) -> TensorStatistics:

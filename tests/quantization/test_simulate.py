@@ -20,8 +20,6 @@ from quanttune.quantization import (
     PerTensor,
     PerToken,
     Scheme,
-    Site,
-    SiteId,
     SiteKind,
     TensorStatistics,
     UniformQuantizer,
@@ -33,8 +31,7 @@ from quanttune.quantization import (
     weight_quantizer,
 )
 from tests.quantization.models import EAGER, FUSED, build, inputs, logits, quantizers, sites
-
-SITE = Site(SiteId("layer", "linear", 1, "input"), SiteKind.LINEAR_INPUT, (4,))
+from tests.quantization.quantizing import SITE
 
 
 def rounded(values: np.ndarray, limit: Any, bits: int) -> np.ndarray:

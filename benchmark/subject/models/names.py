@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from benchmark.subject.models.entry import MODELS, ModelEntry
 from benchmark.subject.tasks.task import TASK_FORMS, Task, get_task
@@ -86,7 +86,7 @@ def on_other_task(name: str, entry: ModelEntry, task: str) -> ModelEntry:
     changes: dict[str, Any] = {"name": name, "task": task, "expected": None}
     declared = getattr(entry, "__dataclass_fields__", {})
     now = {key: value for key, value in changes.items() if key in declared}
-    other = dataclasses.replace(entry, **now) if now else copy.copy(entry)  # type: ignore[type-var]
+    other: ModelEntry = dataclasses.replace(cast(Any, entry), **now) if now else copy.copy(entry)
     for key in changes.keys() - now.keys():
         object.__setattr__(other, key, changes[key])  # what a class declares may be of a frozen one
     return other

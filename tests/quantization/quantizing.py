@@ -1,0 +1,24 @@
+"""A site and its quantizer, for tests that need no model."""
+
+from __future__ import annotations
+
+from quanttune.quantization import (
+    Format,
+    RangeRule,
+    Site,
+    SiteId,
+    SiteKind,
+    TensorStatistics,
+    UniformQuantizer,
+    activation_quantizer,
+)
+
+SITE = Site(SiteId("layer", "linear", 1, "input"), SiteKind.LINEAR_INPUT, (4,))
+
+
+def quantizer_of(
+    statistics: TensorStatistics, bits: int, rule: RangeRule, symmetric: bool
+) -> UniformQuantizer:
+    made = activation_quantizer(SITE, statistics, Format(bits, symmetric=symmetric), rule)
+    assert isinstance(made, UniformQuantizer)
+    return made
