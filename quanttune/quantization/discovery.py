@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from quanttune.errors import QuantTuneError
 from quanttune.inputs import ModelInputs, call_model, logits_of
+from quanttune.quantization.arrangements import REARRANGING, SCALING
 from quanttune.quantization.axes import channel_axis, produced_axis
 from quanttune.quantization.sites import Site, SiteId, SiteKind, SiteTable
 from quanttune.quantization.tracing import SiteVisitor, walks
@@ -45,31 +46,7 @@ _OPERAND_KINDS = {
     **dict.fromkeys(_ACTIVATION_FUNCTIONS, SiteKind.PRE_ACTIVATION),
 }
 
-# Operations whose result holds the same numbers, up to one constant factor, in another arrangement.
-_ARRANGEMENTS = (
-    "chunk", "clone", "detach", "flatten", "gather", "index_select", "movedim", "narrow", "permute", "ravel",
-    "repeat_interleave", "reshape", "roll", "select", "split", "squeeze", "swapaxes", "transpose", "unbind",
-    "unflatten", "unsqueeze",
-)  # fmt: skip
-_TENSOR_ARRANGEMENTS = (
-    *_ARRANGEMENTS, "__getitem__", "bfloat16", "contiguous", "cpu", "cuda", "double", "expand", "expand_as",
-    "float", "half", "repeat", "reshape_as", "to", "type", "type_as", "view", "view_as",
-)  # fmt: skip
-_REARRANGING: frozenset[Any] = frozenset(
-    {
-        *(getattr(Tensor, name) for name in _TENSOR_ARRANGEMENTS),
-        *(getattr(torch, name) for name in _ARRANGEMENTS),
-        torch.dropout,
-        F.dropout,
-        F.pad,
-        Tensor.T.__get__,  # type: ignore[attr-defined]
-        Tensor.mT.__get__,  # type: ignore[attr-defined]
-    }
-)
 _SUMS: frozenset[Any] = frozenset({torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__})
-_SCALING: frozenset[Any] = frozenset(
-    {Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul, Tensor.div, Tensor.__truediv__, torch.div}
-)
 
 
 # Matrix products that no walker opens: a model that uses them would be quantized in part without a word.
@@ -113,8 +90,8 @@ class _Discovery(SiteVisitor):
         marks = [mark for value in operands for mark in _marks_in(value)]
         summands = [_mark_of(value) for value in operands[:2]]
         result = super().__torch_function__(func, types, args, kwargs)
-        scales = func in _SCALING and not _is_tensor_product(operands)
-        passed_on = func in _REARRANGING or scales
+        scales = func in SCALING and not _is_tensor_product(operands)
+        passed_on = func in REARRANGING or scales
         if not passed_on and (func in _SUMS or not walks(func)) and _is_tensors(result):
             for mark in marks:
                 self._read(mark, f"{self.path}/{getattr(func, '__name__', func)}")
@@ -125,7 +102,7 @@ class _Discovery(SiteVisitor):
         elif func is torch.cat:
             filled = [tensor for tensor in operands[0] if tensor.numel()]  # a key-value cache starts empty
             _mark_all(result, _mark_of(filled[0]) if len(filled) == 1 else None)
-        elif func in _SCALING:
+        elif func in SCALING:
             _mark_all(result, _PRODUCT)
         elif func in _SUMS and (site_id := self._take_sum()) is not None:
             self._classify_sum(site_id, summands, any(id(value) in self._constants for value in operands))

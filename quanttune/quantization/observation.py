@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from quanttune.errors import QuantTuneError
 from quanttune.inputs import ModelInputs, call_model
-from quanttune.quantization.tracing import Handler, SiteHandlers
+from quanttune.quantization.exact_walk import ExactHandlers
+from quanttune.quantization.tracing import Handler
 
 Bounds = tuple[float, float]
 
@@ -41,8 +42,11 @@ class Observer(ABC):
         """
 
 
-class Observation(SiteHandlers):
+class Observation(ExactHandlers):
     """A context in which the model's forward passes are observed.
+
+    They are computed such that no order of a sum shows in what is seen, see
+    :mod:`quanttune.quantization.exact_walk`: ranges that differed in a last digit would move every code.
 
     Args:
         model: The model.

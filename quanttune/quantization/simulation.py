@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 
-import torch
 from torch import Tensor, nn
 
 from quanttune.errors import ConfigError, QuantTuneError
+from quanttune.quantization.exact_walk import ExactHandlers
 from quanttune.quantization.quantizers import Quantizer
 from quanttune.quantization.ranges import RangeRule
 from quanttune.quantization.scheme import Format, Scheme
-from quanttune.quantization.sites import Site, SiteId, SiteKind, SiteTable
+from quanttune.quantization.sites import Site, SiteKind, SiteTable
 from quanttune.quantization.statistics import TensorStatistics
-from quanttune.quantization.tracing import Handler, SiteHandlers
+from quanttune.quantization.tracing import Handler
 from quanttune.quantization.transforms import Transform
 
 
@@ -90,7 +90,7 @@ def build_quantizers(
     return {site.id: quantizer_of(site) for site in sites.values()}
 
 
-class Simulation(SiteHandlers):
+class Simulation(ExactHandlers):
     """The context that :func:`simulate` returns.
 
     Raises:
@@ -98,10 +98,10 @@ class Simulation(SiteHandlers):
             another model or attention implementation, and the result would pass for a quantized one.
     """
 
-    def __init__(self, model: nn.Module, quantizers: Mapping[str, Handler]) -> None:
-        super().__init__(
-            model, {site_id: _handler(site_id, quantizer) for site_id, quantizer in quantizers.items()}
-        )
+    def __init__(
+        self, model: nn.Module, quantizers: Mapping[str, Handler], exact: bool | None = None
+    ) -> None:
+        super().__init__(model, quantizers, bool(quantizers) if exact is None else exact)
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
@@ -115,41 +115,21 @@ class Simulation(SiteHandlers):
             )
 
 
-def simulate(model: nn.Module, quantizers: Mapping[str, Handler]) -> Simulation:
+def simulate(model: nn.Module, quantizers: Mapping[str, Handler], *, exact: bool | None = None) -> Simulation:
     """A context in which ``model`` computes with quantized tensors at the given sites.
 
     A weight is quantized once and reused until it changes; writing to ``weight.data`` inside the context goes
-    unnoticed, as it does for autograd. With no quantizers the model's own kernels run and its logits are
-    bit-identical.
+    unnoticed, as it does for autograd.
+
+    Args:
+        model: Any eager PyTorch model.
+        quantizers: Site id to quantizer.
+        exact: Whether products are computed on integer codes and everything else such that no order of a sum
+            and no processor's instructions show: see :mod:`quanttune.quantization.exact`. By default where
+            there is any quantizer: with none the model's own kernels run and its logits are bit-identical.
 
     Example:
         >>> with torch.no_grad(), simulate(model, quantizers):  # doctest: +SKIP
         ...     logits = model(images)
     """
-    return Simulation(model, quantizers)
-
-
-def _handler(site_id: str, quantizer: Handler) -> Handler:
-    return _QuantizedOnce(quantizer) if SiteId.parse(site_id).operand == "weight" else quantizer
-
-
-class _QuantizedOnce:
-    """Quantizes a weight when it is another tensor, or holds other numbers, than the last time.
-
-    The weight itself is kept beside its quantized form: the address of a freed tensor is soon used again.
-    """
-
-    def __init__(self, quantizer: Handler) -> None:
-        self._quantizer = quantizer
-        self._weight: Tensor | None = None
-        self._state: tuple[int, int, bool] | None = None
-        self._quantized: Tensor | None = None
-
-    def __call__(self, weight: Tensor) -> Tensor:
-        if (torch.is_grad_enabled() and weight.requires_grad) or weight.is_inference():
-            return self._quantizer(weight)  # inference tensors do not say when they change
-        # What inference mode made cannot take part in a gradient later, so the modes do not share.
-        state = (weight.data_ptr(), weight._version, torch.is_inference_mode_enabled())
-        if self._quantized is None or weight is not self._weight or state != self._state:
-            self._weight, self._state, self._quantized = weight, state, self._quantizer(weight)
-        return self._quantized
+    return Simulation(model, quantizers, exact)

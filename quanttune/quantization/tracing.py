@@ -11,8 +11,10 @@ wants one of the tensors inside; otherwise the model runs its own kernel and its
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,6 +30,53 @@ Handler = Callable[[Tensor], Tensor]
 """Takes the tensor at a site and returns what the network goes on with."""
 
 _INSIDE_ATTENTION = frozenset({"matmul", "softmax"})
+
+
+@dataclass(frozen=True)
+class Product:
+    """A linear layer, convolution or matrix product that is about to be computed.
+
+    Attributes:
+        call: Which one.
+        names: What the sites of both operands are called.
+        func: The operation: ``func(left, right, bias, *rest, **options)``, or without bias for ``matmul``.
+        left: Input, or first operand.
+        right: Weight, or second operand.
+        bias: Of layers that have one.
+        rest: Further arguments, such as a convolution's stride.
+        options: Further arguments by name.
+    """
+
+    call: Call
+    names: tuple[str, str]
+    func: Callable[..., Tensor]
+    left: Tensor
+    right: Tensor
+    bias: Tensor | None = None
+    rest: tuple[Any, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> tuple[SiteId, SiteId]:
+        """The sites of both operands."""
+        return self.call.site(self.names[0]), self.call.site(self.names[1])
+
+    def of(self, left: Tensor, right: Tensor) -> Tensor:
+        """Compute it of other operands, by the model's own kernel."""
+        if self.call.operation == "matmul":
+            return self.func(left, right)
+        return self.func(left, right, self.bias, *self.rest, **self.options)
+
+
+_walks = threading.local()
+
+
+def _active() -> list[SiteVisitor]:
+    """The walks of this thread, the outermost first."""
+    if not hasattr(_walks, "active"):
+        _walks.active = []
+    active: list[SiteVisitor] = _walks.active
+    return active
 
 
 class SiteVisitor(TorchFunctionMode):
@@ -47,10 +96,20 @@ class SiteVisitor(TorchFunctionMode):
         self._calls: Counter[tuple[str, str]] = Counter()
         self._hooks: list[RemovableHandle] = []
         self.ran = False  # whether the whole model was called
+        self.outermost = True  # whether no other walk stands around this one
 
     def visit(self, site: SiteId, tensor: Tensor) -> Tensor:
         """Return what the network uses in place of ``tensor``; the default changes nothing."""
         return tensor
+
+    def multiply(self, product: Product) -> Tensor:
+        """Visit both operands of a product and compute it."""
+        left, right = product.sites
+        return product.of(self.visit(left, product.left), self.visit(right, product.right))
+
+    def apply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute an operation that is no product; the model's own kernel by default."""
+        return func(*args, **kwargs)
 
     def opens_attention(self, path: str) -> bool:
         """Whether a site inside the fused attention of the module at ``path`` is wanted."""
@@ -74,6 +133,9 @@ class SiteVisitor(TorchFunctionMode):
         for name, module in self._model.named_modules():
             self._hooks.append(module.register_forward_pre_hook(self._entered(name), prepend=True))
             self._hooks.append(module.register_forward_hook(self._left, always_call=True))
+        active = _active()
+        self.outermost = not active
+        active.append(self)
         super().__enter__()
         return self
 
@@ -81,6 +143,7 @@ class SiteVisitor(TorchFunctionMode):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         super().__exit__(exc_type, exc, traceback)
+        _active().remove(self)
         while self._hooks:
             self._hooks.pop().remove()
         self._path.clear()
@@ -102,9 +165,11 @@ class SiteVisitor(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Send a recognised operation to its walker, and run anything else unchanged."""
-        walker = _WALKERS.get(func) if self._path else None
-        if walker is None:
+        if not self._path:
             return func(*args, **(kwargs or {}))
+        walker = _WALKERS.get(func)
+        if walker is None:
+            return self.apply(func, args, kwargs or {})
         return walker(self, func, args, kwargs or {})
 
     def next_call(self, operation: str) -> Call:
@@ -131,11 +196,15 @@ class SiteHandlers(SiteVisitor):
 
     def visit(self, site: SiteId, tensor: Tensor) -> Tensor:
         """Apply the site's handler, if it has one."""
+        handler = self.handler_of(site)
+        return tensor if handler is None else handler(tensor)
+
+    def handler_of(self, site: SiteId) -> Handler | None:
+        """The handler of a site that is being visited."""
         handler = self._by_site.get(site)
-        if handler is None:
-            return tensor
-        self._reached.add(site)
-        return handler(tensor)
+        if handler is not None:
+            self._reached.add(site)
+        return handler
 
     @property
     def unreached(self) -> list[str]:
@@ -152,21 +221,26 @@ def _walk_weighted(name: str) -> Callable[..., Tensor]:
 
     def walk(visitor: SiteVisitor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         operands = dict(zip(("input", "weight", "bias"), args, strict=False))
-        rest = args[3:]
         operands |= {key: kwargs.pop(key) for key in ("input", "weight", "bias") if key in kwargs}
-        call = visitor.next_call(name)
-        value = visitor.visit(call.site("input"), operands["input"])
-        weight = visitor.visit(call.site("weight"), operands["weight"])
-        return visitor.visit(call.site("output"), func(value, weight, operands.get("bias"), *rest, **kwargs))
+        product = Product(
+            visitor.next_call(name),
+            ("input", "weight"),
+            func,
+            operands["input"],
+            operands["weight"],
+            operands.get("bias"),
+            args[3:],
+            kwargs,
+        )
+        return visitor.visit(product.call.site("output"), visitor.multiply(product))
 
     return walk
 
 
 def _walk_matmul(visitor: SiteVisitor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     left, right = (*args, *kwargs.values())[:2]
-    call = visitor.next_call("matmul")
-    left, right = visitor.visit(call.site("a"), left), visitor.visit(call.site("b"), right)
-    return visitor.visit(call.site("output"), torch.matmul(left, right))
+    product = Product(visitor.next_call("matmul"), ("a", "b"), torch.matmul, left, right)
+    return visitor.visit(product.call.site("output"), visitor.multiply(product))
 
 
 def _walk_unary(name: str) -> Callable[..., Tensor]:
@@ -176,19 +250,20 @@ def _walk_unary(name: str) -> Callable[..., Tensor]:
         call = visitor.next_call(name)
         first = args[0] if args else kwargs.pop("input")
         value = visitor.visit(call.site("input"), first)
-        return visitor.visit(call.site("output"), func(value, *args[1:], **kwargs))
+        return visitor.visit(call.site("output"), visitor.apply(func, (value, *args[1:]), kwargs))
 
     return walk
 
 
 def _walk_add(visitor: SiteVisitor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     left, right = (*args, *(kwargs[key] for key in ("input", "other") if key in kwargs))[:2]
-    result = func(*args, **kwargs)
+    result = visitor.apply(func, args, kwargs)
     if not _is_sum_of_tokens(left, right):
         return result
     visited = visitor.visit(visitor.next_call("add").site("output"), result)
     if result is left and visited is not result:
-        return result.copy_(visited)  # in place: whoever else holds this tensor must see the same numbers
+        # In place: whoever else holds this tensor must see the same numbers.
+        return visitor.rearranged(result.copy_(visited), visited)
     return visited
 
 
@@ -229,19 +304,20 @@ def _walk_attention(visitor: SiteVisitor, func: Any, args: tuple[Any, ...], kwar
         mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, float("-inf"))
     if mask is not None:
         scores = scores + mask
-    softmax = _softmax if mask is None else _safe_softmax
-    probabilities = _walk_unary("softmax")(visitor, softmax, (scores,), {})
+    function = softmax if mask is None else safe_softmax
+    probabilities = _walk_unary("softmax")(visitor, function, (scores,), {})
     dropout = given.get("dropout_p", 0.0)
     if dropout:
         probabilities = F.dropout(probabilities, dropout)
     return _walk_matmul(visitor, torch.matmul, (probabilities, value), {})
 
 
-def _softmax(scores: Tensor) -> Tensor:
+def softmax(scores: Tensor) -> Tensor:
+    """Softmax over the last dimension."""
     return torch.softmax(scores, dim=-1)
 
 
-def _safe_softmax(scores: Tensor) -> Tensor:
+def safe_softmax(scores: Tensor) -> Tensor:
     """Softmax over the last dimension; zeros, not NaN, in a row masked throughout, as in the fused kernel.
 
     Such a row is taken out before the softmax: the gradient of NaN is NaN even where it is not chosen.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from quanttune.quantization import (
     Format,
     RangeRule,
@@ -22,3 +24,9 @@ def quantizer_of(
     made = activation_quantizer(SITE, statistics, Format(bits, symmetric=symmetric), rule)
     assert isinstance(made, UniformQuantizer)
     return made
+
+
+def significant(values: np.ndarray | float, bits: int = 16) -> np.ndarray:
+    """NumPy's word on numbers of so many significant bits: ranges and steps have 16."""
+    mantissa, exponent = np.frexp(np.asarray(values, dtype=np.float64))
+    return np.ldexp(np.rint(np.ldexp(mantissa, bits)), exponent - bits)

@@ -25,20 +25,24 @@ from quanttune.quantization.quantizers import DynamicQuantizer, GroupQuantizer
 from quanttune.quantization.ranges import minmax
 from quanttune.quantization.scheme import Scheme
 from tests.quantization.models import build, inputs, logits, sites
+from tests.quantization.quantizing import significant
 
 WEIGHT = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(0)) * torch.arange(6.0)[:, None, None]
 
 
-def levels(values: np.ndarray, low: np.ndarray, high: np.ndarray, bits: int, symmetric: bool) -> np.ndarray:
-    """The definition, in float64: ranges broadcast against the values."""
+def levels(
+    values: np.ndarray, low: np.ndarray, high: np.ndarray, bits: int, symmetric: bool, static: bool = True
+) -> np.ndarray:
+    """The definition, in float64: ranges broadcast against the values; static ones have 16 bits."""
+    kept = significant if static else np.asarray
     if symmetric:
         top = 2 ** (bits - 1) - 1
         limit = np.maximum(np.abs(low), np.abs(high))
-        step = np.where(limit == 0, 1.0, limit) / top
+        step = kept(np.where(limit == 0, 1.0, limit) / top)
         return np.clip(np.rint(values / step), -top, top) * step
     top = 2**bits - 1
-    low, high = np.minimum(low, 0), np.maximum(high, 0)
-    step = np.where(high == low, 1.0, high - low) / top
+    low, high = kept(np.minimum(low, 0)), kept(np.maximum(high, 0))
+    step = kept(np.where(high == low, 1.0, high - low) / top)
     zero = np.rint(-low / step)
     return (np.clip(np.rint(values / step) + zero, 0, top) - zero) * step
 
@@ -102,7 +106,7 @@ def test_a_dynamic_quantizer_finds_a_range_for_each_vector(axes: tuple[int, ...]
     low, high = exact.min(axis=axes, keepdims=True), exact.max(axis=axes, keepdims=True)
     found = DynamicQuantizer(5, axes, symmetric)(values)
     steps = np.broadcast_to((np.maximum(high, 0) - np.minimum(low, 0) + 1e-9) / 15, exact.shape)
-    assert_within_a_rounding(found, levels(exact, low, high, 5, symmetric), steps)
+    assert_within_a_rounding(found, levels(exact, low, high, 5, symmetric, static=False), steps)
     assert not found[0].any()
 
 

@@ -189,7 +189,8 @@ class TestSimulation:
                     parameter.copy_(quantizer(parameter))
         left = {site_id: q for site_id, q in made.items() if "lm_head" in site_id}  # tied to the embedding
         with simulate(written, left):
-            assert torch.equal(logits(written, batch), found)
+            # The float kernels of the copy sum in another order.
+            torch.testing.assert_close(logits(written, batch), found, rtol=1e-4, atol=1e-5)
 
     def test_tied_weights_are_quantized_in_the_head_alone(self) -> None:
         model, batch = build("opt"), inputs("opt")
@@ -222,11 +223,13 @@ class TestSimulation:
 
     @pytest.mark.parametrize("name", ["vit", "swin", "bert", "llama"])
     def test_lets_the_gradient_through_in_mixed_precision(self, name: str) -> None:
+        """And computes as it does without: integers know no mixed precision."""
         model, batch = copy.deepcopy(build(name, FUSED)), inputs(name)
         with torch.autocast("cpu", dtype=torch.bfloat16), simulate(model, quantizers(name, FUSED)):
             output = logits_of(call_model(model, batch))
-        assert output.dtype == torch.bfloat16
-        output.float().square().sum().backward()
+        with simulate(model, quantizers(name, FUSED)):
+            assert torch.equal(output, logits(model, batch))
+        output.square().sum().backward()
         for parameter_name, parameter in model.named_parameters():
             assert parameter.grad is not None, parameter_name
             assert torch.isfinite(parameter.grad).all(), parameter_name
@@ -388,5 +391,6 @@ class TestWeightsAreQuantizedOnce:
             found = [model(self.x) for _ in range(2)]
         weight, bias = model.layer.weight.detach(), model.layer.bias.detach()
         expected = F.linear(F.linear(self.x, fine(weight), bias), coarse(weight), bias)
-        assert torch.equal(found[0], expected)
-        assert torch.equal(found[1], expected)
+        # The expected values are summed by float kernels.
+        torch.testing.assert_close(found[0], expected)
+        assert torch.equal(found[1], found[0])

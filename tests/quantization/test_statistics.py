@@ -18,12 +18,12 @@ from safetensors.torch import load, save
 from quanttune.errors import QuantTuneError
 from quanttune.quantization import (
     Histogram,
-    SiteHandlers,
     SiteKind,
     SiteTable,
     TensorStatistics,
     collect_statistics,
 )
+from quanttune.quantization.exact_walk import ExactHandlers
 from quanttune.quantization.statistics import EMA_MOMENTUM, statistics_from_tensors, statistics_to_tensors
 from tests.quantization.models import build, inputs, logits, sites
 
@@ -264,7 +264,7 @@ class TestCollection:
         def keep(site_id: str) -> Any:
             return lambda values: (seen[site_id].append(values.clone()), values)[1]
 
-        with SiteHandlers(model, {site_id: keep(site_id) for site_id in table}):
+        with ExactHandlers(model, {site_id: keep(site_id) for site_id in table}):
             for batch in batches:
                 logits(model, batch)
         collected = collect_statistics(model, batches, sites(name).profile("full"))

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from quanttune.quantization.quantizers.grid import Encoded, Grid
 from quanttune.quantization.quantizers.quantizer import QUANTIZERS, PlainQuantizer, straight_through
 
 _SHORT = (torch.float16, torch.bfloat16)
@@ -40,22 +41,25 @@ class DynamicQuantizer(PlainQuantizer):
         """Quantize and dequantize ``values``."""
         if values.dtype in _SHORT:
             return self(values.float()).to(values.dtype)
-        exact = values.detach()
+        return straight_through(values, self.encode(values.detach()).decoded(reuse=True))
+
+    def encode(self, values: Tensor) -> Encoded:
+        """Codes less the zero points, with a step for each vector."""
         tiny = torch.finfo(torch.float32).tiny
         if self.symmetric:
             top = 2 ** (self.bits - 1) - 1
-            limit = exact.abs().amax(dim=self.axes, keepdim=True)
+            limit = values.abs().amax(dim=self.axes, keepdim=True)
             scale = (torch.where(limit == 0, 1.0, limit) / top).clamp_(min=tiny)
-            codes = (exact * (1 / scale)).round_().clamp_(-top, top)
+            codes = (values * (1 / scale)).round_().clamp_(-top, top)
         else:
             top = 2**self.bits - 1
-            low = exact.amin(dim=self.axes, keepdim=True).clamp_(max=0)
-            width = exact.amax(dim=self.axes, keepdim=True).clamp_(min=0) - low
+            low = values.amin(dim=self.axes, keepdim=True).clamp_(max=0)
+            width = values.amax(dim=self.axes, keepdim=True).clamp_(min=0) - low
             scale = (torch.where(width == 0, 1.0, width) / top).clamp_(min=tiny)
             zero = (-low / scale).round_()
-            codes = (exact * (1 / scale)).round_()
+            codes = (values * (1 / scale)).round_()
             codes = torch.minimum(torch.maximum(codes, -zero), top - zero)
-        return straight_through(values, codes.mul_(scale))
+        return Encoded(codes, Grid(scale, top))
 
     def __repr__(self) -> str:
         kind = "symmetric" if self.symmetric else "asymmetric"

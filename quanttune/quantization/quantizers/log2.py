@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from quanttune.errors import ConfigError
+from quanttune.quantization.quantizers.grid import Encoded, Grid
 from quanttune.quantization.quantizers.quantizer import QUANTIZERS, ProbabilityQuantizer, straight_through
 
 _A, _B, _C = 0.3585, 1.353, 0.344
 """``exp(p)`` on ``(-ln 2, 0]`` is about ``_A (p + _B)**2 + _C`` (I-BERT, arXiv 2101.01321, equation 13)."""
+_LARGEST_COUNT = 32
+"""More powers of two than that leave no room below 2**53 for their sums with other codes."""
 SHIFTS = 30
 """Largest right shift of the exponential: scores more than ``30 ln 2`` below the largest count as there."""
 
@@ -36,8 +39,16 @@ class Log2Quantizer(ProbabilityQuantizer):
 
     def __call__(self, values: Tensor) -> Tensor:
         """Quantize and dequantize probabilities of any shape."""
-        codes = torch.log2(values.detach()).neg_().round_().clamp_(min=0)
-        return straight_through(values, _power_of_two(codes, self._codes))
+        return straight_through(values, self._quantized(values.detach()))
+
+    def encode(self, values: Tensor) -> Encoded | None:
+        """Multiples of the smallest power, where float32 holds them."""
+        return _multiples(self._quantized(values), self._codes)
+
+    def _quantized(self, values: Tensor) -> Tensor:
+        # In float64: the logarithm's last digit depends on the processor.
+        codes = torch.log2(values.double()).neg_().round_().clamp_(min=0)
+        return _power_of_two(codes, self._codes).to(values.dtype)
 
     def __repr__(self) -> str:
         return f"Log2Quantizer({self.bits} bits)"
@@ -71,8 +82,15 @@ class IntegerSoftmaxQuantizer(ProbabilityQuantizer):
 
     def __call__(self, values: Tensor) -> Tensor:
         """Quantize probabilities: rows sum to 1, or are zero where every score is masked."""
+        return straight_through(values, self._quantized(values.detach()))
+
+    def encode(self, values: Tensor) -> Encoded | None:
+        """Multiples of the smallest power, where float32 holds them."""
+        return _multiples(self._quantized(values), self._codes)
+
+    def _quantized(self, values: Tensor) -> Tensor:
         with torch.no_grad():
-            probabilities = values.detach().double()
+            probabilities = values.double()
             largest = probabilities.amax(dim=-1, keepdim=True)
             scores = torch.log(probabilities / largest).div_(self.scale).round_()
             # A masked row gives 0 / 0; any score will do, since its result is set to 0 below.
@@ -81,8 +99,7 @@ class IntegerSoftmaxQuantizer(ProbabilityQuantizer):
             quantized = _power_of_two(integer_log2(ratio), self._codes)
             # The shifted exponential of a masked score is small but not zero; its code is past the last one
             # unless the width is large, so the mask is kept.
-            quantized = torch.where(values > 0, quantized.to(values.dtype), 0.0)
-        return straight_through(values, quantized)
+            return torch.where(values > 0, quantized.to(values.dtype), 0.0)
 
     def __repr__(self) -> str:
         return f"IntegerSoftmaxQuantizer({self.bits} bits, scale {self.scale:.4g})"
@@ -114,3 +131,10 @@ def integer_log2(values: Tensor) -> Tensor:
 
 def _power_of_two(codes: Tensor, count: int) -> Tensor:
     return torch.where(codes < count, torch.exp2(-codes), 0.0)
+
+
+def _multiples(powers: Tensor, count: int) -> Encoded | None:
+    """Powers of two from ``2**(1 - count)`` to 1, and zeros, as multiples of the smallest."""
+    if count > _LARGEST_COUNT:
+        return None
+    return Encoded(powers * 2.0 ** (count - 1), Grid(2.0 ** (1 - count), 2 ** (count - 1)))

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from quanttune.quantization.quantizers.grid import Encoded
 from quanttune.registry import Registry
 
 
@@ -40,6 +41,15 @@ class Quantizer(ABC):
     @abstractmethod
     def __call__(self, values: Tensor) -> Tensor:
         """Quantize and dequantize ``values``."""
+
+    def encode(self, values: Tensor) -> Encoded | None:
+        """The integer codes of float32 ``values``, whose decoded values this quantizer returns, bit for bit.
+
+        Returns:
+            ``None`` where its values are no integers times one step: products with them are summed in
+            float64.
+        """
+        return None
 
     @abstractmethod
     def state(self) -> State:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from torch import Tensor
 
+from quanttune.quantization.quantizers.grid import Encoded
 from quanttune.quantization.quantizers.quantizer import (
     QUANTIZERS,
     Quantizer,
@@ -40,10 +42,22 @@ class ScaledQuantizer(Quantizer):
 
     def __call__(self, values: Tensor) -> Tensor:
         """Quantize and dequantize ``values``."""
+        factors = self._factors_of(values)
+        return self.inner(values / factors) * factors
+
+    def encode(self, values: Tensor) -> Encoded | None:
+        """The codes of ``x / s``; what reads the last dimension may fold ``s`` away."""
+        if self.axis not in (-1, values.dim() - 1):
+            return None
+        inner = self.inner.encode(values / self._factors_of(values))
+        if inner is None or inner.grid.factors is not None:
+            return None
+        return Encoded(inner.codes, replace(inner.grid, factors=self.factors))
+
+    def _factors_of(self, values: Tensor) -> Tensor:
         shape = [1] * values.dim()
         shape[self.axis] = -1
-        factors = self.factors.to(values.device, values.dtype).view(shape)
-        return self.inner(values / factors) * factors
+        return self.factors.to(values.device, values.dtype).view(shape)
 
     def state(self) -> State:
         """Factors and axis, and the state of the inner quantizer."""

@@ -5,12 +5,14 @@ A value is rounded on the grid of the region it falls in, and on that one alone.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from quanttune.errors import ConfigError
+from quanttune.quantization.quantizers.grid import Encoded, Grid
 from quanttune.quantization.quantizers.quantizer import (
     QUANTIZERS,
     PlainQuantizer,
@@ -48,15 +50,29 @@ class TwinSoftmaxQuantizer(ProbabilityQuantizer):
             )
         self.split, self.bits = split, bits
         self._top = _top_code(bits)
+        self._step = split / self._top
 
     def __call__(self, values: Tensor) -> Tensor:
         """Quantize and dequantize probabilities of any shape."""
         return straight_through(values, self._quantized(values.detach()))
 
+    def encode(self, values: Tensor) -> Encoded | None:
+        """Codes of the fine step, which a coarse code is a shift of where the split is a power of two."""
+        if math.frexp(self.split)[0] != 0.5:
+            return None
+        shift = round(1 / self.split)
+        codes = torch.where(values < self.split, self._fine(values), self._coarse(values).mul_(shift))
+        return Encoded(codes, Grid(self._step, self._top * shift))
+
     def _quantized(self, values: Tensor) -> Tensor:
-        fine = (values * (self._top / self.split)).round_().clamp_(0, self._top).mul_(self.split / self._top)
-        coarse = (values * self._top).round_().clamp_(0, self._top).mul_(1 / self._top)
-        return torch.where(values < self.split, fine, coarse)
+        fine = self._fine(values).mul_(self._step)
+        return torch.where(values < self.split, fine, self._coarse(values).mul_(1 / self._top))
+
+    def _fine(self, values: Tensor) -> Tensor:
+        return (values * (self._top / self.split)).round_().clamp_(0, self._top)
+
+    def _coarse(self, values: Tensor) -> Tensor:
+        return (values * self._top).round_().clamp_(0, self._top)
 
     def __repr__(self) -> str:
         return f"TwinSoftmaxQuantizer(split {self.split:g}, {self.bits} bits)"

@@ -1,0 +1,236 @@
+"""A walk of the sites whose numbers are the same on every machine.
+
+Products are those of :mod:`.exact`, functions those of :mod:`.order_free`, and every other operation is made
+of additions, products and quotients of two numbers, which IEEE 754 fixes. A quantized tensor carries a mark
+with its grid through operations that only rearrange or scale it, so that a product further down finds the
+codes again. The values are never replaced by codes: an operation that this walk does not know computes with
+what it would have seen anyway, and its result carries no mark.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quanttune.quantization import exact, order_free
+from quanttune.quantization.arrangements import REARRANGING, SCALING
+from quanttune.quantization.exact import Operand
+from quanttune.quantization.quantizers import Quantizer
+from quanttune.quantization.quantizers.grid import Grid, on_grid
+from quanttune.quantization.sites import SiteId
+from quanttune.quantization.tracing import Handler, Product, SiteHandlers, safe_softmax, softmax
+
+_MARK = "_quanttune_grid"
+_ORDER_DEPENDENT = order_free.ORDER_DEPENDENT | {softmax, safe_softmax}
+_MAY_CHANGE = frozenset({F.dropout, torch.dropout, F.pad})
+"""Among the rearranging operations those that, by their arguments, can also make other numbers."""
+_ALIKE = frozenset({Tensor.contiguous, Tensor.clone, torch.clone, Tensor.detach, torch.detach, Tensor.to})
+"""Those that leave every number at its place, so that steps of channels or tokens still fit."""
+
+
+class ExactHandlers(SiteHandlers):
+    """Applies one handler per site, in arithmetic that does not depend on the order of sums.
+
+    Gradients are those of the product of the quantized values. Tensors of other types than float32 are left
+    to the model's own kernels, mixed precision around the model is not followed, and of several walks around
+    each other the outermost computes.
+
+    Args:
+        model: The module whose forward pass is walked.
+        handlers: Site id to handler.
+        exact: ``False`` leaves every computation to the model's own kernels.
+    """
+
+    def __init__(self, model: nn.Module, handlers: Mapping[str, Handler], exact: bool = True) -> None:
+        super().__init__(
+            model,
+            {
+                site_id: WeightHandler(handler) if SiteId.parse(site_id).operand == "weight" else handler
+                for site_id, handler in handlers.items()
+            },
+        )
+        self.exact = exact
+
+    @property
+    def _computes(self) -> bool:
+        return self.exact and self.outermost
+
+    def opens_attention(self, path: str) -> bool:
+        """Fused kernels sum in an order of their own."""
+        return self.exact or super().opens_attention(path)
+
+    def visit(self, site: SiteId, tensor: Tensor) -> Tensor:
+        """Apply the site's handler, if it has one, and mark what is on a grid from then on."""
+        handler = self.handler_of(site)
+        if handler is None:
+            return tensor
+        if not self.exact:
+            return handler(tensor)
+        operand = _handled(handler, tensor)
+        values = operand.decoded()
+        return values if operand.encoded is None else _marked(values, operand.encoded.grid)
+
+    def multiply(self, product: Product) -> Tensor:
+        """Compute a product from codes, or in float64."""
+        if not self._computes or product.left.dtype != torch.float32 or product.right.dtype != torch.float32:
+            return super().multiply(product)
+        sites = product.sites
+        left = self._operand(sites[0], product.left)
+        right = self._operand(sites[1], product.right)
+        tracked = (left.values, right.values, product.bias)
+        if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tracked):
+            return _TrackedProduct.apply(product, left, right, left.decoded(), right.decoded(), product.bias)
+        return _computed(product, left, right)
+
+    def apply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute any other operation, and carry marks along."""
+        if not self._computes:
+            return func(*args, **kwargs)
+        if func in _ORDER_DEPENDENT or kwargs.get("alpha", 1) != 1:
+            # A sum with a factor may be one rounding or two.
+            return order_free.in_float64(func, args, kwargs)
+        grid = _grid_of(args[0]) if args else None
+        result = func(*args, **kwargs)
+        if grid is None:
+            return result
+        if func in REARRANGING:
+            return _carried(func, args[0], result, grid)
+        if func in SCALING and not kwargs and (constant := _constant(args[1])):
+            return _marked(result, grid.scaled(1 / constant if "div" in func.__name__ else constant))
+        return result
+
+    def rearranged(self, result: Tensor, source: Tensor) -> Tensor:
+        """Carry the mark of ``source`` along."""
+        grid = _grid_of(source)
+        return result if grid is None or not grid.is_shared else _marked(result, grid)
+
+    def _operand(self, site: SiteId, tensor: Tensor) -> Operand:
+        handler = self.handler_of(site)
+        if handler is not None:
+            return _handled(handler, tensor)
+        grid = _grid_of(tensor)
+        return Operand(tensor, None if grid is None else on_grid(tensor.detach(), grid))
+
+
+def _handled(handler: Handler, tensor: Tensor) -> Operand:
+    """What a handler makes of a tensor: codes if it has any, and values with a graph if one is kept."""
+    if isinstance(handler, WeightHandler):
+        return handler.operand(tensor)
+    encoded = None
+    if isinstance(handler, Quantizer) and tensor.dtype == torch.float32:
+        encoded = handler.encode(tensor.detach())
+    return Operand(handler(tensor) if encoded is None or _is_tracked(tensor) else None, encoded)
+
+
+def _computed(product: Product, left: Operand, right: Operand) -> Tensor:
+    if product.call.operation == "matmul":
+        return exact.matmul(left, right)
+    if product.call.operation == "linear":
+        return exact.linear(left, right, product.bias)
+    return exact.convolution(product.func, left, right, product.bias, *product.rest, **product.options)
+
+
+class _TrackedProduct(torch.autograd.Function):
+    """The exact product, with the gradient of the product of the values."""
+
+    @staticmethod
+    def forward(ctx: Any, product: Product, left: Operand, right: Operand, *tracked: Tensor | None) -> Tensor:
+        ctx.product = product
+        ctx.save_for_backward(*tracked)
+        bias = tracked[2]
+        return _computed(replace(product, bias=None if bias is None else bias.detach()), left, right)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            wide = [
+                None if each is None else each.detach().double().requires_grad_()
+                for each in ctx.saved_tensors
+            ]
+            left, right, bias = wide
+            result = replace(ctx.product, bias=bias).of(left, right)
+            found = torch.autograd.grad(
+                result, [each for each in wide if each is not None], gradient.double()
+            )
+        of_inputs = iter(found)
+        narrow = [None if each is None else next(of_inputs).float() for each in wide]
+        return (None, None, None, *narrow)
+
+
+class WeightHandler:
+    """Quantizes a weight when it is another tensor, or holds other numbers, than the last time.
+
+    The weight itself is kept beside its quantized form: the address of a freed tensor is soon used again.
+
+    Args:
+        handler: What to apply.
+    """
+
+    def __init__(self, handler: Handler) -> None:
+        self.handler = handler
+        self._weight: Tensor | None = None
+        self._state: tuple[int, int, bool] | None = None
+        self._operand = Operand()
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """The quantized weight."""
+        operand = self.operand(weight)
+        if operand.values is None:
+            operand.values = operand.decoded()
+        return operand.values
+
+    def operand(self, weight: Tensor) -> Operand:
+        """The quantized weight as one side of a product; with codes if it has any."""
+        if _is_tracked(weight) or weight.is_inference():
+            return _handled(self.handler, weight)  # inference tensors do not say when they change
+        # What inference mode made cannot take part in a gradient later, so the modes do not share.
+        state = (weight.data_ptr(), weight._version, torch.is_inference_mode_enabled())
+        if weight is not self._weight or state != self._state:
+            self._weight, self._state = weight, state
+            self._operand = _handled(self.handler, weight)
+        return self._operand
+
+
+def _is_tracked(tensor: Tensor) -> bool:
+    return torch.is_grad_enabled() and tensor.requires_grad
+
+
+def _marked(tensor: Tensor, grid: Grid) -> Tensor:
+    """``tensor``, marked as it is now: whatever is written to it, or to a view of it, outdates the mark."""
+    if not tensor.is_inference():
+        setattr(tensor, _MARK, (grid, tensor._version))
+    return tensor
+
+
+def _grid_of(tensor: Any) -> Grid | None:
+    found = getattr(tensor, _MARK, None) if isinstance(tensor, Tensor) else None
+    if found is None or found[1] != tensor._version:
+        return None
+    grid: Grid = found[0]
+    return grid
+
+
+def _carried(func: Any, source: Tensor, result: Any, grid: Grid) -> Any:
+    """``result`` with the mark of ``source``, if the grid still fits its numbers."""
+    for tensor in result if isinstance(result, tuple | list) else (result,):
+        if tensor.dtype != torch.float32:
+            continue
+        same = tensor.data_ptr() == source.data_ptr() and tensor.shape == source.shape
+        fits = same if func in _MAY_CHANGE else grid.is_shared or func in _ALIKE
+        if fits:
+            _marked(tensor, grid)
+    return result
+
+
+def _constant(value: Any) -> float | None:
+    """The number by which a tensor is scaled; ``None`` if it is a tensor, zero or not finite."""
+    if isinstance(value, Tensor) and (value.dim() > 0 or value.is_complex()):
+        return None
+    number = float(value)
+    return number if math.isfinite(number) and number != 0 else None

@@ -1,0 +1,107 @@
+"""Functions whose last digit would depend on the order of a sum or on a processor's instructions.
+
+Additions, products, quotients and square roots of two numbers are rounded the same everywhere (IEEE 754).
+Sums over a dimension are not, and neither are the polynomials by which libraries compute exponentials and
+error functions. These are computed in float64 and rounded to float32 once: what differs in float64 lies some
+2**-29 below what float32 keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_EVERYWHERE = (
+    "addcdiv", "addcmul", "cos", "cosh", "cumsum", "erf", "exp", "exp2", "expm1", "lerp", "log", "log10",
+    "log1p", "log2", "logcumsumexp", "logsumexp", "mean", "nansum", "norm", "pow", "prod", "rsqrt",
+    "sigmoid", "sin", "sinh", "softmax", "std", "sum", "tan", "tanh", "var",
+)  # fmt: skip
+_IN_TORCH = (
+    "group_norm", "instance_norm", "layer_norm", "log_softmax", "std_mean", "var_mean", "cosine_similarity",
+)  # fmt: skip
+_IN_TENSOR = (
+    "__pow__", "__rpow__", "cumsum_", "exp_", "log_", "log_softmax", "pow_", "rsqrt_", "sigmoid_", "tanh_",
+    "addcmul_", "addcdiv_", "lerp_",
+)  # fmt: skip
+_IN_FUNCTIONAL = (
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "avg_pool1d", "avg_pool2d", "batch_norm", "celu",
+    "cosine_similarity", "elu", "gelu", "group_norm", "hardsigmoid", "hardswish", "instance_norm",
+    "interpolate", "layer_norm", "log_softmax", "logsigmoid", "lp_pool2d", "mish", "normalize", "rms_norm",
+    "selu", "sigmoid", "silu", "softmax", "softmin", "softplus", "tanh", "tanhshrink",
+)  # fmt: skip
+
+ORDER_DEPENDENT: frozenset[Any] = frozenset(
+    {
+        *(getattr(torch, name) for name in (*_EVERYWHERE, *_IN_TORCH)),
+        *(getattr(Tensor, name) for name in (*_EVERYWHERE, *_IN_TENSOR)),
+        *(getattr(F, name) for name in _IN_FUNCTIONAL),
+        torch.linalg.norm,
+        torch.linalg.vector_norm,
+        torch.special.expit,
+        torch.special.erf,
+    }
+)
+"""What :func:`in_float64` is for."""
+
+_IN_PLACE_LAST = frozenset({"celu", "elu", "hardsigmoid", "hardswish", "mish", "selu", "silu"})
+
+
+def in_float64(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call ``func`` with every float32 tensor in float64, and round what it returns to float32 once.
+
+    What ``func`` would write in place is written.
+
+    Args:
+        func: One of :data:`ORDER_DEPENDENT`, or a composition of them that takes what it works on first.
+        args: Its arguments.
+        kwargs: Its arguments by name; a ``dtype`` of float32 is what the result is rounded to.
+    """
+    types = {tensor.dtype for tensor in _tensors((*args, *kwargs.values()))}
+    if torch.float32 not in types or torch.float64 in types:
+        return func(*args, **kwargs)
+    wide_args = tuple(_widened(value) for value in args)
+    wide = {name: _widened(value) for name, value in kwargs.items()}
+    target = _written(func, args, kwargs)
+    wide.pop("out", None)
+    if "inplace" in wide:
+        wide["inplace"] = False
+    result = _narrowed(func(*wide_args, **wide))
+    return result if target is None else target.copy_(result)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.dtype == torch.float32 else value
+    if isinstance(value, tuple | list) and any(isinstance(item, Tensor) for item in value):
+        return type(value)(_widened(item) for item in value)
+    return torch.float64 if value is torch.float32 else value
+
+
+def _narrowed(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype == torch.float64 else value
+    return type(value)(map(_narrowed, value)) if isinstance(value, tuple | list) else value
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The tensor that a call writes to."""
+    if isinstance(kwargs.get("out"), Tensor):
+        return kwargs["out"]
+    name = getattr(func, "__name__", "")
+    in_place = (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
+    # silu(x, True) and its like.
+    in_place = in_place or (name in _IN_PLACE_LAST and len(args) > 1 and args[-1] is True)
+    first = args[0] if args else kwargs.get("input")
+    return first if in_place and isinstance(first, Tensor) else None
