@@ -63,7 +63,7 @@ def output_curvature(
     with torch.enable_grad():
         if gradient == "minmax_divergence":
             with torch.no_grad():
-                reference = F.log_softmax(logits_of(call_model(model, batch.inputs)), dim=-1)
+                reference = F.log_softmax(_run(model, batch, [], {})[1], dim=-1)
             captured, logits = _run(model, batch, outputs, quantizers or {})
             quantized = F.log_softmax(logits, dim=-1)
             losses = [F.kl_div(quantized, reference, reduction="sum", log_target=True)]
@@ -95,10 +95,10 @@ def _fisher_losses(logits: Tensor, generator: torch.Generator) -> list[Tensor]:
 def _run(
     model: nn.Module, batch: Batch, outputs: Sequence[str], quantizers: Mapping[str, Quantizer]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Run the model with a graph from the wanted outputs on."""
+    """Run the model with a graph from the wanted outputs on; its logits are widened to float64."""
     captured: dict[str, Tensor] = {}
     with Observation(model, {site_id: _Capture(captured, site_id) for site_id in outputs}, quantizers):
-        logits = logits_of(call_model(model, batch.inputs))
+        logits = logits_of(call_model(model, batch.inputs)).double()
     return captured, logits
 
 

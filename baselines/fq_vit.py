@@ -27,6 +27,7 @@ from quanttune.quantization import (
     weight_quantizer,
 )
 from quanttune.quantization.observation import Bounds
+from quanttune.quantization.quantizers.grid import significant
 from quanttune.quantization.quantizers.log2 import SHIFTS, IntegerSoftmaxQuantizer, Log2Quantizer
 from quanttune.quantization.quantizers.powers_of_two import shift_errors, shifted_quantizer
 
@@ -125,8 +126,9 @@ class FqVit(Method):
         width = self.attention_bits or 4
         if self.attention == "log2":
             return Log2Quantizer(width)
-        low, high = found[f"{site_id}|scores"].tolist()
-        return IntegerSoftmaxQuantizer(width, max(high - low, 1e-6) / (2**bits - 1))
+        low, high = found[f"{site_id}|scores"]
+        step = significant((high - low).clamp(min=1e-6) / (2**bits - 1))
+        return IntegerSoftmaxQuantizer(width, float(step))
 
 
 def _base(found: Mapping[str, Tensor], site_id: str, bits: int) -> UniformQuantizer:

@@ -14,7 +14,7 @@ from torch import Tensor
 from baselines.curvature import GRADIENTS, output_curvature
 from baselines.method import METHODS, Batch, Context, Method
 from baselines.products import Curvature, Product, capture, find_products
-from baselines.scale_search import Grid, Settings, search_scales
+from baselines.scale_search import Candidates, Settings, search_scales
 from quanttune.digests import tensor_digest
 from quanttune.errors import ConfigError, QuantTuneError
 from quanttune.inputs import ModelInputs, to_device
@@ -30,6 +30,7 @@ from quanttune.quantization import (
     UniformQuantizer,
     build_quantizers,
 )
+from quanttune.quantization.quantizers.grid import significant
 from quanttune.quantization.quantizers.twin import TwinGeluQuantizer, TwinSoftmaxQuantizer
 from quanttune.seeds import torch_generator
 
@@ -146,7 +147,7 @@ class ScaleSearch(Method):
             weight_bits=context.scheme.weights.bits,
             activation_bits=_activation_bits(context),
             metric=self.metric,
-            grid=Grid(self.factor_low, self.factor_high, self.candidates, self.search == "exhaustive"),
+            grid=Candidates(self.factor_low, self.factor_high, self.candidates, self.search == "exhaustive"),
             rounds=self.rounds,
             per_channel=isinstance(context.scheme.weights.granularity, PerChannel),
             twin_softmax=self.twin_softmax,
@@ -188,7 +189,7 @@ class ScaleSearch(Method):
             if f"{left}|split" in found:
                 own[left] = TwinSoftmaxQuantizer(float(found[f"{left}|split"]), bits)
             elif product.after == "gelu" and self.twin_gelu and product.weight is not None:
-                own[left] = TwinGeluQuantizer(float(found[f"{left}|limit"]), bits)
+                own[left] = TwinGeluQuantizer(float(significant(found[f"{left}|limit"].double())), bits)
             else:
                 own[left] = _symmetric(found[f"{left}|limit"], bits, axis)
             if product.weight is None:

@@ -5,19 +5,23 @@ while the other stays at its best so far. Everything that has a scale of its own
 is searched at once. The published code prices all 100 candidates in each of three rounds. The error is a
 smooth valley over that grid, so here every eighth candidate is priced first and then only the neighbours of
 the best at halving distances: 19 products instead of 100, and 9 from the second round on, where the last
-best is the start.
+best is the start. Products are exact and errors are summed in float64, so that no machine decides between two
+candidates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from baselines.products import ProductData
+from quanttune.quantization import Quantizer, exact
+from quanttune.quantization.exact import Operand
+from quanttune.quantization.quantizers.grid import Encoded, Grid
 from quanttune.quantization.quantizers.twin import TwinGeluQuantizer, TwinSoftmaxQuantizer
 
 STRIDE = 8
@@ -27,7 +31,7 @@ _ROWS = 1024  # rows multiplied at once, so that their errors stay in the cache
 
 
 @dataclass(frozen=True)
-class Grid:
+class Candidates:
     """The candidate factors on the min-max scale.
 
     Args:
@@ -106,7 +110,7 @@ class Settings:
     weight_bits: int
     activation_bits: int
     metric: str
-    grid: Grid
+    grid: Candidates
     rounds: int
     per_channel: bool
     twin_softmax: bool
@@ -154,11 +158,17 @@ class _Product(Protocol):
     def ranges(self) -> dict[str, Tensor]: ...
 
 
-def _symmetric(values: Tensor, limit: Tensor, bits: int) -> Tensor:
-    """Symmetric uniform quantization; ``limit`` broadcasts against ``values``."""
+def _symmetric(values: Tensor, limit: Tensor, bits: int) -> Operand:
+    """Symmetric uniform codes; ``limit`` broadcasts against ``values``."""
     top = 2 ** (bits - 1) - 1
     step = limit / top
-    return (values / step).round_().clamp_(-top, top).mul_(step)
+    codes = (values / step).round_().clamp_(-top, top)
+    return Operand(encoded=Encoded(codes, Grid(float(step) if step.dim() == 0 else step, top)))
+
+
+def _quantized_by(quantizer: Quantizer, values: Tensor) -> Operand:
+    encoded = quantizer.encode(values)
+    return Operand(quantizer(values)) if encoded is None else Operand(encoded=encoded)
 
 
 def _same(old: Tensor | None, new: Tensor) -> bool:
@@ -196,7 +206,7 @@ class _LinearProduct:
         self._group = torch.arange(outputs, device=device) if own else block
         self._groups = outputs if own else blocks
         self._x_limit = _positive(self._x.amax() if self._twin else self._x.abs().amax())
-        self._exact = self._x @ self._w.T
+        self._exact = exact.linear(Operand(self._x), Operand(self._w), None)
         self._blocks = blocks
         # No index yet means the min-max scale itself, whether or not it is on the grid.
         self._w_index: Tensor | None = None
@@ -231,35 +241,35 @@ class _LinearProduct:
     def _x_range(self, index: Tensor | None) -> Tensor:
         return self._x_limit if index is None else self._x_limit * float(self._factors[int(index)])
 
-    def _quantized_w(self, index: Tensor | None) -> Tensor:
+    def _quantized_w(self, index: Tensor | None) -> Operand:
         return _symmetric(self._w, self._w_range(index)[:, None], self._settings.weight_bits)
 
-    def _quantized_x(self, index: Tensor | None) -> Tensor:
+    def _quantized_x(self, index: Tensor | None) -> Operand:
         limit, bits = self._x_range(index), self._settings.activation_bits
         if self._twin:
-            return TwinGeluQuantizer(float(limit), bits)(self._x)
+            return _quantized_by(TwinGeluQuantizer(float(limit), bits), self._x)
         return _symmetric(self._x, limit, bits)
 
-    def _errors(self, x: Tensor, w: Tensor) -> Tensor:
+    def _errors(self, x: Operand, w: Operand) -> Tensor:
         """Errors of each group of output channels, on the CPU in float64."""
         channels = torch.zeros(self._groups, dtype=torch.float64)
-        for first in range(0, len(x), _ROWS):
+        for first in range(0, len(self._x), _ROWS):
             rows = slice(first, first + _ROWS)
-            difference = torch.addmm(self._exact[rows], x[rows], w.T, beta=-1)
+            difference = exact.linear(_rows(x, rows), w, None).sub_(self._exact[rows])
             if self._settings.metric == "cosine":
                 channels += self._cosine(difference, self._exact[rows] + self._bias)
                 continue
             if self._root is not None:
                 difference.mul_(self._root[rows])
-            errors = difference.square_().sum(dim=0).double()
+            errors = difference.square_().sum(dim=0, dtype=torch.float64)
             channels.index_add_(0, self._group.cpu(), errors.cpu())
         return channels
 
-    def _cosine(self, difference: Tensor, exact: Tensor) -> Tensor:
+    def _cosine(self, difference: Tensor, outputs: Tensor) -> Tensor:
         """One minus the cosine of each row's block of outputs, summed over rows."""
-        shape = (len(exact), self._groups, -1)
-        similarity = torch.cosine_similarity((exact + difference).view(shape), exact.view(shape), dim=-1)
-        return (1 - similarity.double()).sum(dim=0).cpu()
+        shape = (len(outputs), self._groups, -1)
+        quantized, reference = (part.view(shape).double() for part in (outputs + difference, outputs))
+        return (1 - torch.cosine_similarity(quantized, reference, dim=-1)).sum(dim=0).cpu()
 
 
 class _HeadProduct:
@@ -273,7 +283,7 @@ class _HeadProduct:
         self._twin = after == "softmax" and settings.twin_softmax
         self._heads = self._a[0].shape[1]
         self._limits = [_head_limit(parts) for parts in (self._a, self._b)]
-        self._exact = [a @ b for a, b in zip(self._a, self._b, strict=True)]
+        self._exact = [exact.matmul(Operand(a), Operand(b)) for a, b in zip(self._a, self._b, strict=True)]
         self._index: list[Tensor | None] = [None, None]
         self._split = 1.0
 
@@ -309,29 +319,36 @@ class _HeadProduct:
             return limit
         return limit * self._factors.to(limit)[index.to(limit.device)]
 
-    def _twin_parts(self, split: float) -> list[Tensor]:
+    def _twin_parts(self, split: float) -> list[Operand]:
         quantizer = TwinSoftmaxQuantizer(split, self._settings.activation_bits)
-        return [quantizer(part) for part in self._a]
+        return [_quantized_by(quantizer, part) for part in self._a]
 
-    def _quantized(self, operand: int, index: Tensor | None) -> list[Tensor]:
+    def _quantized(self, operand: int, index: Tensor | None) -> list[Operand]:
         limit = self._range(operand, index)[:, None, None]
         parts = self._a if operand == 0 else self._b
         return [_symmetric(part, limit, self._settings.activation_bits) for part in parts]
 
-    def _errors(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
+    def _errors(self, a: list[Operand], b: list[Operand]) -> Tensor:
         """Errors of each head, on the CPU in float64."""
         heads = torch.zeros(self._heads, dtype=torch.float64)
-        for left, right, exact, root in zip(a, b, self._exact, self._roots, strict=True):
-            product = left @ right
+        for left, right, outputs, root in zip(a, b, self._exact, self._roots, strict=True):
+            product = exact.matmul(left, right)
             if self._settings.metric == "cosine":
-                error = 1 - torch.cosine_similarity(product, exact, dim=-1).double()
+                error = 1 - torch.cosine_similarity(product.double(), outputs.double(), dim=-1)
                 heads += error.sum(dim=(0, 2)).cpu()
                 continue
-            difference = product.sub_(exact)
+            difference = product.sub_(outputs)
             if root is not None:
                 difference.mul_(root)
-            heads += difference.square_().sum(dim=(0, 2, 3)).double().cpu()
+            heads += difference.square_().sum(dim=(0, 2, 3), dtype=torch.float64).cpu()
         return heads
+
+
+def _rows(operand: Operand, rows: slice) -> Operand:
+    """Some rows of an operand that has one step for all."""
+    if operand.encoded is None:
+        return Operand(operand.decoded()[rows])
+    return Operand(encoded=replace(operand.encoded, codes=operand.encoded.codes[rows]))
 
 
 def _head_limit(parts: list[Tensor]) -> Tensor:

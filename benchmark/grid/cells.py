@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from baselines.method import Method
     from quanttune.quantization.scheme import Scheme
 
-ENGINE_VERSION = 1
-"""Part of every cell id: raise it when the engine measures the same settings differently."""
+ENGINE_VERSION = 2
+"""Part of every cell id: raise it when the engine measures the same settings differently.
+
+2: products on integer codes, everything else in float64 and rounded once, ranges of 16 significant bits.
+"""
 
 REFERENCE_METHOD = "fp32"
 REFERENCE_PRECISION = "FP32"

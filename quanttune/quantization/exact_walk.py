@@ -28,8 +28,7 @@ from quanttune.quantization.tracing import Handler, Product, SiteHandlers, safe_
 
 _MARK = "_quanttune_grid"
 _ORDER_DEPENDENT = order_free.ORDER_DEPENDENT | {softmax, safe_softmax}
-_MAY_CHANGE = frozenset({F.dropout, torch.dropout, F.pad})
-"""Among the rearranging operations those that, by their arguments, can also make other numbers."""
+_DROPOUT = frozenset({F.dropout, torch.dropout})
 _ALIKE = frozenset({Tensor.contiguous, Tensor.clone, torch.clone, Tensor.detach, torch.detach, Tensor.to})
 """Those that leave every number at its place, so that steps of channels or tokens still fit."""
 
@@ -95,12 +94,12 @@ class ExactHandlers(SiteHandlers):
         if func in _ORDER_DEPENDENT or kwargs.get("alpha", 1) != 1:
             # A sum with a factor may be one rounding or two.
             return order_free.in_float64(func, args, kwargs)
-        grid = _grid_of(args[0]) if args else None
+        grid = _common_grid(args[0]) if func is torch.cat else _grid_of(args[0]) if args else None
         result = func(*args, **kwargs)
         if grid is None:
             return result
-        if func in REARRANGING:
-            return _carried(func, args[0], result, grid)
+        if func in REARRANGING or func is torch.cat:
+            return _carried(func, args, kwargs, result, grid)
         if func in SCALING and not kwargs and (constant := _constant(args[1])):
             return _marked(result, grid.scaled(1 / constant if "div" in func.__name__ else constant))
         return result
@@ -216,13 +215,30 @@ def _grid_of(tensor: Any) -> Grid | None:
     return grid
 
 
-def _carried(func: Any, source: Tensor, result: Any, grid: Grid) -> Any:
-    """``result`` with the mark of ``source``, if the grid still fits its numbers."""
+def _common_grid(tensors: Any) -> Grid | None:
+    """The grid of tensors side by side, if it is one for all; a key-value cache starts empty."""
+    filled = [tensor for tensor in tensors if tensor.numel()] if isinstance(tensors, tuple | list) else []
+    grids = [_grid_of(tensor) for tensor in filled]
+    if not grids or any(grid is None or not grid.is_shared or grid != grids[0] for grid in grids):
+        return None
+    return grids[0]
+
+
+def _carried(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any, grid: Grid) -> Any:
+    """``result`` with the mark of what it was made from, if the grid still fits its numbers."""
     for tensor in result if isinstance(result, tuple | list) else (result,):
         if tensor.dtype != torch.float32:
             continue
-        same = tensor.data_ptr() == source.data_ptr() and tensor.shape == source.shape
-        fits = same if func in _MAY_CHANGE else grid.is_shared or func in _ALIKE
+        if func is F.pad:
+            # Nothing but zeros is sure to be on the grid.
+            padded = dict(zip(("mode", "value"), args[2:], strict=False)) | dict(kwargs)
+            zeros = padded.get("mode", "constant") == "constant" and not padded.get("value")
+            fits = grid.is_shared and zeros
+        elif func in _DROPOUT:
+            # Evaluation leaves every number as it is.
+            fits = tensor.data_ptr() == args[0].data_ptr() and tensor.shape == args[0].shape
+        else:
+            fits = grid.is_shared or func in _ALIKE
         if fits:
             _marked(tensor, grid)
     return result

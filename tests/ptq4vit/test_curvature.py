@@ -107,7 +107,7 @@ def test_g_is_the_same_in_double_precision_and_the_published_one_is_not():
 
     def published(network: nn.Module, inputs: Tensor) -> Tensor:
         captured = []
-        with simulate(network, {site: lambda x: (captured.append(x), x)[1]}):
+        with simulate(network, {site: lambda x: (captured.append(x), x)[1]}, exact=False):
             logits = network(inputs)
         prediction = F.softmax(logits, -1)
         divergence = F.kl_div(F.log_softmax(logits, -1), prediction.detach(), reduction="batchmean")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from baselines.products import ProductData
-from baselines.scale_search import SPLITS, Grid, Settings, search_scales
+from baselines.scale_search import SPLITS, Candidates, Settings, search_scales
 from quanttune.seeds import torch_generator
 from tests.ptq4vit.numpy_reference import numpy_symmetric, numpy_twin_gelu, numpy_twin_softmax
 
@@ -19,7 +19,7 @@ FACTORS = np.linspace(0.01, 1.2, 100)
 def settings_for(metric: str = "hessian", bits: int = 6, exhaustive: bool = True, **changes) -> Settings:
     values = {
         "weight_bits": bits, "activation_bits": bits, "metric": metric,
-        "grid": Grid(0.01, 1.2, 100, exhaustive), "rounds": 3, "per_channel": False,
+        "grid": Candidates(0.01, 1.2, 100, exhaustive), "rounds": 3, "per_channel": False,
         "twin_softmax": True, "twin_gelu": True,
     }  # fmt: skip
     return Settings(**{**values, **changes})
@@ -108,7 +108,7 @@ def test_exhaustive_search_of_a_linear_layer_is_algorithm_1(metric, blocks, per_
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_base_ptq_search_is_one_round_by_cosine(per_channel):
     data = linear_case(seed=5)
-    grid = Grid(0.5, 1.2, 100, exhaustive=True)
+    grid = Candidates(0.5, 1.2, 100, exhaustive=True)
     found = search_scales(
         data, "", 3, settings_for("cosine", 5, grid=grid, rounds=1, per_channel=per_channel)
     )
@@ -215,7 +215,7 @@ def test_coarse_to_fine_prices_few_candidates():
         calls.append(index)
         return (index - torch.tensor([7, 41, 99])).abs().double()
 
-    grid = Grid(0.01, 1.2)
+    grid = Candidates(0.01, 1.2)
     assert grid.search(errors_of, None, 3).tolist() == [7, 41, 99]
     assert len(calls) <= 19
     calls.clear()

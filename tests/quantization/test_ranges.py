@@ -121,8 +121,8 @@ def test_the_error_is_that_of_the_quantizer_that_is_built() -> None:
         symmetric = UniformQuantizer.symmetric(1.7, bits)(x)
         found = symmetric_error(statistics.histogram.magnitudes(), np.array([1.7]), bits)[0]
         assert found == pytest.approx(float((symmetric - x).double().square().sum()), rel=2e-3)
-        asymmetric = UniformQuantizer.asymmetric(-0.9, 2.1, bits)(x)
-        found = asymmetric_error(statistics.histogram, np.array([-0.9]), np.array([2.1]), bits)[0]
+        asymmetric = UniformQuantizer.asymmetric(-0.95, 2.1, bits)(x)
+        found = asymmetric_error(statistics.histogram, np.array([-0.95]), np.array([2.1]), bits)[0]
         assert found == pytest.approx(float((asymmetric - x).double().square().sum()), rel=2e-3)
 
 

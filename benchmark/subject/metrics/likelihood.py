@@ -26,6 +26,8 @@ def nll(logits: Tensor, targets: Tensor) -> Tensor:
 def text_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean negative log-likelihood in nats of each text's scored tokens, float64 ``(N,)``.
 
+    Summed in float64 and rounded to float32, so that no processor's last digit shows.
+
     ``targets[:, t]`` is what the logits at ``t - 1`` predict, or -100 where nothing is scored.
 
     Raises:
@@ -38,8 +40,7 @@ def text_nll(logits: Tensor, targets: Tensor) -> Tensor:
     for row, (predicted, wanted) in enumerate(zip(logits[:, :-1], targets[:, 1:], strict=True)):
         # one text at a time: logits of a large vocabulary are most of the memory
         kept = wanted != UNSCORED
-        losses = cross_entropy(predicted[kept].float(), wanted[kept], reduction="none")
-        scores[row] = losses.double().mean()
+        scores[row] = cross_entropy(predicted[kept].double(), wanted[kept]).float()
     if not torch.isfinite(scores).all():
         raise QuantTuneError("the model's logits are not finite, so it has no perplexity")
     return scores

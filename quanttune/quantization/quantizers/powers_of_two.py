@@ -43,7 +43,7 @@ def shift_errors(
                     step = float(base.scale) / 2**shift
                     error = (exact * (1 / step)).round_().clamp_(base.code_min - zero, base.code_max - zero)
                     error.mul_(step).sub_(exact)
-                    totals[index][shift] += error.square_().sum(dim=0).double()
+                    totals[index][shift] += error.square_().sum(dim=0, dtype=torch.float64)
     return [torch.stack([torch.as_tensor(total) for total in row]) for row in totals]
 
 
