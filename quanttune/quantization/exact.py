@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,27 +30,47 @@ WHOLE_IN_FLOAT32 = 1 << 24
 """Whole numbers up to this magnitude, and their sums, are exact in float32."""
 _WHOLE_IN_BFLOAT16 = 1 << 8  # what reduced-precision kernels multiply without loss
 _AT_ONCE = 1 << 17  # elements scaled while they are in the cache
+_PRODUCT_AT_ONCE = 1 << 19  # elements of either side of a product likewise
+_FEWEST_ROWS = 256  # fewer would slow the product itself
 
 
-@dataclass
 class Operand:
     """One side of a product.
 
-    Attributes:
-        values: The float32 tensor.
-        encoded: Its codes, if it is on a grid; ``values`` may then be absent.
+    Args:
+        values: The float32 tensor; may be left out where there are codes.
+        encoded: Its codes, if it is on a grid.
+        lazy: Codes that are made when a product asks for them, a few rows at a time if it can.
     """
 
-    values: Tensor | None = None
-    encoded: Encoded | None = None
+    def __init__(
+        self, values: Tensor | None = None, encoded: Encoded | None = None, lazy: LazyCodes | None = None
+    ) -> None:
+        self.values = values
+        self.lazy = lazy
+        self._encoded = encoded
+
+    @property
+    def encoded(self) -> Encoded | None:
+        """The codes, or ``None``."""
+        if self._encoded is None and self.lazy is not None:
+            self._encoded = self.lazy.encoded()
+        return self._encoded
+
+    @property
+    def grid(self) -> Grid | None:
+        """The grid, if it is on one."""
+        return (
+            self.lazy.grid if self.lazy is not None else None if self._encoded is None else self._encoded.grid
+        )
 
     def decoded(self) -> Tensor:
         """The values."""
-        if self.values is not None:
-            return self.values
-        if self.encoded is None:
-            raise ValueError("an operand needs values or codes")
-        return self.encoded.decoded()
+        if self.values is None:
+            if self.encoded is None:
+                raise ValueError("an operand needs values or codes")
+            self.values = self.encoded.decoded()
+        return self.values
 
     @cached_property
     def row_bounds(self) -> tuple[int, int, int]:
@@ -66,9 +87,39 @@ class Operand:
         return None if self.encoded is None else self.encoded.along(axis)
 
 
+@dataclass(frozen=True)
+class LazyCodes:
+    """How to make the codes of a tensor that shares one step.
+
+    Attributes:
+        source: The tensor.
+        grid: The grid.
+        limits: Smallest and largest code, where values may lie beyond.
+    """
+
+    source: Tensor
+    grid: Grid
+    limits: tuple[float, float] | None = None
+
+    def encoded(self) -> Encoded:
+        """All codes."""
+        return Encoded(self.write(self.source, torch.empty_like(self.source)), self.grid)
+
+    def write(self, part: Tensor, codes: Tensor) -> Tensor:
+        """The codes of a part of the source, written to ``codes``."""
+        torch.mul(part, float(np.float32(1) / np.float32(self.grid.step)), out=codes)
+        codes.round_()
+        return codes if self.limits is None else codes.clamp_(*self.limits)
+
+
 def linear(left: Operand, right: Operand, bias: Tensor | None) -> Tensor:
     """``x @ w.T + bias`` for ``x`` of shape ``(..., inputs)`` and ``w`` of shape ``(outputs, inputs)``."""
-    x, w = left.along(-1), right.along(-1)
+    w = right.along(-1)
+    if w is right.encoded and w is not None and w.grid.factors is None and left.lazy is not None:
+        found = _linear_in_cache(left.lazy, w, right.row_bounds[0], bias)
+        if found is not None:
+            return found
+    x = left.along(-1)
     if x is None or w is None or not _fold(x.grid, w.grid) or x.codes.dim() < 2:
         return in_float64(F.linear, left.decoded(), right.decoded(), bias)
     with _full_precision(x.codes):
@@ -76,8 +127,29 @@ def linear(left: Operand, right: Operand, bias: Tensor | None) -> Tensor:
         rows = right.row_bounds if w is right.encoded else Operand(encoded=w).row_bounds
         whole, *halves = (x.grid.largest * row for row in rows)
         total = _summed(F.linear, x, w, whole, max(halves))
-    steps = w.grid.step.reshape(-1) if isinstance(w.grid.step, Tensor) else w.grid.step
-    return _scaled(total, x.grid.step, steps, bias)
+    return _scaled(total, x.grid.step, _of_outputs(w.grid), bias)
+
+
+def _linear_in_cache(left: LazyCodes, w: Encoded, bound: int, bias: Tensor | None) -> Tensor | None:
+    """The same a few rows at a time, so that codes and sums need no trip to memory; ``None`` if it cannot."""
+    x = left.source
+    largest = max(left.grid.largest, w.grid.largest)
+    if not x.is_contiguous() or x.dim() < 2 or not _in_float32(left.grid.largest * bound, largest):
+        return None
+    rows, outputs = x.flatten(0, -2), w.codes.shape[0]
+    result = torch.empty(len(rows), outputs, device=x.device)
+    at_once = max(_PRODUCT_AT_ONCE // max(x.shape[-1], outputs), _FEWEST_ROWS)
+    scratch = torch.empty(min(at_once, len(rows)), x.shape[-1], device=x.device)
+    with _full_precision(x):
+        for part, total in zip(rows.split(at_once), result.split(at_once), strict=True):
+            torch.mm(left.write(part, scratch[: len(part)]), w.codes.T, out=total)
+            _scaled(total, left.grid.step, _of_outputs(w.grid), bias)
+    return result.view(*x.shape[:-1], outputs)
+
+
+def _of_outputs(grid: Grid) -> float | Tensor:
+    """The steps of a weight's outputs, one number or a vector."""
+    return grid.step.reshape(-1) if isinstance(grid.step, Tensor) else grid.step
 
 
 def matmul(left: Operand, right: Operand) -> Tensor:
@@ -146,15 +218,20 @@ def _summed(
         half: The same of the sums over the first half and over the rest.
     """
     x, w = left.codes, right.codes
-    reduced = torch.get_float32_matmul_precision() != "highest"
-    if not (reduced and max(left.grid.largest, right.grid.largest) > _WHOLE_IN_BFLOAT16):
-        if whole <= WHOLE_IN_FLOAT32:
-            return product(x, w)
-        if half <= WHOLE_IN_FLOAT32:
-            middle = x.shape[-1] // 2
-            # Both parts are whole, so this addition rounds the exact sum once.
-            return product(x[..., :middle], w[..., :middle]).add_(product(x[..., middle:], w[..., middle:]))
+    largest = max(left.grid.largest, right.grid.largest)
+    if _in_float32(whole, largest):
+        return product(x, w)
+    if _in_float32(half, largest):
+        middle = x.shape[-1] // 2
+        # Both parts are whole, so this addition rounds the exact sum once.
+        return product(x[..., :middle], w[..., :middle]).add_(product(x[..., middle:], w[..., middle:]))
     return product(x.double(), w.double()).float()
+
+
+def _in_float32(bound: int, largest: int) -> bool:
+    """Whether float32 holds sums within ``bound`` of products of codes up to ``largest``."""
+    reduced = torch.get_float32_matmul_precision() != "highest"
+    return bound <= WHOLE_IN_FLOAT32 and not (reduced and largest > _WHOLE_IN_BFLOAT16)
 
 
 def _fold(left: Grid, right: Grid) -> bool:

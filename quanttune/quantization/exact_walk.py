@@ -20,14 +20,15 @@ from torch import Tensor, nn
 
 from quanttune.quantization import exact, order_free
 from quanttune.quantization.arrangements import REARRANGING, SCALING
-from quanttune.quantization.exact import Operand
-from quanttune.quantization.quantizers import Quantizer
+from quanttune.quantization.exact import LazyCodes, Operand
+from quanttune.quantization.quantizers import Quantizer, UniformQuantizer
 from quanttune.quantization.quantizers.grid import Grid, on_grid
 from quanttune.quantization.sites import SiteId
 from quanttune.quantization.tracing import Handler, Product, SiteHandlers, safe_softmax, softmax
 
 _MARK = "_quanttune_grid"
 _ORDER_DEPENDENT = order_free.ORDER_DEPENDENT | {softmax, safe_softmax}
+_SUMS = frozenset({torch.add, Tensor.add, Tensor.__add__})
 _DROPOUT = frozenset({F.dropout, torch.dropout})
 _ALIKE = frozenset({Tensor.contiguous, Tensor.clone, torch.clone, Tensor.detach, torch.detach, Tensor.to})
 """Those that leave every number at its place, so that steps of channels or tokens still fit."""
@@ -55,6 +56,7 @@ class ExactHandlers(SiteHandlers):
             },
         )
         self.exact = exact
+        self._fresh: Tensor | None = None  # a result that nobody but this walk has seen
 
     @property
     def _computes(self) -> bool:
@@ -71,9 +73,14 @@ class ExactHandlers(SiteHandlers):
             return tensor
         if not self.exact:
             return handler(tensor)
+        fresh, self._fresh = self._fresh is tensor, None
+        if fresh and isinstance(handler, Quantizer) and not _is_tracked(tensor):
+            grid = handler.quantize_in_place(tensor)
+            if grid is not None:
+                return _marked(tensor, grid)
         operand = _handled(handler, tensor)
-        values = operand.decoded()
-        return values if operand.encoded is None else _marked(values, operand.encoded.grid)
+        grid = operand.grid
+        return operand.decoded() if grid is None else _marked(operand.decoded(), grid)
 
     def multiply(self, product: Product) -> Tensor:
         """Compute a product from codes, or in float64."""
@@ -85,7 +92,8 @@ class ExactHandlers(SiteHandlers):
         tracked = (left.values, right.values, product.bias)
         if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tracked):
             return _TrackedProduct.apply(product, left, right, left.decoded(), right.decoded(), product.bias)
-        return _computed(product, left, right)
+        self._fresh = _computed(product, left, right)
+        return self._fresh
 
     def apply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute any other operation, and carry marks along."""
@@ -93,9 +101,13 @@ class ExactHandlers(SiteHandlers):
             return func(*args, **kwargs)
         if func in _ORDER_DEPENDENT or kwargs.get("alpha", 1) != 1:
             # A sum with a factor may be one rounding or two.
-            return order_free.in_float64(func, args, kwargs)
+            result = order_free.in_float64(func, args, kwargs)
+            self._fresh = None if order_free.written(func, args, kwargs) is not None else result
+            return result
         grid = _common_grid(args[0]) if func is torch.cat else _grid_of(args[0]) if args else None
         result = func(*args, **kwargs)
+        if func in _SUMS:
+            self._fresh = result
         if grid is None:
             return result
         if func in REARRANGING or func is torch.cat:
@@ -114,7 +126,11 @@ class ExactHandlers(SiteHandlers):
         if handler is not None:
             return _handled(handler, tensor)
         grid = _grid_of(tensor)
-        return Operand(tensor, None if grid is None else on_grid(tensor.detach(), grid))
+        if grid is None:
+            return Operand(tensor)
+        if grid.is_shared:
+            return Operand(tensor, lazy=LazyCodes(tensor.detach(), grid))
+        return Operand(tensor, on_grid(tensor.detach(), grid))
 
 
 def _handled(handler: Handler, tensor: Tensor) -> Operand:
@@ -122,6 +138,9 @@ def _handled(handler: Handler, tensor: Tensor) -> Operand:
     if isinstance(handler, WeightHandler):
         return handler.operand(tensor)
     encoded = None
+    if isinstance(handler, UniformQuantizer) and tensor.dtype == torch.float32 and handler.shared_grid:
+        lazy = LazyCodes(tensor.detach(), handler.shared_grid, handler.shared_limits)
+        return Operand(handler(tensor) if _is_tracked(tensor) else None, lazy=lazy)
     if isinstance(handler, Quantizer) and tensor.dtype == torch.float32:
         encoded = handler.encode(tensor.detach())
     return Operand(handler(tensor) if encoded is None or _is_tracked(tensor) else None, encoded)

@@ -8,7 +8,7 @@ error functions. These are computed in float64 and rounded to float32 once: what
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +47,15 @@ ORDER_DEPENDENT: frozenset[Any] = frozenset(
 )
 """What :func:`in_float64` is for."""
 
+_BY_ROWS = frozenset({"gelu", "layer_norm", "rms_norm", "safe_softmax", "sigmoid", "silu", "softmax", "tanh"})
+_FURTHER = {
+    "softmax": ("dim",),
+    "silu": ("inplace",),
+    "layer_norm": ("normalized_shape", "weight", "bias", "eps"),
+    "rms_norm": ("normalized_shape", "weight", "eps"),
+}
+"""What they take after the tensor, by position."""
+_AT_ONCE = 1 << 17  # elements of which float64 copies stay in the cache
 _IN_PLACE_LAST = frozenset({"celu", "elu", "hardsigmoid", "hardswish", "mish", "selu", "silu"})
 
 
@@ -63,14 +72,49 @@ def in_float64(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     types = {tensor.dtype for tensor in _tensors((*args, *kwargs.values()))}
     if torch.float32 not in types or torch.float64 in types:
         return func(*args, **kwargs)
+    if getattr(func, "__name__", "") in _BY_ROWS and (found := _by_rows(func, args, kwargs)) is not None:
+        return found
     wide_args = tuple(_widened(value) for value in args)
     wide = {name: _widened(value) for name, value in kwargs.items()}
-    target = _written(func, args, kwargs)
+    target = written(func, args, kwargs)
     wide.pop("out", None)
     if "inplace" in wide:
         wide["inplace"] = False
     result = _narrowed(func(*wide_args, **wide))
     return result if target is None else target.copy_(result)
+
+
+def _by_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """A function of vectors along the last dimension, some of them at a time while they are in the cache.
+
+    Returns:
+        ``None`` if the call is not of that kind, or has a gradient to keep.
+    """
+    values, name = args[0] if args else None, func.__name__
+    if not isinstance(values, Tensor) or not values.is_contiguous() or values.dim() < 2:
+        return None
+    options = dict(zip(_FURTHER.get(name, ()), args[1:], strict=False)) | kwargs
+    tracked = torch.is_grad_enabled() and any(each.requires_grad for each in _tensors(options.values()))
+    if tracked or (torch.is_grad_enabled() and values.requires_grad) or len(args) > 1 + len(options):
+        return None
+    if (
+        options.get("dim", -1) not in (-1, values.dim() - 1)
+        or len(options.get("normalized_shape", (1,))) != 1
+    ):
+        return None
+    if (
+        options.get("out") is not None
+        or options.get("inplace")
+        or options.get("dtype") not in (None, values.dtype)
+    ):
+        return None
+    named = {key: -1 if key == "dim" else _widened(value) for key, value in options.items()}
+    rows = values.flatten(0, -2)
+    result = torch.empty_like(rows)
+    at_once = max(_AT_ONCE // values.shape[-1], 1)
+    for part, target in zip(rows.split(at_once), result.split(at_once), strict=True):
+        target.copy_(func(part.double(), **named))
+    return result.view(values.shape)
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -95,8 +139,8 @@ def _narrowed(value: Any) -> Any:
     return type(value)(map(_narrowed, value)) if isinstance(value, tuple | list) else value
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The tensor that a call writes to."""
+def written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The tensor of the caller that a call writes to, if any."""
     if isinstance(kwargs.get("out"), Tensor):
         return kwargs["out"]
     name = getattr(func, "__name__", "")

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from quanttune.quantization.quantizers.grid import Encoded
+from quanttune.quantization.quantizers.grid import Encoded, Grid
 from quanttune.registry import Registry
 
 
@@ -48,6 +48,14 @@ class Quantizer(ABC):
         Returns:
             ``None`` where its values are no integers times one step: products with them are summed in
             float64.
+        """
+        return None
+
+    def quantize_in_place(self, values: Tensor) -> Grid | None:
+        """Write what this quantizer returns over float32 ``values``.
+
+        Returns:
+            The grid of what was written; ``None``, and the values as they were, where it cannot.
         """
         return None
 

@@ -12,6 +12,7 @@ from quanttune.quantization.quantizers.grid import Encoded, Grid, significant
 from quanttune.quantization.quantizers.quantizer import QUANTIZERS, Quantizer, State
 
 _SHORT = (torch.float16, torch.bfloat16)
+_AT_ONCE = 1 << 17
 
 
 @QUANTIZERS.register("uniform")
@@ -106,8 +107,7 @@ class UniformQuantizer(Quantizer):
         if self.axis is None:
             # In-cache passes: several times faster on a CPU than the fused kernel, bit for bit the same.
             codes = (values * self._inverse).round_()
-            codes.clamp_(self.code_min - self._zero, self.code_max - self._zero)
-            return Encoded(codes, Grid(self._step, self._largest))
+            return Encoded(codes.clamp_(*self.shared_limits), Grid(self._step, self._largest))
         shape = [1] * values.dim()
         shape[self.axis] = -1
         scale = self.scale.to(values.device).view(shape)
@@ -117,6 +117,25 @@ class UniformQuantizer(Quantizer):
         torch.maximum(codes, self.code_min - zero, out=codes)
         torch.minimum(codes, self.code_max - zero, out=codes)
         return Encoded(codes, Grid(scale, self._largest))
+
+    @property
+    def shared_grid(self) -> Grid | None:
+        """The grid of a per-tensor quantizer; its codes are those less the zero point."""
+        return Grid(self._step, self._largest) if self.axis is None else None
+
+    @property
+    def shared_limits(self) -> tuple[int, int]:
+        """Smallest and largest code of a per-tensor quantizer, less the zero point."""
+        return self.code_min - self._zero, self.code_max - self._zero
+
+    def quantize_in_place(self, values: Tensor) -> Grid | None:
+        """A part of the values at a time, all four passes while it is in the cache."""
+        grid = self.shared_grid
+        if grid is None or not values.is_contiguous():
+            return None
+        for part in values.view(-1).split(_AT_ONCE):
+            part.mul_(self._inverse).round_().clamp_(*self.shared_limits).mul_(self._step)
+        return grid
 
     def _with_gradient(self, values: Tensor) -> Tensor:
         if self.axis is None:
