@@ -124,7 +124,8 @@ def table(
         metric: Another metric than the leading one of the suite's tasks.
 
     Returns:
-        One line a cell in the suite's order, with the columns of ``benchmark.report.rows.ROW_FIELDS``.
+        One line a cell in the suite's order, with the columns of ``benchmark.report.rows.ROW_FIELDS``,
+            and those of ``NOISE_FIELDS`` there if the noise of rounding was measured of a cell.
 
     Raises:
         ConfigError: If cells are missing and ``allow_partial`` is false, or a task does not offer the metric.

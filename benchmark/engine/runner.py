@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -234,15 +234,18 @@ class CellRunner:
         self._check(quantized, cell, session)
         if quantized.extra_operations:
             quantized.details["extra_operations"] = quantized.extra_operations
-        items, own, digest = self._evaluate(cell, session, quantized)
+        items, own, copies, digest = self._evaluate(cell, session, quantized)
         sites = site_rows(cell.scheme.sites(session.sites), quantized)
-        record = self._record(cell, session, started, reference, items, digest, own, quantized.details, sites)
+        record = self._record(
+            cell, session, started, reference, items, digest, own, copies, quantized.details, sites
+        )
         return record, items, quantized
 
     def _evaluate(
         self, cell: Cell, session: Session, quantized: Quantized
-    ) -> tuple[Items, Items | None, str]:
+    ) -> tuple[Items, Items | None, list[Items], str]:
         from benchmark.engine.measure import evaluate
+        from benchmark.engine.noise import measure_copies
         from quanttune.quantization import simulate
 
         model, digest = session.with_weights(quantized.weights)
@@ -260,7 +263,7 @@ class CellRunner:
                 device=self.device,
                 progress=self.progress,
             )
-        return items, own, digest
+        return items, own, measure_copies(session, cell, quantized, model, digest), digest
 
     def _record(
         self,
@@ -271,16 +274,20 @@ class CellRunner:
         items: Items,
         weights_digest: str,
         own: Items | None = None,
+        copies: Sequence[Items] = (),
         details: dict[str, Any] | None = None,
         sites: list[dict[str, Any]] | None = None,
     ) -> Record:
         from benchmark.engine.measure import drop_interval, metric_values
+        from benchmark.engine.noise import noise_of
 
         task = session.task
         values, fp32s = metric_values(task, items), metric_values(task, reference)
         owns = {} if own is None else metric_values(task, own)
         value, fp32 = values[task.metric], fp32s[task.metric]
-        low, high = drop_interval(reference.scores, items.scores, task.metric_value)
+        noise, spreads = noise_of(task, items, copies)
+        common = 0.0 if noise is None or noise.common is None else noise.common
+        low, high = drop_interval(reference.scores, items.scores, task.metric_value, common)
         result = Result(
             metric=task.metric,
             higher_is_better=task.higher_is_better,
@@ -291,6 +298,7 @@ class CellRunner:
             ci_low=low,
             ci_high=high,
             n=len(items.scores),
+            noise=noise,
         )
         return Record(
             cell,
@@ -301,6 +309,7 @@ class CellRunner:
             metrics=plain(
                 {
                     name: {"value": values[name], "fp32": fp32s.get(name), "fp32_own": owns.get(name)}
+                    | spreads.get(name, {})
                     for name in values
                 }
             ),

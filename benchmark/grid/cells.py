@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from benchmark.grid.autocast import FULL_PRECISION
+from benchmark.grid.noise import SUBSET
 from benchmark.grid.schemes import scheme_of
 from quanttune.digests import canonical_json, json_digest
 from quanttune.errors import UnknownNameError
@@ -41,6 +42,8 @@ class Cell:
         split: The split measured: ``test``, or ``validation`` in a search of hyperparameters.
         autocast: Mixed precision of the reference's evaluation and of fine-tuning, see
             :data:`benchmark.grid.autocast.AUTOCAST`; simulations compute in FP32 whatever it is.
+        noise: Items on which the noise of rounding is measured, see :data:`benchmark.grid.noise.NOISE`: it
+            widens the interval of the drop.
         recipe_json: For a method that trains, the model's recipe as canonical JSON; empty for the others.
     """
 
@@ -61,6 +64,7 @@ class Cell:
     limit: int | None
     split: str = "test"
     autocast: str = FULL_PRECISION
+    noise: str = SUBSET
     recipe_json: str = NO_RECIPE
 
     @property
@@ -84,6 +88,8 @@ class Cell:
             del fields["split"]  # what a cell of a table measures needs no saying
         if self.autocast == FULL_PRECISION:
             del fields["autocast"]
+        if self.noise == SUBSET:
+            del fields["noise"]
         return {"engine": ENGINE_VERSION, **fields}
 
     @classmethod

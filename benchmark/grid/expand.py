@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmark.grid.autocast import AUTOCAST
 from benchmark.grid.cells import NO_RECIPE, REFERENCE_METHOD, REFERENCE_PRECISION, Cell
+from benchmark.grid.noise import SUBSET
 from benchmark.grid.schemes import axes_of, scheme_of
 from benchmark.grid.suite import MethodSpec, Suite
 from benchmark.subject.lookup import get_model, is_special
@@ -87,6 +88,7 @@ def expand(
             "limit": _effective_limit(base["task"], suite.split, suite.limit if limit is None else limit),
             "split": suite.split,
             "autocast": autocast or suite.autocast,
+            "noise": suite.noise,
         }
         for cell in _model_cells(base | common, methods, suite, precisions, profiles, seeds):
             cells.setdefault(cell.cell_id, cell)
@@ -132,7 +134,7 @@ def _cell(
     seed: int,
 ) -> Cell:
     if name == REFERENCE_METHOD:
-        base = base | {"calibration_items": 0}
+        base = base | {"calibration_items": 0, "noise": SUBSET}
     if not method.trains:
         base = base | {"recipe_json": NO_RECIPE}
     return Cell(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.grid.autocast import AUTOCAST, FULL_PRECISION
+from benchmark.grid.noise import NOISE, SUBSET
 from quanttune.errors import ConfigError, UnknownNameError
 from quanttune.quantization.scheme import Scheme
 from quanttune.quantization.sites import PROFILES
@@ -45,6 +46,7 @@ class Suite:
         limit: Number of test items, ``None`` for the whole split.
         split: What is measured: ``test``, or ``validation`` for a search of hyperparameters.
         autocast: Mixed precision of references and fine-tuning: ``none`` or ``bf16``.
+        noise: Items on which the noise of rounding is measured: ``subset`` (a tenth), ``all`` or ``none``.
         origin: What to give to ``--suite``.
     """
 
@@ -61,6 +63,7 @@ class Suite:
     limit: int | None = None
     split: str = "test"
     autocast: str = FULL_PRECISION
+    noise: str = SUBSET
     origin: str = ""
 
 
@@ -125,6 +128,8 @@ def parse_suite(name: str, text: str, origin: str) -> Suite:
         raise ConfigError(f"{what}: split = {values['split']!r}; known: {', '.join(SPLITS)}")
     if values.get("autocast", FULL_PRECISION) not in AUTOCAST:
         raise ConfigError(f"{what}: autocast = {values['autocast']!r}; known: {', '.join(AUTOCAST)}")
+    if values.get("noise", SUBSET) not in NOISE:
+        raise ConfigError(f"{what}: noise = {values['noise']!r}; known: {', '.join(NOISE)}")
     values["precisions"] = tuple(str(Scheme.parse(text)) for text in values["precisions"])
     return Suite(name=name, methods=methods, origin=origin, **{"description": "", **values})
 
@@ -142,8 +147,9 @@ _FIELDS: dict[str, type] = {
     "limit": int,
     "split": str,
     "autocast": str,
+    "noise": str,
 }
-_SCALARS = ("description", "calibration_items", "limit", "split", "autocast")
+_SCALARS = ("description", "calibration_items", "limit", "split", "autocast", "noise")
 SPLITS = ("test", "validation")
 
 

@@ -11,15 +11,41 @@ from benchmark.grid.cells import Cell
 from quanttune.digests import json_digest
 from quanttune.errors import StoreError
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of what is written; a folder written by a newer one is refused."""
 
-READABLE = (1, 2)
-"""Versions that are read: records of version 1 lack what ``_NEWER`` names, the rest is of the same form."""
+READABLE = (1, 2, 3)
+"""Versions that are read: older records lack what ``_NEWER`` names, and the noise of the result; the rest is
+of the same form."""
 
 _NEWER = ("metrics", "quantized")
+_OLDEST, _WITH_NEWER, _WITH_NOISE = READABLE
 
 DONE, SKIPPED = "done", "skipped"
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How far rounding alone moves the metric of a cell, from copies whose steps differ in their last digits.
+
+    Attributes:
+        copies: Perturbed copies beside the cell itself.
+        relative: By how much each step was perturbed at most, relative to itself.
+        items: Number of items that the copies were measured on, among those of the cell.
+        mean: The metric, mean over the cell and its copies; ``None`` where it has none.
+        deviation: Its standard deviation over all items of the cell.
+        common: Standard deviation of what rounding does to all items at once, which does not average out.
+        flips: Percentage of items whose predicted class is another one in a copy; ``None`` for tasks without
+            classes.
+    """
+
+    copies: int
+    relative: float
+    items: int
+    mean: float | None
+    deviation: float | None
+    common: float | None
+    flips: float | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +60,7 @@ class Result:
         ci_low: Lower end of the paired 95 % interval of the drop; ``None`` if there is none.
         ci_high: Its upper end.
         n: Number of items.
+        noise: How far rounding moves it; ``None`` for references and where it was not measured.
     """
 
     metric: str
@@ -45,6 +72,7 @@ class Result:
     ci_low: float | None
     ci_high: float | None
     n: int
+    noise: Noise | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +96,8 @@ class Record:
         result: The leading metric.
         metrics: Every metric of the task by name, the leading one too: its ``value``, that of the FP32
             reference as ``fp32``, and that of the cell's own weights as ``fp32_own``, for methods that train;
-            None where there is no such number. Empty in records of before there were several.
+            None where there is no such number. Empty in records of before there were several. Where the
+            noise of rounding was measured, also its ``noise_mean``, ``noise_deviation`` and ``noise_common``.
         quantized: Its quantized model; ``None`` for references, skipped cells and those of older versions.
     """
 
@@ -90,10 +119,15 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         """A JSON object that :meth:`from_json` reads back, sealed with the digest of its other fields."""
         body = asdict(self) | {"cell": self.cell.identity(), "cell_id": self.cell.cell_id}
-        # What the first version could say is said as it did: its records keep the digests that views know.
+        # What an older version could say is said as it did: its records keep the digests that views know.
         newer = {name for name in _NEWER if body[name]}
         body = {name: value for name, value in body.items() if name in newer or name not in _NEWER}
-        body = plain(body | {"schema": SCHEMA if newer else READABLE[0]})
+        schema = _WITH_NEWER if newer else _OLDEST
+        if self.result is not None and self.result.noise is not None:
+            schema = _WITH_NOISE
+        elif self.result is not None:
+            del body["result"]["noise"]
+        body = plain(body | {"schema": schema})
         return body | {"digest": json_digest(body)}
 
     @classmethod
@@ -114,7 +148,10 @@ class Record:
             return None
         fields = {key: value for key, value in body.items() if key not in ("schema", "cell_id")}
         fields["cell"] = Cell.from_identity(fields["cell"])
-        fields["result"] = Result(**fields["result"]) if fields["result"] is not None else None
+        result = fields["result"]
+        if result is not None:
+            noise = result.get("noise")
+            fields["result"] = Result(**{**result, "noise": None if noise is None else Noise(**noise)})
         fields["quantized"] = Kept(**fields["quantized"]) if fields.get("quantized") else None
         return cls(**fields)
 

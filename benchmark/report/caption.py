@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from benchmark.report.roles import RETRAINED, role_of
 from benchmark.report.rows import SuiteRows
 from benchmark.subject.metrics.display import in_points, loss_name, with_unit
 from quanttune.quantization.scheme import Scheme
@@ -41,7 +42,30 @@ def caption_of(rows: SuiteRows) -> str:
         f"{' and '.join('symmetric' if value else 'asymmetric' for value in suite.symmetric)} per tensor"
         f"{_exceptions(suite.precisions)}; "
         f"{suite.calibration_items} calibration items, seed {', '.join(map(str, suite.seeds))}. "
-        f"{own}Best at a precision in bold.{random}{without}{partial}"
+        f"{own}Best at a precision in bold.{_rounding(rows)}{random}{without}{partial}"
+    )
+
+
+def _rounding(rows: SuiteRows) -> str:
+    """What is said of the noise of rounding, where it was measured."""
+    found = {
+        record.cell.method: record.result.noise
+        for record in rows.records.values()
+        if record.result is not None and record.result.noise is not None
+    }
+    if not found:
+        return ""
+    counts = sorted({noise.items for noise in found.values()})
+    items = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+    one = len(rows.suite.seeds) == 1
+    what = ", behind ± and in the interval," if one else ""
+    shown = any(noise.flips is not None and role_of(method) in RETRAINED for method, noise in found.items())
+    flips = " Flips: predictions that are others in a copy." if shown else ""
+    first = next(iter(found.values()))
+    return (
+        f" The standard deviation of rounding alone{what} is from {first.copies} copies whose steps differ "
+        f"by {first.relative:g} at most, on {items} items; bold, too, is what lies within twice that of its "
+        f"difference to the best, copies averaged.{flips}"
     )
 
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmark.engine.measure import CONFIDENCE, RESAMPLES
+from benchmark.engine.measure import CONFIDENCE, RESAMPLES, shared_draws
 from benchmark.grid.schemes import axes_of, scheme_of
 from benchmark.keep.record import Record
 from benchmark.keep.store import Store
 from benchmark.report.roles import CALIBRATORS, CONTROLS, OURS, STATE_OF_THE_ART, role_of
+from benchmark.report.rounding import Rounded, mean_of, rounded
 from benchmark.report.rows import SuiteRows
 from benchmark.subject.lookup import get_task
 from benchmark.subject.metrics.display import in_points
@@ -54,6 +55,7 @@ class Scored:
         value: The metric; with several seeds its mean.
         fp32: The reference's.
         fp32_own: That of the method's own weights, unquantized, if it trains.
+        rounded: The value with the noise of rounding, by which methods are compared.
     """
 
     label: str
@@ -61,6 +63,7 @@ class Scored:
     value: float
     fp32: float
     fp32_own: float | None
+    rounded: Rounded
 
     @property
     def drop(self) -> float:
@@ -119,29 +122,40 @@ class Comparison:
         ]
 
     def best(self, model: str, precision: str, roles: Collection[str]) -> Scored | None:
-        """The best rival with one of these roles, whatever its parameters; ``None`` if there is none."""
+        """The best rival with one of these roles, whatever its parameters; ``None`` if there is none.
+
+        Where the noise of rounding was measured, the best is chosen by the mean over the copies.
+        """
         found = [self.get(model, precision, label) for label in self.rivals(roles)]
-        return max((one for one in found if one is not None), key=lambda one: one.value, default=None)
+        return max((one for one in found if one is not None), key=lambda one: one.rounded.mean, default=None)
 
     def gain(self, pairs: dict[str, tuple[Scored, Scored]]) -> Estimate:
         """How much better the first of each pair is than the second, in points, averaged over models.
 
         The interval comes from the paired bootstrap: items are drawn with replacement, for each model
-        apart and the same for both of a pair. The choice of a best rival is not redrawn.
+        apart and the same for both of a pair. The choice of a best rival is not redrawn. What rounding does
+        to all items at once is added as in the interval of a drop, and the interval ends no closer to the
+        mean gain over the copies than rounding alone may lead.
 
         Args:
             pairs: By model; at least one.
         """
-        values, draws = [], []
+        values, draws, differences = [], [], []
         for model, (ours, rival) in pairs.items():
             metric = get_task(self.tasks[model]).metric_value
             count = len(ours.scores)
             generator = numpy_generator(0, "claims", model, count)
             drawn = generator.integers(0, count, (RESAMPLES, count))
             values.append(metric(ours.scores) - metric(rival.scores))
-            draws.append([metric(ours.scores[row]) - metric(rival.scores[row]) for row in drawn])
+            gains = np.array([metric(ours.scores[row]) - metric(rival.scores[row]) for row in drawn])
+            difference = ours.rounded - rival.rounded
+            draws.append(gains + shared_draws(difference.common, "claims", model, count))
+            differences.append(difference)
         tail = 100 * (1 - CONFIDENCE) / 2
         low, high = np.percentile(np.mean(draws, axis=0), [tail, 100 - tail])
+        gain = mean_of(differences)
+        if gain.deviation:
+            low, high = min(low, gain.mean - gain.reach), max(high, gain.mean + gain.reach)
         return Estimate(float(np.mean(values)), float(low), float(high))
 
     def pairs(self, precision: str, roles: Collection[str]) -> dict[str, tuple[Scored, Scored]]:
@@ -200,6 +214,7 @@ def _scored(label: str, records: list[Record], store: Store) -> Scored:
         float(np.mean([result.value for result in results])),
         results[0].fp32,
         float(np.mean(owns)) if owns else None,
+        mean_of([rounded(result) for result in results]),
     )
 
 

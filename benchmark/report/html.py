@@ -20,7 +20,7 @@ from benchmark.report.gallery import csv_of, svg_of
 from benchmark.report.published_table import HEADS, make_published_table, published_frame, text_rows
 from benchmark.report.roles import CALIBRATORS
 from benchmark.report.rows import SuiteRows
-from benchmark.report.tables import Table, make_table, text_of
+from benchmark.report.tables import Table, flips_of, make_table, text_of
 from benchmark.subject.lookup import get_model, get_task
 
 if TYPE_CHECKING:
@@ -78,11 +78,14 @@ def make_report(rows: SuiteRows, store: Store, frames: Mapping[str, pd.DataFrame
 
 
 def _table(table: Table) -> dict[str, Any]:
-    """Caption, heads and rows of the results, each place with its two lines and whether it is the best."""
+    """Caption, heads and rows of the results, each place with its lines and whether it is the best."""
     lines = []
     for row in table.rows:
         best = table.best(row)
-        places = [(*text_of(table, row, method), method in best) for method in table.methods]
+        places = [
+            (*text_of(table, row, method), flips_of(table, row, method), method in best)
+            for method in table.methods
+        ]
         lines.append({"model": row[0], "precision": row[1], "places": places})
     return {"caption": table.caption, "methods": table.methods, "lines": lines}
 

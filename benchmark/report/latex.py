@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmark.report.tables import RowKey, Table, arrange, text_of
+from benchmark.report.tables import RowKey, Table, arrange, flips_of, text_of
 
 
 def to_latex(table: Table, label: str) -> str:
@@ -48,7 +48,8 @@ def _latex_cell(table: Table, row: RowKey, method: str) -> str:
     if method in table.best(row):
         first = f"\\textbf{{{first}}}"
     drop, _, interval = second.partition(" ")
-    lines = [first, *(f"{{\\scriptsize {line}}}" for line in (drop, interval) if line)]
+    flips = escape_latex(flips_of(table, row, method))
+    lines = [first, *(f"{{\\scriptsize {line}}}" for line in (drop, interval, flips) if line)]
     return first if len(lines) == 1 else "\\shortstack[r]{" + " \\\\ ".join(lines) + "}"
 
 

@@ -13,7 +13,7 @@ from benchmark.engine.measure import drop_interval
 from benchmark.grid.cells import REFERENCE_METHOD, Cell
 from benchmark.grid.expand import expand
 from benchmark.grid.suite import MethodSpec
-from benchmark.keep.record import Record, Result
+from benchmark.keep.record import Noise, Record, Result
 from benchmark.keep.store import Store
 from benchmark.subject.lookup import get_task
 from benchmark.subject.metrics.metric import METRICS, Metric
@@ -35,9 +35,9 @@ def in_metric(rows: SuiteRows, name: str, allow_partial: bool = False) -> SuiteR
 
     Models whose task does not offer the metric are left out, and those whose task leads with it stay as they
     are. Elsewhere the values are those of the records or, of a metric that is younger than the cell, made
-    from what is kept of the items; the interval of a drop is the paired bootstrap of the leading metric, on
-    the same draws. A cell without a value, such as the likelihood of logits that are not finite, has no
-    result.
+    from what is kept of the items, without the noise of rounding; the interval of a drop is the paired
+    bootstrap of the leading metric, on the same draws. A cell without a value, such as the likelihood of
+    logits that are not finite, has no result.
 
     Args:
         rows: The cells with their leading metrics.
@@ -125,7 +125,8 @@ def _result(record: Record, metric: Metric, reference: Arrays, arrays: Arrays) -
     value, fp32 = kept["value"], kept["fp32"]
     if value is None or fp32 is None or not math.isfinite(value) or not math.isfinite(fp32):
         return None
-    low, high = _interval(metric, reference, arrays)
+    noise = _noise(record.result.noise, kept)
+    low, high = _interval(metric, reference, arrays, 0.0 if noise is None else noise.common or 0.0)
     return replace(
         record.result,
         metric=metric.name,
@@ -136,12 +137,24 @@ def _result(record: Record, metric: Metric, reference: Arrays, arrays: Arrays) -
         drop=fp32 - value,
         ci_low=low,
         ci_high=high,
+        noise=noise,
     )
 
 
-def _interval(metric: Metric, reference: Arrays, arrays: Arrays) -> tuple[float | None, float | None]:
+def _noise(leading: Noise | None, kept: Mapping[str, float | None]) -> Noise | None:
+    """The noise in another metric; ``None`` where it was not measured, or not in this metric."""
+    if leading is None or "noise_mean" not in kept:
+        return None
+    mean, deviation, common = (kept[f"noise_{part}"] for part in ("mean", "deviation", "common"))
+    return replace(leading, mean=mean, deviation=deviation, common=common)
+
+
+def _interval(
+    metric: Metric, reference: Arrays, arrays: Arrays, common: float
+) -> tuple[float | None, float | None]:
     """The paired interval of the drop; ``None`` for both ends if a resample has no value."""
-    if all(np.array_equal(reference[name], arrays[name], equal_nan=True) for name in metric.needs):
+    same = all(np.array_equal(reference[name], arrays[name], equal_nan=True) for name in metric.needs)
+    if same and not common:
         return 0.0, 0.0
     both = {name: np.concatenate([reference[name], arrays[name]]) for name in metric.needs}
 
@@ -150,7 +163,7 @@ def _interval(metric: Metric, reference: Arrays, arrays: Arrays) -> tuple[float 
 
     # an item is its row: those of the cell stand behind those of the reference
     items = np.arange(len(reference["ids"]))
-    ends = drop_interval(items, items + len(items), value)
+    ends = drop_interval(items, items + len(items), value, common)
     return ends if all(map(math.isfinite, ends)) else (None, None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from benchmark.grid.cells import Cell
@@ -35,6 +36,9 @@ ROW_FIELDS = (
     "status",
     "duration_s",
 )
+
+NOISE_FIELDS = ("noise_mean", "noise_deviation", "flips")
+"""What follows where the noise of rounding was measured: of the metric over copies, and percent of items."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,16 @@ class SuiteRows:
         return cell.precision if told else str(cell.scheme)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """One object a cell with the fields :data:`ROW_FIELDS`; numbers of unfinished cells are ``None``."""
+        """One object a cell with the fields :data:`ROW_FIELDS`; numbers of unfinished cells are ``None``.
+
+        If the noise of a cell was measured, each has the fields :data:`NOISE_FIELDS` as well.
+        """
         return [self._row(cell) for cell in self.cells]
+
+    @cached_property
+    def noisy(self) -> bool:
+        """Whether the noise of rounding was measured of a cell."""
+        return any(record.result and record.result.noise for record in self.records.values())
 
     def _row(self, cell: Cell) -> dict[str, Any]:
         record = self.records.get(cell.cell_id)
@@ -96,7 +108,11 @@ class SuiteRows:
         }
         for name in ("metric", "value", "fp32", "fp32_own", "drop", "ci_low", "ci_high", "n"):
             row[name] = None if result is None else getattr(result, name)
-        return {name: row[name] for name in ROW_FIELDS}
+        noise = None if result is None else result.noise
+        row["noise_mean"] = None if noise is None else noise.mean
+        row["noise_deviation"] = None if noise is None else noise.deviation
+        row["flips"] = None if noise is None else noise.flips
+        return {name: row[name] for name in (*ROW_FIELDS, *(NOISE_FIELDS if self.noisy else ()))}
 
 
 def collect_rows(store: Store, suite: Suite, allow_partial: bool = False) -> SuiteRows:

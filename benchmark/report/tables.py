@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from benchmark.grid.cells import REFERENCE_METHOD, Cell
 from benchmark.keep.record import Record
 from benchmark.report.caption import caption_of
+from benchmark.report.roles import RETRAINED, role_of_label
+from benchmark.report.rounding import Rounded, mean_flips, mean_of, rounded
 from benchmark.report.rows import SuiteRows
 from benchmark.subject.metrics.display import as_shown, loss, number
 
@@ -38,6 +40,8 @@ class Entry:
         deviation: Standard deviation over seeds; ``None`` for one.
         metric: Name of the metric.
         higher_is_better: Direction of the metric.
+        rounded: The value with the noise of rounding; ``None`` where none was measured.
+        flips: Percentage of predictions that rounding alone changes; ``None`` where it is not shown.
     """
 
     value: float
@@ -47,6 +51,13 @@ class Entry:
     deviation: float | None
     metric: str
     higher_is_better: bool
+    rounded: Rounded | None = None
+    flips: float | None = None
+
+    @property
+    def compared(self) -> Rounded:
+        """What is compared with other methods: the mean over the copies, or the value without noise."""
+        return self.rounded or Rounded(self.value)
 
     @property
     def loss(self) -> tuple[float, float | None, float | None] | None:
@@ -60,8 +71,11 @@ class Entry:
         return lost, low, high
 
     def lines(self) -> tuple[str, str]:
-        """The value, and below it the loss with its interval."""
-        spread = "" if self.deviation is None else f" ± {number(self.deviation, self.metric)}"
+        """The value with its deviation over seeds, else by rounding; below it the loss with its interval."""
+        deviation = self.deviation
+        if deviation is None and self.rounded is not None:
+            deviation = self.rounded.deviation
+        spread = "" if deviation is None else f" ± {number(deviation, self.metric)}"
         value = f"{number(self.value, self.metric)}{spread}"
         if self.loss is None:
             return value, ""
@@ -83,17 +97,31 @@ class Table:
     notes: dict[tuple[RowKey, str], str]
 
     def best(self, row: RowKey) -> set[str]:
-        """The methods with the best value of a row as printed; the reference and FP32 rows do not compete."""
+        """The methods with the best value of a row as printed, and those that rounding alone may set apart.
+
+        Values are means over the copies where the noise of rounding was measured. The reference and FP32 rows
+        do not compete.
+        """
         rivals = {
-            method: as_shown(entry.value, entry.metric)
+            method: entry
             for method in self.methods
             if (entry := self.entries.get((row, method))) is not None and method != REFERENCE_METHOD
         }
         if not rivals or row[1] == OWN_ROW:
             return set()
-        first = next(self.entries[row, method] for method in rivals)
-        top = max(rivals.values()) if first.higher_is_better else min(rivals.values())
-        return {method for method, value in rivals.items() if value == top}
+        shown = {method: as_shown(entry.compared.mean, entry.metric) for method, entry in rivals.items()}
+        higher = next(iter(rivals.values())).higher_is_better
+        top = (max if higher else min)(shown.values())
+        # of several that print the same, the one whose noise is least
+        first = min(
+            (rivals[method].compared for method, value in shown.items() if value == top),
+            key=lambda one: one.deviation,
+        )
+        return {
+            method
+            for method, entry in rivals.items()
+            if shown[method] == top or entry.compared.is_close_to(first)
+        }
 
 
 @dataclass(frozen=True)
@@ -150,7 +178,7 @@ def make_table(rows: SuiteRows) -> Table:
             notes[key, cell.label] = "n/a"
         else:
             groups[key, cell.label].append(record)
-    entries = {place: _entry(records) for place, records in groups.items()}
+    entries = {place: _entry(place[1], records) for place, records in groups.items()}
     own = _own_rows(groups)
     ordered: list[RowKey] = []
     for key in keys:
@@ -175,10 +203,11 @@ def _row_name(cell: Cell, rows: SuiteRows) -> str:
     return " ".join(parts)
 
 
-def _entry(records: list[Record]) -> Entry:
+def _entry(method: str, records: list[Record]) -> Entry:
     results = [record.result for record in records if record.result is not None]
     values = [result.value for result in results]
     one = len(results) == 1
+    noisy = any(result.noise for result in results)
     return Entry(
         value=fmean(values),
         drop=fmean(result.drop for result in results),
@@ -187,6 +216,8 @@ def _entry(records: list[Record]) -> Entry:
         deviation=None if one else stdev(values),
         metric=results[0].metric,
         higher_is_better=results[0].higher_is_better,
+        rounded=mean_of([rounded(result) for result in results]) if noisy else None,
+        flips=mean_flips(results) if role_of_label(method) in RETRAINED else None,
     )
 
 
@@ -233,6 +264,12 @@ def text_of(table: Table, row: RowKey, method: str) -> tuple[str, str]:
     return table.notes.get((row, method), _ABSENT), ""
 
 
+def flips_of(table: Table, row: RowKey, method: str) -> str:
+    """What a place of the table says of flips, empty where it says nothing."""
+    entry = table.entries.get((row, method))
+    return "" if entry is None or entry.flips is None else f"flips {entry.flips:.1f} %"
+
+
 def to_grid(table: Table, style: str) -> str:
     """The table for a terminal (``simple_grid``) or Markdown (``github``), with tabulate."""
     from tabulate import tabulate
@@ -246,7 +283,8 @@ def to_grid(table: Table, style: str) -> str:
             first, second = text_of(table, row, method)
             if method in table.best(row):
                 first = f"**{first}**" if markdown else f"{first} *"
-            line.append(f"{first}<br>{second}" if markdown and second else f"{first}\n{second}".strip())
+            parts = filter(None, (first, second, flips_of(table, row, method)))
+            line.append(("<br>" if markdown else "\n").join(parts))
         body.append(line)
     headers = ["model", layout.stub, *layout.columns]
     align = ["left", "left", *["right"] * len(layout.columns)]

@@ -103,6 +103,7 @@ def _metrics(record: Record) -> dict[str, float]:
     result = record.result
     if result is None:
         return {"duration_s": record.duration_s}
+    noise = result.noise
     values = {
         result.metric: result.value,
         "fp32": result.fp32,
@@ -112,6 +113,10 @@ def _metrics(record: Record) -> dict[str, float]:
         "drop_ci_high": result.ci_high,
         "n": float(result.n),
         "duration_s": record.duration_s,
+        "noise_mean": None if noise is None else noise.mean,
+        "noise_deviation": None if noise is None else noise.deviation,
+        "noise_common": None if noise is None else noise.common,
+        "flips": None if noise is None else noise.flips,
         "largest_ratio": record.details.get("largest_ratio"),
     }
     return {key: value for key, value in values.items() if value is not None}

@@ -50,6 +50,7 @@ CHANGES = {
     "limit": 3,
     "split": "validation",
     "autocast": "bf16",
+    "noise": "all",
     "recipe_json": '{"steps":1}',
 }
 

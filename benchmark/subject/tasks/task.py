@@ -144,11 +144,19 @@ class Task(ABC):
         if not 1 <= n <= len(ids):
             raise ConfigError(f"{n} calibration items asked of task {self.name}; it has 1 to {len(ids)}")
         name = self._draw_name()
-        chosen = set(sorted(ids, key=lambda item: derive_seed(seed, "calibration", name, item))[:n])
-        return [item for item in ids if item in chosen]
+        return _drawn(ids, n, lambda item: derive_seed(seed, "calibration", name, item))
+
+    def noise_ids(self, split: str, limit: int | None, n: int) -> list[int]:
+        """Draw ``n`` of the items of a split that are measured, for the noise of rounding.
+
+        As :meth:`calibration_ids` draws; there is one draw, whatever the model and the method.
+        """
+        name = self._draw_name()
+        ids = self.split_ids(split, limit)
+        return _drawn(ids, n, lambda item: derive_seed(0, "rounding noise", name, split, item))
 
     def _draw_name(self) -> str:
-        """What names the task in the draw of calibration items."""
+        """What names the task in the draws of calibration items and of those for the noise of rounding."""
         return self.name
 
     def _calibration_pool(self) -> list[int]:
@@ -246,6 +254,12 @@ class Task(ABC):
     def _scored(self) -> tuple[str, ...]:
         # a task may bring scores and metric of its own, which nobody registered
         return METRICS.get(self.metric).needs if self.metric in METRICS else ()
+
+
+def _drawn(ids: Sequence[int], n: int, key: Callable[[int], int]) -> list[int]:
+    """The ``n`` ids with the smallest keys, in the order of the ids."""
+    chosen = set(sorted(ids, key=key)[:n])
+    return [item for item in ids if item in chosen]
 
 
 class TrainingSplit:

@@ -32,6 +32,7 @@ class GroupQuantizer(Quantizer):
     """
 
     kind: ClassVar[str] = "grouped"
+    scales: ClassVar[tuple[str, ...]] = ("scale",)
 
     def __init__(self, scale: Tensor, zero_point: Tensor, code_min: int, code_max: int, size: int) -> None:
         if scale.dim() != 2 or zero_point.shape != scale.shape:

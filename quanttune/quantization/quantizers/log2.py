@@ -73,6 +73,7 @@ class IntegerSoftmaxQuantizer(ProbabilityQuantizer):
 
     kind: ClassVar[str] = "integer_softmax"
     parameters: ClassVar[tuple[str, ...]] = ("bits", "scale")
+    scales: ClassVar[tuple[str, ...]] = ("scale",)
 
     def __init__(self, bits: int, scale: float) -> None:
         if not scale > 0:

@@ -34,9 +34,11 @@ class Quantizer(ABC):
 
     Class attributes:
         kind: The registered name.
+        scales: Names of what in its state is a step or a range: tensors, or settings that are floats.
     """
 
     kind: ClassVar[str]
+    scales: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def __call__(self, values: Tensor) -> Tensor:
@@ -67,6 +69,36 @@ class Quantizer(ABC):
     @abstractmethod
     def from_state(cls, state: State) -> Self:
         """The quantizer that has this state; it does the same to the bit."""
+
+    def perturbed(self, relative: float, generator: torch.Generator) -> Self:
+        """This quantizer with every number of :attr:`scales` times ``1 + relative * u``, rounded to its type.
+
+        What it quantizes then differs by as much as rounding does on another machine, and no more.
+
+        Args:
+            relative: The largest relative change, below 1.
+            generator: Draws every ``u``, independent and uniform in ``[-1, 1)``; it decides the result alone.
+
+        Returns:
+            A new quantizer; this one itself where nothing is a step or a range.
+        """
+        if not self.scales:
+            return self
+
+        def moved(value: Tensor) -> Tensor:
+            drawn = torch.rand(
+                value.shape, generator=generator, dtype=torch.float64, device=generator.device
+            ).to(value.device)
+            return (value.double() * (1 + relative * (2 * drawn - 1))).to(value.dtype)
+
+        state = self.state()
+        settings, tensors = dict(state.settings), dict(state.tensors)
+        for name in self.scales:
+            if name in tensors:
+                tensors[name] = moved(tensors[name])
+            else:
+                settings[name] = float(moved(torch.tensor(settings[name], dtype=torch.float64)))
+        return self.from_state(State(state.kind, settings, tensors))
 
 
 class PlainQuantizer(Quantizer):

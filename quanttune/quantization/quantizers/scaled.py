@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from quanttune.quantization.quantizers.grid import Encoded
@@ -77,6 +78,10 @@ class ScaledQuantizer(Quantizer):
         }
         made = quantizer_from_state(State(inner["kind"], inner["settings"], tensors))
         return cls(made, state.tensors["factors"], state.settings["axis"])
+
+    def perturbed(self, relative: float, generator: torch.Generator) -> ScaledQuantizer:
+        """The inner quantizer perturbed; the factors are given, not rounded, and stay."""
+        return ScaledQuantizer(self.inner.perturbed(relative, generator), self.factors, self.axis)
 
     def __repr__(self) -> str:
         return f"ScaledQuantizer({self.inner!r}, {len(self.factors)} factors along {self.axis})"

@@ -95,6 +95,7 @@ class TwinGeluQuantizer(PlainQuantizer):
 
     kind: ClassVar[str] = "twin_gelu"
     parameters: ClassVar[tuple[str, ...]] = ("limit", "bits", "negative")
+    scales: ClassVar[tuple[str, ...]] = ("limit", "negative")
 
     def __init__(self, limit: float, bits: int, negative: float = GELU_LOWEST) -> None:
         if not (limit > 0 and negative > 0):

@@ -35,6 +35,7 @@ class UniformQuantizer(Quantizer):
     """
 
     kind: ClassVar[str] = "uniform"
+    scales: ClassVar[tuple[str, ...]] = ("scale",)
 
     def __init__(
         self, scale: Tensor, zero_point: Tensor, code_min: int, code_max: int, axis: int | None = None
