@@ -42,6 +42,7 @@ def run(
     threads: int = DEFAULT_THREADS,
     device: str = "cpu",
     processes: int = 1,
+    batch: int | None = None,
     autocast: str | None = None,
     overwrite: str = "failed",
     include: StrPath | Sequence[StrPath] = (),
@@ -67,9 +68,10 @@ def run(
             1, else ``serial``.
         jobs: Processes of the executor. With ``local``, guard the calling script with
             ``if __name__ == "__main__"``: the processes import it.
-        threads: PyTorch threads of each process; may change last digits.
+        threads: PyTorch threads of each process; may change last digits of what is trained.
         device: ``cpu`` or ``cuda``.
         processes: Processes that share each fine-tuning, each on a GPU of its own.
+        batch: Items of an evaluation batch of a quantized model; changes speed and memory alone.
         autocast: Mixed precision of references and fine-tuning in place of the suite's: ``none`` or ``bf16``.
         overwrite: Which kept cells to measure again: ``never``, ``failed`` or ``always``.
         include: Files whose components take part, see :func:`benchmark.components.include`.
@@ -94,7 +96,7 @@ def run(
     )
     request = Request(os.fspath(suite), selection, limit, autocast)
     settings = Settings(
-        Path(results).absolute(), threads, device, overwrite, processes, components.included()
+        Path(results).absolute(), threads, device, overwrite, processes, batch, components.included()
     )
     return outcomes(make_plan(request, settings, executor, jobs), track, events or Events())
 

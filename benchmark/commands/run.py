@@ -99,7 +99,7 @@ def _how(*names: str, **settings: Any) -> Callable[[Callable[..., None]], Callab
     type=int,
     default=None,
     metavar="N",
-    help="PyTorch threads per process (default 2); may change last digits.",
+    help="PyTorch threads per process (default 2); may change last digits of what is trained.",
 )
 @_how("--device", default="cpu", metavar="NAME", show_default=True, help="cpu or cuda.")
 @_how(
@@ -109,6 +109,13 @@ def _how(*names: str, **settings: Any) -> Callable[[Callable[..., None]], Callab
     metavar="N",
     show_default=True,
     help="Processes that share each fine-tuning, each on a GPU of its own (with --device cuda).",
+)
+@_how(
+    "--batch",
+    type=int,
+    default=None,
+    metavar="N",
+    help="Items of an evaluation batch of a quantized model; changes speed and memory alone.",
 )
 @_how("--no-tracking", is_flag=True, help="Do not log to MLflow; `sync` can do it later.")
 @click.option(
@@ -158,7 +165,13 @@ def _plan(given: dict[str, Any]) -> Plan:
     results: Path = given["results"]
     threads = DEFAULT_THREADS if given["threads"] is None else given["threads"]
     settings = Settings(
-        results.absolute(), threads, given["device"], given["overwrite"], given["processes"], included()
+        results.absolute(),
+        threads,
+        given["device"],
+        given["overwrite"],
+        given["processes"],
+        given["batch"],
+        included(),
     )
     return make_plan(request, settings, given["executor"], given["jobs"])
 

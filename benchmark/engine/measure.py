@@ -113,6 +113,7 @@ def evaluate(
     progress: Callable[[str, int, int], None],
     stage: str = "evaluation",
     autocast: torch.dtype | None = None,
+    batch_size: int | None = None,
 ) -> Items:
     """Run ``model`` over a split, in the committed order of its ids.
 
@@ -131,6 +132,7 @@ def evaluate(
         progress: Called after each batch.
         stage: What to call this work in progress reports.
         autocast: Mixed-precision type of the forward pass; ``None`` for full precision.
+        batch_size: Items of a batch in place of the task's.
 
     Raises:
         OutOfMemoryError: If a single item does not fit.
@@ -157,8 +159,8 @@ def evaluate(
                 rows.append(QUANTITIES.get(name)(*judged).numpy())
             yield len(scores[-1])
 
-    done, size = 0, task.batch_size
-    batches = in_fitting_batches(run, chosen.tolist(), task.batch_size, f"model {entry.name}")
+    done, size = 0, batch_size or task.batch_size
+    batches = in_fitting_batches(run, chosen.tolist(), size, f"model {entry.name}")
     with torch.no_grad():
         for count, in_force in batches:
             done, size = done + count, in_force

@@ -140,7 +140,13 @@ def make_plan(
         UnknownNameError: If there is no such suite, model, method, profile or executor.
         ConfigError: If values are out of range or exclude each other.
     """
-    for option, value in (("jobs", jobs), ("threads", settings.threads), ("processes", settings.processes)):
+    counts = {
+        "jobs": jobs,
+        "threads": settings.threads,
+        "processes": settings.processes,
+        "batch": settings.batch,
+    }
+    for option, value in counts.items():
         if value is not None and value < 1:
             raise ConfigError(f"--{option} {value}: it must be at least 1")
     if settings.overwrite not in OVERWRITE:

@@ -43,6 +43,8 @@ class Settings:
         overwrite: ``never`` leaves every cell that has a record or a failure, ``failed`` tries failed cells
             again, ``always`` measures every cell again.
         processes: How many processes share one fine-tuning, each on a device of its own.
+        batch: Items of an evaluation batch of a quantized model, in place of the task's: a matter of speed
+            and memory, since simulations are exact.
         includes: Files of the user whose components take part; every process imports them before it runs.
     """
 
@@ -51,6 +53,7 @@ class Settings:
     device: str = "cpu"
     overwrite: str = "failed"
     processes: int = 1
+    batch: int | None = None
     includes: tuple[Include, ...] = ()
 
     def provenance(self) -> dict[str, Any]:
@@ -262,6 +265,7 @@ class CellRunner:
                 limit=cell.limit,
                 device=self.device,
                 progress=self.progress,
+                batch_size=self.settings.batch,
             )
         return items, own, measure_copies(session, cell, quantized, model, digest), digest
 
