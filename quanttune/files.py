@@ -1,12 +1,15 @@
-"""Files that are whole or absent, whatever happens while they are written."""
+"""Files that are whole or absent, whatever happens while they are written, and what is said of a bad disk."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from quanttune.errors import StoreError
 
 
 @contextlib.contextmanager
@@ -27,3 +30,20 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def disk_error(path: Path, error: Exception, remedy: str = "choose another folder") -> StoreError | None:
+    """What to tell a user if a file could not be written because of the disk, else ``None``.
+
+    Args:
+        path: The file.
+        error: What was raised; safetensors reports a disk's trouble as its own exception type, with the
+            system's words in the message.
+        remedy: What to do other than to free space or to change permissions.
+    """
+    full = "No space left" in str(error) or "os error 28" in str(error)
+    if full or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return StoreError(f"no space left on the disk for {path}; free some or {remedy}")
+    if isinstance(error, OSError) or "I/O error" in str(error):
+        return StoreError(f"cannot write {path}: {error}; check its permissions or {remedy}")
+    return None

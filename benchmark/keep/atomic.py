@@ -6,14 +6,15 @@ Trouble with the disk is said in one line.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from quanttune.errors import StoreError
-from quanttune.files import whole_file
+from quanttune.files import disk_error, whole_file
+
+_REMEDY = "choose another --results folder"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -30,13 +31,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with whole_file(path) as temporary:
             write(temporary)
         _sync_folder(path.parent)
-    except OSError as error:
-        raise _store_error(path, error) from error
     except Exception as error:
-        # safetensors reports a full disk as its own exception type, with the system's words in the message
-        if _says_full(error):
-            raise _store_error(path, error) from error
-        raise
+        told = disk_error(path, error, _REMEDY)
+        if told is None:
+            raise
+        raise told from error
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -55,7 +54,7 @@ def file_lock(path: Path) -> AbstractContextManager[object]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StoreError(f"cannot write {path.parent}: {error}; choose another --results folder") from error
+        raise StoreError(f"cannot write {path.parent}: {error}; {_REMEDY}") from error
     return FileLock(path)
 
 
@@ -67,17 +66,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _says_full(error: Exception) -> bool:
-    return "No space left" in str(error) or "os error 28" in str(error)
-
-
-def _store_error(path: Path, error: Exception) -> StoreError:
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _says_full(error):
-        return StoreError(
-            f"no space left on the disk for {path}; free some or choose another --results folder"
-        )
-    return StoreError(
-        f"cannot write {path}: {error}; check its permissions or choose another --results folder"
-    )
