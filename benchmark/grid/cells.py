@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from benchmark.grid.autocast import FULL_PRECISION
 from benchmark.grid.schemes import scheme_of
 from quanttune.digests import canonical_json, json_digest
-from quanttune.errors import UnknownNameError
+from quanttune.errors import QuantTuneError
 
 if TYPE_CHECKING:
     from baselines.method import Method
@@ -132,5 +132,6 @@ class Cell:
         """The method's own short name, which tells apart other parameters."""
         try:
             return self.make_method().label
-        except (UnknownNameError, TypeError):  # a record may be of a method that is not here
+        # a record may be of a method that is not here, or that no longer takes these parameters
+        except (QuantTuneError, TypeError, ValueError):
             return f"{self.method}{self.parameters_json if self.parameters else ''}"
