@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ class FieldError(ValueError):
     """A value that a field cannot hold; the message names the field, the value and what is wanted."""
 
 
-def fitting(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+def fitting(kind: type, values: Mapping[str, Any], but: Collection[str] = ()) -> dict[str, Any]:
     """The values that are for fields of a dataclass, as the fields hold them: whole numbers become floats.
 
     Nothing else is converted: no text becomes a number, no truth value an integer. NaN and infinities are
@@ -26,6 +26,7 @@ def fitting(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         kind: A dataclass.
         values: By name; those of other names are left out.
+        but: Names of fields that are neither checked nor returned.
 
     Raises:
         FieldError: For the first value that does not fit, or the first field without default or value.
@@ -33,6 +34,8 @@ def fitting(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     adapters = _adapters(kind)
     for field in dataclasses.fields(kind):
+        if field.name in but:
+            continue
         if field.name in values:
             found[field.name] = _fit(field.name, values[field.name], adapters[field.name])
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:

@@ -58,6 +58,11 @@ def file_lock(path: Path) -> AbstractContextManager[object]:
     return FileLock(path)
 
 
+def unreadable(path: Path, error: OSError) -> StoreError:
+    """What to tell a user of a file that is there and cannot be read."""
+    return StoreError(f"cannot read {path}: {error}; check its permissions or {_REMEDY}")
+
+
 def _sync_folder(folder: Path) -> None:
     # The rename itself must reach the disk; file systems that refuse to sync a folder do that by themselves.
     with contextlib.suppress(OSError):

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmark.keep.atomic import file_lock, write_atomically, write_text_atomically
+from benchmark.keep.atomic import file_lock, unreadable, write_atomically, write_text_atomically
 from benchmark.keep.record import READABLE, SCHEMA
 from quanttune.digests import json_digest, sha256_file
 from quanttune.errors import ConfigError, TuningDivergedError
+from quanttune.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -152,6 +153,8 @@ def _load(path: Path) -> dict[str, Tensor] | None:
     # a file that is not there, or a sidecar without a key or with one that holds NaN
     except (FileNotFoundError, KeyError, ValueError):
         return None
+    except OSError as error:
+        raise unreadable(path, error) from error
     from safetensors.torch import load_file
 
     return dict(load_file(path))
@@ -160,9 +163,11 @@ def _load(path: Path) -> dict[str, Tensor] | None:
 def _read(sidecar: Path) -> dict[str, Any]:
     """What a sidecar says; nothing if it is absent or damaged."""
     try:
-        about = json.loads(sidecar.read_text(encoding="utf-8"))
+        about = read_json(sidecar)
     except (FileNotFoundError, ValueError):
         return {}
+    except OSError as error:
+        raise unreadable(sidecar, error) from error
     return about if isinstance(about, dict) else {}
 
 

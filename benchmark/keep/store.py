@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmark.grid.cells import Cell
-from benchmark.keep.atomic import file_lock, write_atomically, write_text_atomically
+from benchmark.keep.atomic import file_lock, unreadable, write_atomically, write_text_atomically
 from benchmark.keep.quantized import read_quantized, write_quantized
 from benchmark.keep.record import SCHEMA, Kept, Record, refuse_newer
 from benchmark.keep.stages import Stages
 from quanttune.digests import sha256_file
 from quanttune.errors import StoreError
+from quanttune.files import read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -183,7 +184,8 @@ class Store:
             raise StoreError(
                 f"{prefix!r} is not the start of a cell id; ids are hexadecimal, see `list cells`"
             )
-        matches = sorted(path.stem for path in (self.root / "cells").glob(f"{prefix}*.json"))
+        found = (path.stem for path in (self.root / "cells").glob(f"{prefix}*.json"))
+        matches = sorted(filter(_DIGEST.fullmatch, found))
         if len(matches) > 1:
             raise StoreError(
                 f"{prefix!r} starts {len(matches)} cell ids; give more digits, e.g. {matches[0][:16]}"
@@ -196,7 +198,8 @@ class Store:
     def reference_digest(self, model_identity: str) -> str | None:
         """Digest of the reference weights a model has at present, ``None`` if they were not made yet."""
         found = _read_json(self._file("references", model_identity, ".json"))
-        return found.get("digest") if isinstance(found, dict) else None
+        digest = found.get("digest") if isinstance(found, dict) else None
+        return digest if isinstance(digest, str) else None
 
     def save_reference_digest(self, model: str, model_identity: str, digest: str) -> None:
         """Keep the digest of a model's reference weights, so that results against others count as missing."""
@@ -238,20 +241,26 @@ class Store:
         record = Record.from_json(_read_json(path), str(path))
         if record is None or record.cell.cell_id != cell_id:
             return None
-        if record.items_sha256 is not None:
-            items = self._file("cells", cell_id, ".safetensors")
-            if not items.exists() or sha256_file(items) != record.items_sha256:
-                return None
-        return record
+        items = record.items_sha256
+        whole = items is None or _is_intact(self._file("cells", cell_id, ".safetensors"), items)
+        return record if whole else None
 
 
 def _read_json(path: Path) -> Any:
     """The JSON of a file, ``None`` if it is absent or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (FileNotFoundError, ValueError):
         return None
     except OSError as error:
-        raise StoreError(
-            f"cannot read {path}: {error}; check its permissions or choose another --results folder"
-        ) from error
+        raise unreadable(path, error) from error
+
+
+def _is_intact(path: Path, sha256: str) -> bool:
+    """Whether a file is there and is the one with that digest."""
+    try:
+        return sha256_file(path) == sha256
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise unreadable(path, error) from error
