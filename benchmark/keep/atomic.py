@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import platform
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import click
 
 from quanttune.errors import StoreError
 from quanttune.files import disk_error, whole_file
 
 _REMEDY = "choose another --results folder"
+_PATIENCE, _PATIENCE_AT_MOST = 30.0, 600.0  # seconds of waiting for a lock between two lines about it
+_HOLDER = ".holder"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -43,19 +48,64 @@ def write_text_atomically(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def file_lock(path: Path) -> AbstractContextManager[object]:
-    """A lock on a file that ends with its process, however that ends.
+@contextlib.contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Hold a lock on a file, which ends with its process, however that ends.
+
+    Whoever waits is told for whom, again and again: the other process may hang.
 
     Raises:
         StoreError: If the lock file cannot be made.
     """
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
+    lock, patience, started = FileLock(path), _PATIENCE, time.monotonic()
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=patience)
+            break
+        except Timeout:
+            waited = round(time.monotonic() - started)
+            click.echo(f"waiting for {path.name} since {waited} s, {_holder(path)}", err=True)
+            patience = min(2 * patience, _PATIENCE_AT_MOST)
+        except OSError as error:
+            raise StoreError(f"cannot write {path.parent}: {error}; {_REMEDY}") from error
+    about = path.with_suffix(_HOLDER)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"cannot write {path.parent}: {error}; {_REMEDY}") from error
-    return FileLock(path)
+        with contextlib.suppress(OSError):  # the lock holds without it
+            about.write_text(f"{os.getpid()} {platform.node()} {time.time():.0f}", encoding="utf-8")
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            about.unlink(missing_ok=True)
+        lock.release()
+
+
+def is_free(path: Path) -> bool:
+    """Whether no process holds the lock of this file, there or not."""
+    from filelock import FileLock, Timeout
+
+    if not path.exists():
+        return True
+    try:
+        with FileLock(path, timeout=0):
+            return True
+    except Timeout:
+        return False
+    except OSError:  # where nobody can write nobody holds it
+        return True
+
+
+def _holder(path: Path) -> str:
+    """Who holds a lock, since when, and what to do if it hangs."""
+    try:
+        process, host, since = path.with_suffix(_HOLDER).read_text(encoding="utf-8").split()
+        held = round(time.time() - float(since))
+    except (OSError, ValueError):
+        return "held by another process"
+    end = f"kill {process}" if host == platform.node() else f"end it there ({process})"
+    return f"held by process {process} on {host} for {held} s; if it hangs, {end}"
 
 
 def unreadable(path: Path, error: OSError) -> StoreError:

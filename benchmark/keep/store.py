@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmark.grid.cells import Cell
-from benchmark.keep.atomic import file_lock, unreadable, write_atomically, write_text_atomically
+from benchmark.keep.atomic import file_lock, is_free, unreadable, write_atomically, write_text_atomically
 from benchmark.keep.quantized import read_quantized, write_quantized
 from benchmark.keep.record import SCHEMA, Kept, Record, refuse_newer
 from benchmark.keep.stages import Stages
@@ -220,16 +220,9 @@ class Store:
 
     def was_interrupted(self, cell_id: str) -> bool:
         """Whether a process began the cell and ended before the cell did."""
-        from filelock import FileLock, Timeout
-
         path = self._file("locks", cell_id, ".lock")
-        if not path.exists():
-            return False
-        try:
-            with FileLock(path, timeout=0):
-                return True
-        except Timeout:  # it is being measured right now
-            return False
+        # one that is held is being measured right now
+        return path.exists() and is_free(path)
 
     def _file(self, folder: str, digest: str, ending: str) -> Path:
         if not _DIGEST.fullmatch(digest):  # what comes from outside must not become a path

@@ -126,11 +126,12 @@ def hub_silence() -> str | None:
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE forbids the network"
-    return _silence_of(constants.ENDPOINT)
+    return silence_of(constants.ENDPOINT)
 
 
 @cache
-def _silence_of(endpoint: str) -> str | None:
+def silence_of(endpoint: str) -> str | None:
+    """Why a server cannot be asked, or None if it answers whatever; known within seconds, tried once."""
     request = urllib.request.Request(endpoint, method="HEAD")  # noqa: S310 - the user's own endpoint
     try:
         urllib.request.urlopen(request, timeout=REACH_SECONDS).close()  # noqa: S310
