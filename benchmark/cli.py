@@ -60,6 +60,12 @@ class CommandGroup(click.Group):
             _refuse(error.format_message())
         except QuantTuneError as error:
             _refuse(str(error))
+        except UnicodeEncodeError as error:
+            unicode = error.encoding.startswith("utf")
+            remedy = "rename what it is a part of" if unicode else "set PYTHONIOENCODING=utf-8"
+            _refuse(
+                f"{error.object[error.start : error.end]!r} cannot be printed in {error.encoding}; {remedy}"
+            )
         except (click.Abort, KeyboardInterrupt):
             click.echo("interrupted", err=True)
             sys.exit(EXIT_INTERRUPTED)

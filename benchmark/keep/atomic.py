@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -106,6 +107,20 @@ def _holder(path: Path) -> str:
         return "held by another process"
     end = f"kill {process}" if host == platform.node() else f"end it there ({process})"
     return f"held by process {process} on {host} for {held} s; if it hangs, {end}"
+
+
+def require_writable(folder: Path) -> None:
+    """Refuse a folder in which no file can be made; the folder itself is made if need be.
+
+    Raises:
+        StoreError: Naming it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise disk_error(folder, error, _REMEDY) or error from error
 
 
 def unreadable(path: Path, error: OSError) -> StoreError:

@@ -24,7 +24,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmark.grid.cells import Cell
-from benchmark.keep.atomic import file_lock, is_free, unreadable, write_atomically, write_text_atomically
+from benchmark.keep.atomic import (
+    file_lock,
+    is_free,
+    require_writable,
+    unreadable,
+    write_atomically,
+    write_text_atomically,
+)
 from benchmark.keep.quantized import read_quantized, write_quantized
 from benchmark.keep.record import SCHEMA, Kept, Record, refuse_newer
 from benchmark.keep.stages import Stages
@@ -38,6 +45,7 @@ if TYPE_CHECKING:
     from quanttune.quantization import Quantized
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_WRITTEN = ("cells", "failures", "references", "locks", "stages")
 _QUANTIZED = ".quantized.safetensors"
 _PREFIX = re.compile(r"[0-9a-f]{1,64}")
 
@@ -61,9 +69,24 @@ class Store:
             refuse_newer(marker.get("schema"), str(self.root / "store.json"))
 
     def prepare(self) -> None:
-        """Make the folder and its marker, so that a full or read-only disk is noticed before the work."""
+        """Make the folder and its marker, so that a full or read-only disk is noticed before the work.
+
+        Raises:
+            StoreError: If nothing can be written there.
+        """
+        self.require_writable()
         if _read_json(self.root / "store.json") is None:
             write_text_atomically(self.root / "store.json", json.dumps({"schema": SCHEMA}) + "\n")
+
+    def require_writable(self) -> None:
+        """Refuse a folder that cannot be written, before any work.
+
+        Raises:
+            StoreError: Naming it.
+        """
+        for folder in (self.root, *(self.root / name for name in _WRITTEN)):
+            if folder == self.root or folder.exists():
+                require_writable(folder)
 
     def load(self, cell: Cell) -> Record | None:
         """The finished record of a cell.
