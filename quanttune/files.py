@@ -7,11 +7,15 @@ import errno
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from quanttune.errors import StoreError
+
+_PART = ".part"
+_MOMENT = 60.0  # seconds
 
 
 @contextlib.contextmanager
@@ -21,10 +25,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     Whoever reads ``path`` sees the old file or the whole new one, whatever happens in between.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent)
     temporary = Path(name)
     try:
+        _hold(handle)
         yield temporary
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
@@ -32,6 +36,41 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def remove_abandoned(folder: Path) -> int:
+    """Remove the temporary files of :func:`whole_file` that killed processes left in a folder.
+
+    Returns:
+        How many there were. None is removed that a living process writes, on this machine or another.
+    """
+    removed = 0
+    for path in folder.glob(f"*{_PART}"):
+        with contextlib.suppress(OSError):
+            # A file is held a moment after it is made.
+            if time.time() - path.stat().st_mtime < _MOMENT:
+                continue
+            handle = os.open(path, os.O_RDWR)
+            try:
+                if _hold(handle):
+                    path.unlink()
+                    removed += 1
+            finally:
+                os.close(handle)
+    return removed
+
+
+def _hold(handle: int) -> bool:
+    """Hold an open file as long as it is open and its process lives; whether it is held."""
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    # a system without such locks, or somebody else holds it
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def read_json(path: Path) -> Any:

@@ -37,7 +37,7 @@ from benchmark.keep.record import SCHEMA, Kept, Record, refuse_newer
 from benchmark.keep.stages import Stages
 from quanttune.digests import sha256_file
 from quanttune.errors import StoreError
-from quanttune.files import read_json
+from quanttune.files import read_json, remove_abandoned
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _WRITTEN = ("cells", "failures", "references", "locks", "stages")
+_SWEPT = (".", "cells", "failures", "references", "tables", "figures", "report")
 _QUANTIZED = ".quantized.safetensors"
 _PREFIX = re.compile(r"[0-9a-f]{1,64}")
 
@@ -71,10 +72,14 @@ class Store:
     def prepare(self) -> None:
         """Make the folder and its marker, so that a full or read-only disk is noticed before the work.
 
+        Temporary files of processes that were killed go.
+
         Raises:
             StoreError: If nothing can be written there.
         """
         self.require_writable()
+        for folder in (*(self.root / name for name in _SWEPT), *(self.root / "stages").glob("*/")):
+            remove_abandoned(folder)
         if _read_json(self.root / "store.json") is None:
             write_text_atomically(self.root / "store.json", json.dumps({"schema": SCHEMA}) + "\n")
 
