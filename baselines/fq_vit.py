@@ -30,6 +30,7 @@ from quanttune.quantization.observation import Bounds
 from quanttune.quantization.quantizers.grid import significant
 from quanttune.quantization.quantizers.log2 import SHIFTS, IntegerSoftmaxQuantizer, Log2Quantizer
 from quanttune.quantization.quantizers.powers_of_two import shift_errors, shifted_quantizer
+from quanttune.quantization.scheme import NARROWEST, WIDEST
 
 ATTENTION = ("uniform", "log2", "integer")
 _WIDTHS = (8, 7, 6)  # searched together, so that a table's widths share one pass
@@ -68,7 +69,7 @@ class FqVit(Method):
             uniform and for 4 otherwise.
 
     Raises:
-        ConfigError: If ``attention`` is something else.
+        ConfigError: If ``attention`` is something else, or ``attention_bits`` no width.
     """
 
     name: ClassVar[str] = "fq_vit"
@@ -80,6 +81,11 @@ class FqVit(Method):
     def __post_init__(self) -> None:
         if self.attention not in ATTENTION:
             raise ConfigError(f"fq_vit attention {self.attention!r} is not one of {', '.join(ATTENTION)}")
+        if self.attention_bits and not NARROWEST <= self.attention_bits <= WIDEST:
+            raise ConfigError(
+                f"fq_vit attention_bits {self.attention_bits} is outside {NARROWEST} to {WIDEST}; "
+                "0 is the usual width"
+            )
 
     def skip(self, sites: SiteTable, scheme: Scheme) -> str | None:
         """Without a softmax or a normalisation, or without static activations, FQ-ViT is plain min-max."""

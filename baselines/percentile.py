@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from baselines.calibration import Calibrator
 from baselines.method import METHODS
+from quanttune.errors import ConfigError
 from quanttune.quantization.ranges import DEFAULT_PERCENTILE
 
 
@@ -17,8 +18,15 @@ class Percentile(Calibrator):
 
     Args:
         p: Percentile of the magnitudes, 50 to 100.
+
+    Raises:
+        ConfigError: If ``p`` is out of range.
     """
 
     name: ClassVar[str] = "percentile"
     rule: ClassVar[str] = "percentile"
     p: float = DEFAULT_PERCENTILE
+
+    def __post_init__(self) -> None:
+        if not 50 < self.p <= 100:
+            raise ConfigError(f"percentile {self.p} is not above 50 and at most 100; 99.9 to 99.999 is usual")

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from baselines.method import METHODS
 from baselines.training import FineTuning
+from quanttune.errors import UnknownNameError
 from quanttune.outlier_loss import OutlierLossConfig
 from quanttune.quantization import SiteKind
 
@@ -48,8 +49,18 @@ class QuantTune(FineTuning):
     branch_threshold: float = _DEFAULT.branch_threshold or 0.0
 
     def outlier_settings(self) -> OutlierLossConfig:
-        """The settings of the outlier-driven loss."""
-        kinds = None if self.kinds == "all" else tuple(SiteKind(kind) for kind in self.kinds.split(","))
+        """The settings of the outlier-driven loss.
+
+        Raises:
+            ConfigError: If one is out of its range.
+            UnknownNameError: If there is no such kind of site.
+        """
+        known = [kind.value for kind in SiteKind]
+        named = [] if self.kinds == "all" else self.kinds.split(",")
+        for kind in named:
+            if kind not in known:
+                raise UnknownNameError("kind of site", kind, ["all", *known])
+        kinds = None if self.kinds == "all" else tuple(SiteKind(kind) for kind in named)
         return OutlierLossConfig(
             weight=self.weight,
             threshold=self.threshold,

@@ -43,6 +43,10 @@ class FineTuning(Method):
             entry's.
         distillation: Share of the loss, 0 to 1, that compares with the reference's logits and not with the
             labels.
+
+    Raises:
+        ConfigError: If a setting is out of its range.
+        UnknownNameError: If there is no such calibrator.
     """
 
     role: ClassVar[str] = "trained"
@@ -57,6 +61,11 @@ class FineTuning(Method):
     def __post_init__(self) -> None:
         if not 0 <= self.distillation <= 1:
             raise ConfigError(f"distillation {self.distillation} is not a share between 0 and 1")
+        # What would be refused when the weights are tuned is refused now, before any work.
+        METHODS.get(self.calibrator)
+        given = {name: value for name in _RECIPE if (value := getattr(self, name, None)) is not None}
+        Schedule(**{"steps": 1, "learning_rate": 1.0} | given)
+        self.outlier_settings()
 
     @property
     def label(self) -> str:

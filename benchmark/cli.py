@@ -3,7 +3,7 @@
 A command parses, calls and prints; :mod:`benchmark.api` and the rooms below do the work.
 
 Exit codes: 0 all is well, 1 a cell failed, 2 the request cannot be carried out (one line says why and what to
-do), 130 interrupted.
+do), 130 interrupted, 143 and 129 ended by SIGTERM and SIGHUP.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from typing import Any, NoReturn, TextIO
 import click
 
 from benchmark import components
+from benchmark.engine.stopping import exit_code, stoppable
 from quanttune.errors import QuantTuneError, UnknownNameError
 from quanttune.registry import ComponentWarning
 
-EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_REFUSED = 1, 2
 
 
 class CommandGroup(click.Group):
@@ -50,7 +51,7 @@ class CommandGroup(click.Group):
         """Run and exit; errors meant for the user become one line on standard error."""
         extra["standalone_mode"] = False
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), stoppable():
                 warnings.showwarning = _show_warning
                 code = super().main(args, **extra)
         except click.exceptions.NoArgsIsHelpError as error:
@@ -60,9 +61,15 @@ class CommandGroup(click.Group):
             _refuse(error.format_message())
         except QuantTuneError as error:
             _refuse(str(error))
-        except (click.Abort, KeyboardInterrupt):
+        except UnicodeEncodeError as error:
+            unicode = error.encoding.startswith("utf")
+            remedy = "rename what it is a part of" if unicode else "set PYTHONIOENCODING=utf-8"
+            _refuse(
+                f"{error.object[error.start : error.end]!r} cannot be printed in {error.encoding}; {remedy}"
+            )
+        except (click.Abort, KeyboardInterrupt) as error:
             click.echo("interrupted", err=True)
-            sys.exit(EXIT_INTERRUPTED)
+            sys.exit(exit_code(error))
         except Exception as error:
             fault = components.fault_of(error)
             if fault is None:

@@ -126,7 +126,7 @@ _FILES: dict[str, Include] = {}
 
 def _read(path: Path) -> Include:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"--include {path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -112,6 +112,7 @@ def open_suite(
     Raises:
         ConfigError: If cells are missing and ``allow_partial`` is false, nothing at all is done, or the
             device is not there.
+        StoreError: If nothing can be written to the folder.
         UnknownNameError: If no suite has the name.
     """
     from benchmark.engine.environment import DEFAULT_THREADS, prepare_torch
@@ -123,6 +124,7 @@ def open_suite(
     from quanttune.errors import ConfigError
 
     store = Store(results)
+    store.require_writable()
     rows = collect_rows(store, load_suite(suite), allow_partial)
     if not any(record.result and not record.cell.is_reference for record in rows.records.values()):
         raise ConfigError(

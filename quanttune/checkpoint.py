@@ -1,16 +1,23 @@
-"""The state of an interrupted fine-tuning, as one safetensors file that is replaced atomically."""
+"""The state of an interrupted fine-tuning, as one safetensors file that is replaced atomically.
+
+The file holds a digest of everything in it and of the run it belongs to. One that is damaged, edited or of
+another run costs time, never correctness: the run starts over.
+"""
 
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from quanttune.digests import json_digest, tensor_digest
+from quanttune.files import disk_error, whole_file
 
 _MODEL, _OPTIMIZER = "model|", "optimizer|"
 
@@ -20,28 +27,42 @@ class Checkpoint:
 
     Args:
         path: File to keep; ``None`` keeps nothing.
-        model: The model being fine-tuned.
+        model: The model being fine-tuned, with the weights it starts from.
         optimizer: Its optimizer.
-        purpose: Digest of the settings; a file written for other settings is ignored.
+        purpose: Digest of the settings. A file written for other settings, for other first weights or under
+            another name is ignored.
     """
 
     def __init__(
         self, path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, purpose: str
     ) -> None:
-        self._path, self._model, self._optimizer, self._purpose = path, model, optimizer, purpose
+        self._path, self._model, self._optimizer = path, model, optimizer
+        # The name says what the caller knows and we do not, such as the data: a copy of another run's file
+        # over this one's must be noticed.
+        self._run = "" if path is None else json_digest([purpose, path.name, tensor_digest(self._tensors())])
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write everything, replacing the file only when the new one is complete."""
+        """Write everything, replacing the file only when the new one is complete.
+
+        Raises:
+            StoreError: If the disk is full or the file cannot be written; the last one stays.
+        """
         if self._path is None:
             return
-        tensors = {_MODEL + name: tensor.detach().cpu() for name, tensor in self._model.named_parameters()}
+        tensors = {_MODEL + name: tensor.detach().cpu() for name, tensor in self._tensors().items()}
+        for name, buffer in self._model.named_buffers():
+            # safetensors takes neither expanded tensors nor views of one another, which buffers may be
+            tensors[_MODEL + name] = buffer.detach().cpu().clone(memory_format=torch.contiguous_format)
         for index, moments in self._optimizer.state_dict()["state"].items():
             for name, value in moments.items():
                 tensors[f"{_OPTIMIZER}{index}|{name}"] = torch.as_tensor(value).detach().cpu()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_suffix(f".{os.getpid()}.part")
-        save_file(tensors, temporary, metadata={"purpose": self._purpose, "state": json.dumps(state)})
-        temporary.replace(self._path)
+        text = json.dumps(state)
+        metadata = {"state": text, "digest": self._digest(text, tensors)}
+        try:
+            with whole_file(self._path) as temporary:
+                save_file(tensors, temporary, metadata=metadata)
+        except (SafetensorError, OSError) as error:
+            raise disk_error(self._path, error) or error from error
 
     def load(self) -> dict[str, Any] | None:
         """Restore everything and return the JSON state; ``None`` if there is nothing usable to go on from."""
@@ -50,26 +71,34 @@ class Checkpoint:
         try:
             with safe_open(self._path, framework="pt") as stream:
                 metadata = stream.metadata() or {}
-            tensors = load_file(self._path)
+                tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
         except (SafetensorError, OSError):
-            return None  # a damaged checkpoint costs time, not correctness: the run starts over
-        if metadata.get("purpose") != self._purpose:
             return None
-        parameters = dict(self._model.named_parameters())
-        moments: dict[int, dict[str, torch.Tensor]] = {}
+        text = metadata.get("state", "")
+        if metadata.get("digest") != self._digest(text, tensors):
+            return None
+        current = self._tensors()
+        moments: dict[int, dict[str, Tensor]] = {}
         with torch.no_grad():
             for name, tensor in tensors.items():
                 if name.startswith(_MODEL):
-                    parameters[name.removeprefix(_MODEL)].copy_(tensor)
+                    current[name.removeprefix(_MODEL)].copy_(tensor)
                 else:
                     _, index, moment = name.split("|")
                     moments.setdefault(int(index), {})[moment] = tensor
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        state: dict[str, Any] = json.loads(metadata["state"])
+        state: dict[str, Any] = json.loads(text)
         return state
 
     def remove(self) -> None:
         """Delete the file of a finished run."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers, each once: buffers move in training as well."""
+        return {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+
+    def _digest(self, state: str, tensors: Mapping[str, Tensor]) -> str:
+        return json_digest([self._run, state, tensor_digest(tensors)])

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from quanttune import OutlierLoss, OutlierLossConfig, Schedule, tune
 from quanttune.digests import tensor_digest
-from quanttune.errors import ConfigError, TuningDivergedError
+from quanttune.errors import ConfigError, StoreError, TuningDivergedError
 from quanttune.seeds import torch_generator
 
 SCHEDULE = Schedule(steps=8, learning_rate=1e-3, batch_size=4)
@@ -105,6 +107,108 @@ def test_a_damaged_or_foreign_checkpoint_is_ignored(vit: nn.Module, tmp_path: Pa
         tuned(vit, checkpoint=checkpoint, checkpoint_every=2, progress=stop)
     other = Schedule(steps=8, learning_rate=2e-3, batch_size=4)
     assert tuned(vit, other, checkpoint=checkpoint) == tuned(vit, other)
+
+
+@pytest.fixture(scope="module")
+def interrupted(vit: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a run that was stopped after its second step."""
+    return stopped(vit, tmp_path_factory.mktemp("interrupted") / "run.safetensors")
+
+
+def stopped(model: nn.Module, checkpoint: Path, **more: object) -> Path:
+    def stop(done: int, total: int, loss: float) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tuned(model, checkpoint=checkpoint, checkpoint_every=2, progress=stop, **more)
+    return checkpoint
+
+
+def first_step(model: nn.Module, checkpoint: Path, **more: object) -> int:
+    """The first step that a run does with a checkpoint there; 3 if it goes on from it."""
+    steps: list[int] = []
+
+    def stop(done: int, total: int, loss: float) -> None:
+        steps.append(done)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tuned(model, checkpoint=checkpoint, progress=stop, **more)
+    return steps[0]
+
+
+def test_any_flipped_bit_of_a_checkpoint_is_noticed(
+    vit: nn.Module, interrupted: Path, tmp_path: Path
+) -> None:
+    whole = interrupted.read_bytes()
+    checkpoint = tmp_path / interrupted.name
+    checkpoint.write_bytes(whole)
+    assert first_step(vit, checkpoint) == 3
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for at in (3, header // 2, header - 40, *range(header, len(whole), (len(whole) - header) // 8)):
+        checkpoint.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert first_step(vit, checkpoint) == 1, at
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (b'"{\\"progress\\": {\\"step\\": 2', b'"{\\"progress\\": {\\"step\\": 7'),
+        (b"model|head.bias", b"model|head.bios"),
+        (b'"digest"', b'"dibest"'),
+    ],
+)
+def test_an_edited_checkpoint_is_ignored(
+    vit: nn.Module, interrupted: Path, tmp_path: Path, before: bytes, after: bytes
+) -> None:
+    whole = interrupted.read_bytes()
+    assert whole.count(before) == 1
+    checkpoint = tmp_path / interrupted.name
+    checkpoint.write_bytes(whole.replace(before, after))
+    assert first_step(vit, checkpoint) == 1
+
+
+def test_a_checkpoint_copied_over_another_runs_is_ignored(
+    vit: nn.Module, interrupted: Path, tmp_path: Path
+) -> None:
+    """Another name says other data; other first weights another reference."""
+    other = copy.deepcopy(vit)
+    with torch.no_grad():
+        next(other.parameters()).add_(1.0)
+    for model, name, step in (
+        (vit, "run.safetensors", 3),
+        (vit, "another.safetensors", 1),
+        (other, "run.safetensors", 1),
+    ):
+        (tmp_path / name).write_bytes(interrupted.read_bytes())
+        assert first_step(model, tmp_path / name) == step
+
+
+def test_what_a_batch_normalisation_has_seen_comes_back(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 900, 3))
+    checkpoint = stopped(model, tmp_path / "run.safetensors", outliers=False)
+    assert tuned(model, outliers=False, checkpoint=checkpoint) == tuned(model, outliers=False)
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(
+    vit: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found: a raw SafetensorError."""
+    checkpoint = tmp_path / "run.safetensors"
+    writes: list[int] = []
+
+    def filling(tensors: object, path: Path, metadata: object) -> None:
+        writes.append(1)
+        if len(writes) == 2:
+            raise SafetensorError('I/O error: Os { code: 28, message: "No space left on device" }')
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr("quanttune.checkpoint.save_file", filling)
+    with pytest.raises(StoreError, match=r"no space left on the disk for .*run\.safetensors; free some"):
+        tuned(vit, checkpoint=checkpoint, checkpoint_every=2)
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
+    assert first_step(vit, checkpoint) == 3
 
 
 def test_a_run_that_breaks_the_model_is_refused(vit: nn.Module) -> None:

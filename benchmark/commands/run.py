@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from benchmark.cli import EXIT_FAILED, EXIT_INTERRUPTED, cli, examples
+from benchmark.cli import EXIT_FAILED, cli, examples
+from benchmark.engine.stopping import exit_code
 from benchmark.grid.autocast import AUTOCAST
 from benchmark.options import HeadedCommand, HeadedOption, include_option, results_option, suite_option
 from quanttune.errors import ConfigError
@@ -145,9 +146,9 @@ def run(everything: bool, dry_run: bool, no_tracking: bool, **given: Any) -> Non
     try:
         for outcome in outcomes(plan, not no_tracking, Display()):
             found[outcome.cell.cell_id] = outcome
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         _tell_interrupted(plan)
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(exit_code(error))
     _summary([found[cell.cell_id] for cell in plan.cells])
     if any(outcome.status == "failed" for outcome in found.values()):
         sys.exit(EXIT_FAILED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import click
 
 from benchmark.cli import cli, examples
 from benchmark.options import include_option, results_option, suite_option
-from quanttune.errors import ConfigError
+from quanttune.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
     from benchmark.report.rows import SuiteRows
@@ -63,8 +64,12 @@ def table(
 
         name = "-".join([rows.suite.name, *["published"] * published, *(metric or "").split()])
         path = store.root / "tables" / f"{name}.{_ENDINGS[form]}"
-        write_text_atomically(path, text)
-        click.echo(f"written to {path}", err=True)
+        try:
+            write_text_atomically(path, text)
+            click.echo(f"written to {path}", err=True)
+        except StoreError as error:
+            # results that can only be read are as good to look at
+            click.echo(f"warning: printed only: {error}", err=True)
     if not rows.complete:
         click.echo(f"partial: {rows.finished} of {len(rows.cells)} cells", err=True)
 
@@ -72,16 +77,17 @@ def table(
 def _measured(rows: SuiteRows, form: str) -> str:
     if form == "json":
         return json.dumps(rows.to_json(), indent=1) + "\n"
-    from benchmark.report.latex import to_latex
+    from benchmark.report.latex import label_of, to_latex
     from benchmark.report.tables import make_table, to_frame, to_grid
 
     if form == "csv":
         return to_frame(rows).to_csv(index=False, lineterminator="\n")
     made = make_table(rows)
-    return to_latex(made, f"tab:{rows.suite.name}") if form == "latex" else to_grid(made, _STYLES[form])
+    return to_latex(made, label_of(rows.suite.name)) if form == "latex" else to_grid(made, _style(form))
 
 
 def _published(rows: SuiteRows, form: str) -> str:
+    from benchmark.report.latex import label_of
     from benchmark.report.published_table import (
         make_published_table,
         published_frame,
@@ -96,5 +102,15 @@ def _published(rows: SuiteRows, form: str) -> str:
     if form == "csv":
         return published_frame(made).to_csv(index=False, lineterminator="\n")
     if form == "latex":
-        return published_latex(made, f"tab:{rows.suite.name}-published")
-    return published_grid(made, _STYLES[form])
+        return published_latex(made, label_of(f"{rows.suite.name}-published"))
+    return published_grid(made, _style(form))
+
+
+def _style(form: str) -> str:
+    """Of tabulate; lines of plain characters where the output has no others."""
+    if form == "terminal":
+        try:
+            "┌─┼│".encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+        except (UnicodeEncodeError, LookupError):
+            return "grid"
+    return _STYLES[form]

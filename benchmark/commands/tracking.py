@@ -22,13 +22,13 @@ from quanttune.errors import ConfigError, StoreError
 def ui(port: int, results: Path) -> None:
     """Serve the MLflow UI on 127.0.0.1 over the suite's own database."""
     from benchmark.keep.store import Store
-    from benchmark.tracking.backend import serve_ui, tracking_uri
+    from benchmark.tracking.backend import database, is_local, serve_ui, tracking_uri
 
     if not 1 <= port <= 65535:
         raise ConfigError(f"--port {port}: it must be between 1 and 65535")
     store = Store(results)
     uri = tracking_uri(store)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+    if is_local() and not database(store).exists():
         raise StoreError(f"{uri} does not exist yet; `run` makes it, or `sync` from the cells of {results}")
     serve_ui(store, port)
 

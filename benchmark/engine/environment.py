@@ -46,6 +46,7 @@ def prepare_torch(threads: int, device: str) -> torch.device:
     import torch
 
     torch.set_num_threads(threads)
+    _limit_blas(threads)
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
@@ -59,6 +60,15 @@ def prepare_torch(threads: int, device: str) -> torch.device:
     elif chosen.type != "cpu":
         raise ConfigError(f"--device {device}: use cpu or cuda")
     return chosen
+
+
+def _limit_blas(threads: int) -> None:
+    """Give NumPy's sums the same threads; it takes the cores or ``OMP_NUM_THREADS`` otherwise."""
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(threads, user_api="blas")
+    # for what is loaded later, as SciPy's own copy is
+    os.environ["OPENBLAS_NUM_THREADS"] = str(threads)
 
 
 def provenance(threads: int, device: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from benchmark.engine.assets import fetch_models
@@ -17,7 +17,7 @@ from benchmark.grid.suite import DEFAULT_SUITE, load_suite
 from benchmark.keep.store import Store
 from benchmark.subject.tasks.data import commit_splits
 from benchmark.subject.tasks.task import get_task
-from quanttune.errors import ConfigError, UnknownNameError
+from quanttune.errors import ConfigError, StoreError, UnknownNameError
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Plan:
 
         Raises:
             ConfigError: If the device is not there.
-            StoreError: If results cannot be kept.
+            StoreError: If results cannot be kept, or were removed before the end.
             KeyboardInterrupt: If the user stops it; the store then holds nothing half-written.
         """
         events = events or Events()
@@ -102,6 +102,18 @@ class Plan:
         for cell in self.cells:
             if cell.cell_id not in told and cell.cell_id in outcomes:
                 yield outcomes[cell.cell_id]
+        self._require_kept(outcomes)
+
+    def _require_kept(self, outcomes: Mapping[str, Outcome]) -> None:
+        """Refuse to call done what is no longer there: somebody may have removed the folder meanwhile."""
+        store = self.store
+        finished = [cell for cell in self.cells if outcomes[cell.cell_id].status in ("done", "skipped")]
+        lost = sum(store.load(cell) is None for cell in finished)
+        if lost:
+            raise StoreError(
+                f"{lost} of the {len(finished)} cells that this run finished are no longer in {store.root}: "
+                "the folder was removed or changed meanwhile; run again to measure them anew"
+            )
 
     def _run(self, cells: Sequence[Cell], events: Events) -> Generator[Outcome, None, None]:
         self.store.prepare()

@@ -12,7 +12,8 @@ from benchmark.grid.autocast import FULL_PRECISION
 from benchmark.grid.noise import SUBSET
 from benchmark.grid.schemes import scheme_of
 from quanttune.digests import canonical_json, json_digest
-from quanttune.errors import UnknownNameError
+from quanttune.errors import QuantTuneError
+from quanttune.fields import FieldError, fitting
 
 if TYPE_CHECKING:
     from baselines.method import Method
@@ -94,11 +95,23 @@ class Cell:
 
     @classmethod
     def from_identity(cls, identity: Mapping[str, Any]) -> Cell:
-        """The inverse of :meth:`identity`."""
+        """The inverse of :meth:`identity`.
+
+        Raises:
+            ValueError: If it is no cell's.
+        """
         fields = {name: value for name, value in identity.items() if name != "engine"}
-        fields["parameters_json"] = canonical_json(fields.pop("parameters"))
-        fields["recipe_json"] = canonical_json(fields.pop("recipe", {}))
-        return cls(**fields)
+        for name in ("parameters", "recipe"):
+            value = fields.pop(name, {})
+            if not isinstance(value, dict):
+                raise FieldError(f"{name} = {value!r}: give values by name")
+            fields[f"{name}_json"] = canonical_json(value)
+        try:
+            cell = cls(**fields)
+        except TypeError as error:
+            raise FieldError(str(error)) from error
+        fitting(cls, fields)
+        return cell
 
     @cached_property
     def cell_id(self) -> str:
@@ -141,5 +154,6 @@ class Cell:
         """The method's own short name, which tells apart other parameters."""
         try:
             return self.make_method().label
-        except (UnknownNameError, TypeError):  # a record may be of a method that is not here
+        # a record may be of a method that is not here, or that no longer takes these parameters
+        except (QuantTuneError, TypeError, ValueError):
             return f"{self.method}{self.parameters_json if self.parameters else ''}"

@@ -17,6 +17,7 @@ from benchmark.subject.models.entry import MODELS
 from benchmark.subject.tasks.task import get_task
 from quanttune.digests import canonical_json, json_digest
 from quanttune.errors import ConfigError, UnknownNameError
+from quanttune.fields import FieldError, fitting
 from quanttune.quantization.scheme import Scheme
 from quanttune.quantization.sites import PROFILES
 
@@ -168,7 +169,7 @@ def _model_fields(name: str) -> dict[str, Any]:
 
 
 def _instance(spec: MethodSpec) -> Method:
-    """The method, with errors that name a parameter it does not have."""
+    """The method, with errors that name a parameter it does not have or a value it cannot take."""
     from baselines import METHODS
 
     kind = METHODS.get(spec.name)
@@ -176,7 +177,13 @@ def _instance(spec: MethodSpec) -> Method:
     for key in spec.parameters:
         if key not in known:
             raise UnknownNameError(f"parameter of method {spec.name}:", key, known)
-    return kind(**spec.parameters)
+    try:
+        return kind(**fitting(kind, spec.parameters))
+    except FieldError as error:
+        raise ConfigError(f"method {spec.name}: {error}") from None
+    except (TypeError, ValueError) as error:
+        # how a class that somebody else wrote refuses a value
+        raise ConfigError(f"method {spec.name} does not take {dict(spec.parameters)}: {error}") from error
 
 
 def _choose(

@@ -83,7 +83,8 @@ def load_suite(name: str) -> Suite:
     if name.endswith(".toml"):
         path = Path(name)
         try:
-            text = path.read_text(encoding="utf-8")
+            # editors of Windows begin a file with a byte-order mark, which is no TOML
+            text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read suite file {name}: {error}") from error
         return parse_suite(path.stem, text, origin=name)
@@ -102,7 +103,8 @@ def parse_suite(name: str, text: str, origin: str) -> Suite:
     what = origin if origin.endswith(".toml") else f"suite {origin}"
     try:
         raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    # not only its own error: numbers of thousands of digits, brackets in brackets in brackets
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{what} is not valid TOML: {error}") from error
     for key in raw:
         if key not in _FIELDS:
@@ -111,6 +113,8 @@ def parse_suite(name: str, text: str, origin: str) -> Suite:
         if not raw.get(key):
             raise ConfigError(f"{what} has no {key}; give at least one")
     values = {key: _check(what, key, value) for key, value in raw.items() if key != "methods"}
+    if not isinstance(raw["methods"], list):
+        raise ConfigError(f"{what}: methods = {raw['methods']!r}; give [[methods]] tables")
     methods = tuple(itertools.chain.from_iterable(_methods(what, item) for item in raw["methods"]))
     for key, allowed in (("weight_granularity", GRANULARITIES), ("profiles", PROFILES)):
         for value in values.get(key, ()):
@@ -130,7 +134,7 @@ def parse_suite(name: str, text: str, origin: str) -> Suite:
         raise ConfigError(f"{what}: autocast = {values['autocast']!r}; known: {', '.join(AUTOCAST)}")
     if values.get("noise", SUBSET) not in NOISE:
         raise ConfigError(f"{what}: noise = {values['noise']!r}; known: {', '.join(NOISE)}")
-    values["precisions"] = tuple(str(Scheme.parse(text)) for text in values["precisions"])
+    values["precisions"] = tuple(dict.fromkeys(str(Scheme.parse(text)) for text in values["precisions"]))
     return Suite(name=name, methods=methods, origin=origin, **{"description": "", **values})
 
 
@@ -161,7 +165,8 @@ def _check(origin: str, key: str, value: Any) -> Any:
         raise ConfigError(f"{origin}: {key} = {value!r}; expected {wanted}")
     if key in ("calibration_items", "limit") and value < 1:
         raise ConfigError(f"{origin}: {key} = {value}; it must be at least 1")
-    return value if key in _SCALARS else tuple(value)
+    # what is named twice is meant once: a table says of an axis of two that it varies
+    return value if key in _SCALARS else tuple(dict.fromkeys(value))
 
 
 def _methods(origin: str, item: Any) -> Iterator[MethodSpec]:
@@ -174,6 +179,9 @@ def _methods(origin: str, item: Any) -> Iterator[MethodSpec]:
     if not isinstance(profiles, list):
         raise ConfigError(f"{origin}: profiles = {profiles!r} of method {item['name']}; expected a list")
     parameters = {key: value for key, value in item.items() if key not in ("name", "profiles")}
+    for key, value in parameters.items():
+        if value == []:
+            raise ConfigError(f"{origin}: {key} = [] of method {item['name']}; give at least one value")
     axes = [[(key, choice) for choice in _choices(value)] for key, value in parameters.items()]
     for combination in itertools.product(*axes):
         yield MethodSpec(item["name"], dict(combination), tuple(profiles))

@@ -6,14 +6,21 @@ Trouble with the disk is said in one line.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import click
+
 from quanttune.errors import StoreError
-from quanttune.files import whole_file
+from quanttune.files import disk_error, whole_file
+
+_REMEDY = "choose another --results folder"
+_PATIENCE, _PATIENCE_AT_MOST = 30.0, 600.0  # seconds of waiting for a lock between two lines about it
+_HOLDER = ".holder"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -30,13 +37,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with whole_file(path) as temporary:
             write(temporary)
         _sync_folder(path.parent)
-    except OSError as error:
-        raise _store_error(path, error) from error
     except Exception as error:
-        # safetensors reports a full disk as its own exception type, with the system's words in the message
-        if _says_full(error):
-            raise _store_error(path, error) from error
-        raise
+        told = disk_error(path, error, _REMEDY)
+        if told is None:
+            raise
+        raise told from error
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -44,19 +49,83 @@ def write_text_atomically(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def file_lock(path: Path) -> AbstractContextManager[object]:
-    """A lock on a file that ends with its process, however that ends.
+@contextlib.contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Hold a lock on a file, which ends with its process, however that ends.
+
+    Whoever waits is told for whom, again and again: the other process may hang.
 
     Raises:
         StoreError: If the lock file cannot be made.
     """
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
+    lock, patience, started = FileLock(path), _PATIENCE, time.monotonic()
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=patience)
+            break
+        except Timeout:
+            waited = round(time.monotonic() - started)
+            click.echo(f"waiting for {path.name} since {waited} s, {_holder(path)}", err=True)
+            patience = min(2 * patience, _PATIENCE_AT_MOST)
+        except OSError as error:
+            raise StoreError(f"cannot write {path.parent}: {error}; {_REMEDY}") from error
+    about = path.with_suffix(_HOLDER)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # the lock holds without it
+            about.write_text(f"{os.getpid()} {platform.node()} {time.time():.0f}", encoding="utf-8")
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            about.unlink(missing_ok=True)
+        lock.release()
+
+
+def is_free(path: Path) -> bool:
+    """Whether no process holds the lock of this file, there or not."""
+    from filelock import FileLock, Timeout
+
+    if not path.exists():
+        return True
+    try:
+        with FileLock(path, timeout=0):
+            return True
+    except Timeout:
+        return False
+    except OSError:  # where nobody can write nobody holds it
+        return True
+
+
+def _holder(path: Path) -> str:
+    """Who holds a lock, since when, and what to do if it hangs."""
+    try:
+        process, host, since = path.with_suffix(_HOLDER).read_text(encoding="utf-8").split()
+        held = round(time.time() - float(since))
+    except (OSError, ValueError):
+        return "held by another process"
+    end = f"kill {process}" if host == platform.node() else f"end it there ({process})"
+    return f"held by process {process} on {host} for {held} s; if it hangs, {end}"
+
+
+def require_writable(folder: Path) -> None:
+    """Refuse a folder in which no file can be made; the folder itself is made if need be.
+
+    Raises:
+        StoreError: Naming it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise StoreError(f"cannot write {path.parent}: {error}; choose another --results folder") from error
-    return FileLock(path)
+        raise disk_error(folder, error, _REMEDY) or error from error
+
+
+def unreadable(path: Path, error: OSError) -> StoreError:
+    """What to tell a user of a file that is there and cannot be read."""
+    return StoreError(f"cannot read {path}: {error}; check its permissions or {_REMEDY}")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -67,17 +136,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _says_full(error: Exception) -> bool:
-    return "No space left" in str(error) or "os error 28" in str(error)
-
-
-def _store_error(path: Path, error: Exception) -> StoreError:
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _says_full(error):
-        return StoreError(
-            f"no space left on the disk for {path}; free some or choose another --results folder"
-        )
-    return StoreError(
-        f"cannot write {path}: {error}; check its permissions or choose another --results folder"
-    )

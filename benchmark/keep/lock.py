@@ -21,6 +21,7 @@ from typing import Any
 from benchmark.keep.atomic import file_lock, write_text_atomically
 from quanttune.digests import canonical_json
 from quanttune.errors import QuantTuneError, StoreError
+from quanttune.files import read_json
 
 FILE = "lock.json"
 SCHEMA = 1
@@ -49,14 +50,18 @@ class Lock:
             StoreError: If the file is damaged; it is never taken for empty, which would pin anew.
         """
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
+            content = read_json(self.path)
+            canonical_json(content)  # NaN is nothing that was pinned
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
             raise StoreError(f"cannot read {self.path}: {error}; restore it or delete it") from error
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
             raise StoreError(f"{self.path} is no lock file of schema {SCHEMA}; restore it or delete it")
-        models: dict[str, dict[str, Any]] = content["models"]
+        models: dict[str, dict[str, Any]] = content.get("models", {})
+        for model, facts in models.items() if isinstance(models, dict) else [("models", models)]:
+            if not isinstance(facts, dict):
+                raise self._misshapen(model, facts)
         return models
 
     def check(self, model: str, facts: Mapping[str, Any]) -> None:
@@ -77,6 +82,8 @@ class Lock:
             for name, value in facts.items():
                 if isinstance(value, Mapping):
                     known = pinned.setdefault(name, {})
+                    if not isinstance(known, dict):
+                        raise self._misshapen(f"{name} of {model}", known)
                     for key, item in value.items():
                         self._pin(model, known, str(key), item, f"{name} {key}")
                 else:
@@ -84,6 +91,11 @@ class Lock:
             if canonical_json(pinned) != before:
                 text = json.dumps({"schema": SCHEMA, "models": models}, indent=1, sort_keys=True)
                 write_text_atomically(self.path, text + "\n")
+
+    def _misshapen(self, what: str, value: Any) -> StoreError:
+        return StoreError(
+            f"{what} in {self.path} is {value!r}, not values by name; restore the file or delete it"
+        )
 
     def _pin(self, model: str, pinned: dict[str, Any], name: str, value: Any, what: str) -> None:
         if value is None:

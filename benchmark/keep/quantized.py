@@ -64,7 +64,7 @@ def read_quantized(path: Path, sha256: str, stages: Stages, weights: str | None)
 
     from quanttune.quantization import Quantized
 
-    if not path.exists() or sha256_file(path) != sha256:
+    if not path.is_file() or sha256_file(path) != sha256:
         raise StoreError(f"{path} is absent or not what the record names")
     with safe_open(path, framework="pt") as file:
         document: dict[str, Any] = json.loads(file.metadata()[_HEADER])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from typing import Any
 
 from benchmark.grid.cells import Cell
 from quanttune.digests import json_digest
-from quanttune.errors import StoreError
+from quanttune.errors import QuantTuneError, StoreError
+from quanttune.fields import fitting
 
 SCHEMA = 3
 """Version of what is written; a folder written by a newer one is refused."""
@@ -20,6 +22,7 @@ of the same form."""
 
 _NEWER = ("metrics", "quantized")
 _OLDEST, _WITH_NEWER, _WITH_NOISE = READABLE
+_PARTS = ("cell", "result", "quantized")
 
 DONE, SKIPPED = "done", "skipped"
 
@@ -132,7 +135,7 @@ class Record:
 
     @classmethod
     def from_json(cls, text: Any, origin: str) -> Record | None:
-        """Read a record; ``None`` if it was truncated or edited.
+        """Read a record; ``None`` if it was truncated, edited or has not the shape of a record.
 
         Raises:
             StoreError: If it was written by a newer version of the suite.
@@ -147,13 +150,29 @@ class Record:
         except ValueError:  # a NaN that no record of ours holds
             return None
         fields = {key: value for key, value in body.items() if key not in ("schema", "cell_id")}
-        fields["cell"] = Cell.from_identity(fields["cell"])
-        result = fields["result"]
-        if result is not None:
-            noise = result.get("noise")
-            fields["result"] = Result(**{**result, "noise": None if noise is None else Noise(**noise)})
-        fields["quantized"] = Kept(**fields["quantized"]) if fields.get("quantized") else None
-        return cls(**fields)
+        try:
+            # A digest tells that nobody touched it since, not that it was a record then.
+            fitting(cls, fields, but=_PARTS)
+            fields["cell"] = Cell.from_identity(fields["cell"])
+            for name, kind in (("result", Result), ("quantized", Kept)):
+                if fields.get(name) is not None:
+                    fields[name] = _part(kind, fields[name])
+            record = cls(**fields)
+            datetime.fromisoformat(record.finished_at)
+            _ = record.cell.scheme_text
+        except (AttributeError, KeyError, TypeError, ValueError, QuantTuneError):
+            return None
+        whole = record.status == SKIPPED or (record.status == DONE and record.result is not None)
+        return record if whole else None
+
+
+def _part(kind: type[Any], fields: dict[str, Any]) -> Any:
+    """One of a record's parts from its JSON object, with the noise of a result that has any."""
+    if fields.get("noise") is not None:
+        fitting(Noise, fields["noise"])
+        fields = {**fields, "noise": Noise(**fields["noise"])}
+    fitting(kind, fields, but=("noise",))
+    return kind(**fields)
 
 
 def refuse_newer(schema: Any, origin: str) -> None:

@@ -1,7 +1,8 @@
 """Stages: expensive intermediate results (reference weights, statistics, tuned weights) shared by many cells.
 
-Kept as safetensors with a JSON beside them. A file is used only if its sha256 is the recorded one; two
-processes that need the same stage at once compute it once.
+Kept as safetensors with a JSON beside them, the sidecar. A file is used only if its sha256 is the one that
+the sidecar records, and the sidecar only under the name that its own stage, scope and key make: a pair copied
+over another's counts as absent. Two processes that need the same stage at once compute it once.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmark.keep.atomic import file_lock, write_atomically, write_text_atomically
+from benchmark.keep.atomic import file_lock, unreadable, write_atomically, write_text_atomically
 from benchmark.keep.record import READABLE, SCHEMA
 from quanttune.digests import json_digest, sha256_file
 from quanttune.errors import ConfigError, TuningDivergedError
+from quanttune.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,17 +135,26 @@ class Stages:
         if not _NAME.fullmatch(stage):
             raise ConfigError(f"stage name {stage!r} must be lower-case letters, digits and underscores")
         full_key = {"scope": self.scope, "key": dict(key)}
-        return full_key, json_digest({"stage": stage, **full_key})
+        return full_key, _digest(stage, full_key)
+
+
+def _digest(stage: str, full_key: Mapping[str, Any]) -> str:
+    return json_digest({"stage": stage, "scope": full_key["scope"], "key": full_key["key"]})
 
 
 def _load(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a stage file, ``None`` if it is absent, truncated or not what was written."""
+    """The tensors of a stage file, ``None`` if it is absent, damaged, or another stage's under this name."""
     sidecar = _read(path.with_suffix(".json"))
     try:
-        if sidecar.get("schema") not in READABLE or sidecar.get("sha256") != sha256_file(path):
+        if sidecar.get("schema") not in READABLE or _digest(path.parent.name, sidecar) != path.stem:
             return None
-    except FileNotFoundError:
+        if sidecar.get("sha256") != sha256_file(path):
+            return None
+    # a file that is not there, or a sidecar without a key or with one that holds NaN
+    except (FileNotFoundError, KeyError, ValueError):
         return None
+    except OSError as error:
+        raise unreadable(path, error) from error
     from safetensors.torch import load_file
 
     return dict(load_file(path))
@@ -152,9 +163,11 @@ def _load(path: Path) -> dict[str, Tensor] | None:
 def _read(sidecar: Path) -> dict[str, Any]:
     """What a sidecar says; nothing if it is absent or damaged."""
     try:
-        about = json.loads(sidecar.read_text(encoding="utf-8"))
+        about = read_json(sidecar)
     except (FileNotFoundError, ValueError):
         return {}
+    except OSError as error:
+        raise unreadable(sidecar, error) from error
     return about if isinstance(about, dict) else {}
 
 

@@ -24,12 +24,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmark.grid.cells import Cell
-from benchmark.keep.atomic import file_lock, write_atomically, write_text_atomically
+from benchmark.keep.atomic import (
+    file_lock,
+    is_free,
+    require_writable,
+    unreadable,
+    write_atomically,
+    write_text_atomically,
+)
 from benchmark.keep.quantized import read_quantized, write_quantized
 from benchmark.keep.record import SCHEMA, Kept, Record, refuse_newer
 from benchmark.keep.stages import Stages
 from quanttune.digests import sha256_file
 from quanttune.errors import StoreError
+from quanttune.files import read_json, remove_abandoned
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +45,8 @@ if TYPE_CHECKING:
     from quanttune.quantization import Quantized
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_WRITTEN = ("cells", "failures", "references", "locks", "stages")
+_SWEPT = (".", "cells", "failures", "references", "tables", "figures", "report")
 _QUANTIZED = ".quantized.safetensors"
 _PREFIX = re.compile(r"[0-9a-f]{1,64}")
 
@@ -60,9 +70,28 @@ class Store:
             refuse_newer(marker.get("schema"), str(self.root / "store.json"))
 
     def prepare(self) -> None:
-        """Make the folder and its marker, so that a full or read-only disk is noticed before the work."""
+        """Make the folder and its marker, so that a full or read-only disk is noticed before the work.
+
+        Temporary files of processes that were killed go.
+
+        Raises:
+            StoreError: If nothing can be written there.
+        """
+        self.require_writable()
+        for folder in (*(self.root / name for name in _SWEPT), *(self.root / "stages").glob("*/")):
+            remove_abandoned(folder)
         if _read_json(self.root / "store.json") is None:
             write_text_atomically(self.root / "store.json", json.dumps({"schema": SCHEMA}) + "\n")
+
+    def require_writable(self) -> None:
+        """Refuse a folder that cannot be written, before any work.
+
+        Raises:
+            StoreError: Naming it.
+        """
+        for folder in (self.root, *(self.root / name for name in _WRITTEN)):
+            if folder == self.root or folder.exists():
+                require_writable(folder)
 
     def load(self, cell: Cell) -> Record | None:
         """The finished record of a cell.
@@ -183,7 +212,8 @@ class Store:
             raise StoreError(
                 f"{prefix!r} is not the start of a cell id; ids are hexadecimal, see `list cells`"
             )
-        matches = sorted(path.stem for path in (self.root / "cells").glob(f"{prefix}*.json"))
+        found = (path.stem for path in (self.root / "cells").glob(f"{prefix}*.json"))
+        matches = sorted(filter(_DIGEST.fullmatch, found))
         if len(matches) > 1:
             raise StoreError(
                 f"{prefix!r} starts {len(matches)} cell ids; give more digits, e.g. {matches[0][:16]}"
@@ -196,7 +226,8 @@ class Store:
     def reference_digest(self, model_identity: str) -> str | None:
         """Digest of the reference weights a model has at present, ``None`` if they were not made yet."""
         found = _read_json(self._file("references", model_identity, ".json"))
-        return found.get("digest") if isinstance(found, dict) else None
+        digest = found.get("digest") if isinstance(found, dict) else None
+        return digest if isinstance(digest, str) else None
 
     def save_reference_digest(self, model: str, model_identity: str, digest: str) -> None:
         """Keep the digest of a model's reference weights, so that results against others count as missing."""
@@ -217,16 +248,9 @@ class Store:
 
     def was_interrupted(self, cell_id: str) -> bool:
         """Whether a process began the cell and ended before the cell did."""
-        from filelock import FileLock, Timeout
-
         path = self._file("locks", cell_id, ".lock")
-        if not path.exists():
-            return False
-        try:
-            with FileLock(path, timeout=0):
-                return True
-        except Timeout:  # it is being measured right now
-            return False
+        # one that is held is being measured right now
+        return path.exists() and is_free(path)
 
     def _file(self, folder: str, digest: str, ending: str) -> Path:
         if not _DIGEST.fullmatch(digest):  # what comes from outside must not become a path
@@ -238,20 +262,26 @@ class Store:
         record = Record.from_json(_read_json(path), str(path))
         if record is None or record.cell.cell_id != cell_id:
             return None
-        if record.items_sha256 is not None:
-            items = self._file("cells", cell_id, ".safetensors")
-            if not items.exists() or sha256_file(items) != record.items_sha256:
-                return None
-        return record
+        items = record.items_sha256
+        whole = items is None or _is_intact(self._file("cells", cell_id, ".safetensors"), items)
+        return record if whole else None
 
 
 def _read_json(path: Path) -> Any:
     """The JSON of a file, ``None`` if it is absent or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (FileNotFoundError, ValueError):
         return None
     except OSError as error:
-        raise StoreError(
-            f"cannot read {path}: {error}; check its permissions or choose another --results folder"
-        ) from error
+        raise unreadable(path, error) from error
+
+
+def _is_intact(path: Path, sha256: str) -> bool:
+    """Whether a file is there and is the one with that digest."""
+    try:
+        return sha256_file(path) == sha256
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise unreadable(path, error) from error

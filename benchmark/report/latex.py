@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from benchmark.report.tables import RowKey, Table, arrange, flips_of, text_of
 
 
@@ -62,6 +64,11 @@ def _latex_name(name: str) -> str:
     lines = [escape_latex(method + calibrator)]
     lines += [f"{{\\scriptsize {escape_latex(text)}}}" for text in parameters.split(",")]
     return "\\shortstack[l]{" + " \\\\ ".join(lines) + "}"
+
+
+def label_of(name: str) -> str:
+    r"""What ``\ref`` calls the table of this name, with nothing in it that LaTeX reads otherwise."""
+    return "tab:" + re.sub(r"[^\w:.+/-]+", "-", name, flags=re.ASCII)
 
 
 _LATEX = {

@@ -12,6 +12,7 @@ from benchmark.grid.cells import Cell
 from benchmark.report.latex import escape_latex
 from benchmark.report.published_values import REMARKS, Published, published_values
 from benchmark.report.rows import SuiteRows
+from benchmark.report.tables import escape_markdown
 from benchmark.subject.lookup import get_model, get_task
 
 if TYPE_CHECKING:
@@ -234,6 +235,8 @@ def published_grid(table: PublishedTable, style: str) -> str:
     from tabulate import tabulate
 
     body = text_rows(table.shown)
+    if style == "github":
+        body = [[escape_markdown(text) for text in line] for line in body]
     parts = [table.caption + " Drops against FP32 in brackets."]
     if body:
         align = ["left"] * 4 + ["right"] * 3 + ["left"]

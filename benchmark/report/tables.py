@@ -287,10 +287,17 @@ def to_grid(table: Table, style: str) -> str:
             line.append(("<br>" if markdown else "\n").join(parts))
         body.append(line)
     headers = ["model", layout.stub, *layout.columns]
+    if markdown:
+        headers, *body = ([escape_markdown(text) for text in line] for line in (headers, *body))
     align = ["left", "left", *["right"] * len(layout.columns)]
     text = tabulate(body, headers=headers, tablefmt=style, colalign=align, disable_numparse=True)
     best = "" if markdown else "\n* best at its precision"
     return f"{table.caption}{best}\n\n{text}\n"
+
+
+def escape_markdown(text: str) -> str:
+    """The text for a cell of a Markdown table, which a pipe or the end of a line would end."""
+    return "<br>".join(text.splitlines()).replace("|", "\\|")
 
 
 def to_frame(rows: SuiteRows) -> pd.DataFrame:

@@ -9,7 +9,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmark.keep.atomic import is_free
 from benchmark.keep.record import Record
+from benchmark.keep.store import Store
+from benchmark.tracking.backend import is_local
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
     from benchmark.engine.runner import Outcome
 
 _PARENT_TAG = "mlflow.parentRunId"
+RESULTS_TAG = "results"
+"""Names the folder whose cells a parent run logs: a server may have those of several."""
 
 
 def find_runs(client: MlflowClient, experiment_id: str, cell_id: str) -> list[Any]:
@@ -92,6 +97,47 @@ def write_artifacts(folder: Path, record: Record) -> None:
 def record_digest(record: Record) -> str:
     """The digest a run is tagged with, to tell whether it shows the record as it is now."""
     return str(record.to_json()["digest"])
+
+
+def shows(run: Any, record: Record) -> bool:
+    """Whether a run shows the record as it is now, whole: a killed process leaves one that never ended."""
+    return run.info.status == "FINISHED" and run.data.tags.get("record_digest") == record_digest(record)
+
+
+def parent_lock(store: Store, run_id: str) -> Path:
+    """The file that the process of a parent run holds locked as long as it lives."""
+    return store.root / "locks" / f"mlflow-{run_id}.lock"
+
+
+def end_killed(client: MlflowClient, experiment_id: str, store: Store) -> None:
+    """Mark parent runs whose process is gone as ``KILLED`` and take out the cells they did not finish."""
+    of_database = is_local()
+    running = search_all(client, experiment_id, "attributes.status = 'RUNNING'")
+    dead = set()
+    for run in running:
+        tags = run.data.tags
+        if tags.get("kind") != "invocation" or not (of_database or tags.get(RESULTS_TAG) == str(store.root)):
+            continue
+        if is_free(parent_lock(store, run.info.run_id)):
+            dead.add(run.info.run_id)
+            client.set_terminated(run.info.run_id, "KILLED")
+            parent_lock(store, run.info.run_id).unlink(missing_ok=True)
+    for run in running:
+        parent = run.data.tags.get(_PARENT_TAG)
+        if parent in dead or (parent is None and of_database and run.data.tags.get("kind") == "cell"):
+            client.delete_run(run.info.run_id)
+
+
+def search_all(client: MlflowClient, experiment_id: str, which: str) -> list[Any]:
+    """Every live run that a filter chooses."""
+    found: list[Any] = []
+    token = None
+    while True:
+        page = client.search_runs([experiment_id], filter_string=which, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found
 
 
 def _tags(cell_id: str, parent: str | None) -> dict[str, str]:

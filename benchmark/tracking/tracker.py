@@ -7,15 +7,25 @@ once as a warning.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from benchmark.engine.events import Events
+from benchmark.keep.atomic import file_lock
 from benchmark.keep.record import Record
 from benchmark.keep.store import Store
-from benchmark.tracking.backend import connect, tracking_uri
-from benchmark.tracking.runs import find_runs, log_failure, log_record, record_digest
+from benchmark.tracking.backend import connect, database, is_local, move_aside, tracking_uri
+from benchmark.tracking.runs import (
+    RESULTS_TAG,
+    end_killed,
+    find_runs,
+    log_failure,
+    log_record,
+    parent_lock,
+    shows,
+)
 from quanttune.errors import QuantTuneError, StoreError
 
 if TYPE_CHECKING:
@@ -29,23 +39,28 @@ class Tracker:
 
     Args:
         store: Where the records are.
+        moved: Whether this process was connected to a database that was moved aside.
 
     Raises:
         Exception: If MLflow or its backend is not to be had, here and in every method.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, moved: bool = False) -> None:
         self.store = store
-        self.client, self.experiment_id = connect(store)
+        self.client, self.experiment_id = connect(store, moved)
         self.parent: str | None = None
         self.logged = 0
+        self._alive = ExitStack()
 
     def start(self, name: str, parameters: Mapping[str, Any]) -> None:
         """Open the parent run."""
         from mlflow.entities import Param
 
-        run = self.client.create_run(self.experiment_id, run_name=name, tags={"kind": "invocation"})
+        # whose it is, so that `sync` can tell a run that was killed from one that is under way
+        tags = {"kind": "invocation", RESULTS_TAG: str(self.store.root)}
+        run = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
         self.parent = run.info.run_id
+        self._alive.enter_context(file_lock(parent_lock(self.store, run.info.run_id)))
         self.client.log_batch(
             self.parent, params=[Param(key, str(value)) for key, value in parameters.items()]
         )
@@ -68,9 +83,11 @@ class Tracker:
 
     def finish(self, status: str) -> None:
         """Close the parent run with ``FINISHED``, ``FAILED`` or ``KILLED``."""
-        if self.parent is not None:
-            self.client.log_metric(self.parent, "cells_logged", self.logged)
-            self.client.set_terminated(self.parent, status)
+        with self._alive:
+            if self.parent is not None:
+                self.client.log_metric(self.parent, "cells_logged", self.logged)
+                self.client.set_terminated(self.parent, status)
+                parent_lock(self.store, self.parent).unlink(missing_ok=True)
 
     def _forget(self, cell_id: str) -> None:
         for run in find_runs(self.client, self.experiment_id, cell_id):
@@ -132,19 +149,39 @@ def sync_store(store: Store) -> tuple[int, int]:
         StoreError: If MLflow or its backend is not to be had.
     """
     try:
-        return _sync(store)
+        return _sync(_tracker(store))
     except QuantTuneError:
         raise
     except Exception as error:
-        raise StoreError(f"MLflow at {tracking_uri(store)} cannot be used: {_line(error)}") from error
+        raise _unusable(store, error) from error
 
 
-def _sync(store: Store) -> tuple[int, int]:
-    tracker = Tracker(store)
+def _unusable(store: Store, error: Exception) -> StoreError:
+    remedy = f"; move {database(store)} away and `sync` makes a new one" if is_local() else ""
+    return StoreError(f"MLflow at {tracking_uri(store)} cannot be used: {_line(error)}{remedy}")
+
+
+def _tracker(store: Store) -> Tracker:
+    """A tracker, if need be over a new database: one that was killed while it was made stays unusable."""
+    try:
+        return Tracker(store)
+    except QuantTuneError:
+        raise
+    except Exception:
+        taken = move_aside(store) if is_local() else None
+        if taken is None:
+            raise
+        click.echo(f"warning: MLflow cannot use its database; it is kept as {taken.name}", err=True)
+        return Tracker(store, moved=True)
+
+
+def _sync(tracker: Tracker) -> tuple[int, int]:
+    store = tracker.store
+    end_killed(tracker.client, tracker.experiment_id, store)
     stale, present = [], 0
     for record in store.records():
         runs = find_runs(tracker.client, tracker.experiment_id, record.cell.cell_id)
-        if any(run.data.tags.get("record_digest") == record_digest(record) for run in runs):
+        if any(shows(run, record) for run in runs):
             present += 1
         else:
             stale.append(record)

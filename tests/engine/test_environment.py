@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -40,3 +43,24 @@ def test_bad_devices_are_refused(device: str) -> None:
 def test_an_absent_gpu_is_refused() -> None:
     with pytest.raises(ConfigError, match="no CUDA device"):
         prepare_torch(1, "cuda")
+
+
+@pytest.mark.parametrize("given", [None, "1", "3"])
+def test_sums_of_numpy_have_the_threads_that_were_asked_for(given: str | None) -> None:
+    """Found: the last digit of a detail depended on the machine's cores and on ``OMP_NUM_THREADS``."""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    program = (
+        "from benchmark.engine.environment import prepare_torch; prepare_torch(1, 'cpu');"
+        "import scipy.linalg, threadpoolctl;"
+        "print([pool['num_threads'] for pool in threadpoolctl.threadpool_info()])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment | ({} if given is None else {"OMP_NUM_THREADS": given}),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    threads = json.loads(done.stdout)
+    assert len(threads) > 1
+    assert set(threads) == {1}

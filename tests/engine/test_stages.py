@@ -117,6 +117,24 @@ def test_a_damaged_stage_is_computed_again(stages: Stages, harm: str) -> None:
     assert torch.equal(stages.tensors("tuned", {}, dict)["w"], torch.ones(64))
 
 
+def test_a_stage_copied_over_anothers_is_noticed(stages: Stages) -> None:
+    """Found: an accuracy of 515.8 from the pair of files of another model's evaluation."""
+    holders = {name: stages.scoped(reference=name) for name in ("r", "s")}
+    for value, holder in enumerate(holders.values()):
+        holder.tensors("items", {"k": 1}, lambda value=value: {"v": torch.tensor(value)})
+    stages.tensors("other", {"k": 1}, lambda: {"v": torch.tensor(7)})
+    names = {name: holder.reference("items", {"k": 1}) for name, holder in holders.items()}
+    for source in (names["r"], stages.reference("other", {"k": 1})):
+        for ending in (".safetensors", ".json"):
+            content = (stages.folder / f"{source}{ending}").read_bytes()
+            (stages.folder / f"{names['s']}{ending}").write_bytes(content)
+        assert holders["s"].open(names["s"]) is None
+        assert list(holders["s"].kept("items")) == []
+        again = holders["s"].tensors("items", {"k": 1}, lambda: {"v": torch.tensor(1)})
+        assert again["v"].item() == 1
+        assert holders["r"].tensors("items", {"k": 1}, dict)["v"].item() == 0
+
+
 def test_a_stage_that_fails_leaves_nothing(stages: Stages) -> None:
     def fail() -> dict[str, torch.Tensor]:
         raise ValueError("diverged")

@@ -19,11 +19,13 @@ from typing import Any
 from benchmark.engine.events import Events
 from benchmark.engine.executors.base import EXECUTORS
 from benchmark.engine.runner import CellRunner, Outcome, Settings
+from benchmark.engine.stopping import leave_to_parent
 from benchmark.grid.cells import Cell
 from benchmark.keep.status import FAILED
 from benchmark.keep.store import Store
 from quanttune.errors import QuantTuneError, StoreError
 
+_OWN_SIGNAL = 1.0  # seconds between a worker's signal and ours, at most
 _REPORT_EVERY = 0.2  # seconds between two progress messages of a worker
 
 
@@ -123,6 +125,9 @@ def _receive(worker: _Worker, events: Events, settings: Settings) -> Outcome | N
     except (EOFError, ConnectionResetError):
         worker.process.join()
         code = worker.process.exitcode
+        if code == -signal.SIGTERM:
+            # Batch systems ask the whole group to end: our own signal is on its way, and no cell failed.
+            time.sleep(_OWN_SIGNAL)
         cause = f"signal {-code}" if code is not None and code < 0 else f"code {code}"
         message = f"the worker process ended with {cause}; out of memory is the usual cause, try fewer --jobs"
         Store(settings.results).save_failure(
@@ -141,7 +146,7 @@ def _receive(worker: _Worker, events: Events, settings: Settings) -> Outcome | N
 
 def _work(connection: Connection, settings: Settings) -> None:
     """Run the cells that arrive until ``None`` does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    leave_to_parent()
     last = 0.0
 
     def send(*message: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from quanttune.digests import sha256_file
 from quanttune.errors import AssetError
-from quanttune.files import whole_file
+from quanttune.files import read_json, whole_file
 
 SIDECAR = "asset.json"
 SIDECAR_SCHEMA = 1
@@ -104,11 +104,13 @@ def why_invalid(folder: Path, expected: Mapping[str, Any]) -> str | None:
         expected: Facts the sidecar must hold.
     """
     try:
-        sidecar = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
+        sidecar = read_json(folder / SIDECAR)
     except FileNotFoundError:
         return "unfinished" if folder.is_dir() and any(folder.iterdir()) else "absent"
     except (OSError, ValueError) as error:
         return f"its {SIDECAR} cannot be read ({error})"
+    if not isinstance(sidecar, dict) or not isinstance(sidecar.get("files"), dict):
+        return f"its {SIDECAR} names no files"
     if sidecar.get("schema") != SIDECAR_SCHEMA:
         return f"its {SIDECAR} has schema {sidecar.get('schema')!r}, not {SIDECAR_SCHEMA}"
     for name, value in expected.items():

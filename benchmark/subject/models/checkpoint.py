@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmark.subject.models.entry import own_random_state
-from quanttune.errors import AssetError
+from quanttune.errors import AssetError, QuantTuneError
+from quanttune.files import read_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,7 +37,8 @@ def read_transformers(kind: Any, folder: Path, **settings: Any) -> tuple[nn.Modu
 
     weight_files(folder)
     try:
-        with own_random_state(0), _no_report():
+        told = understood(folder / "config.json", SafetensorError, RuntimeError)
+        with told, own_random_state(0), _no_report():
             model, found = kind.from_pretrained(
                 folder,
                 local_files_only=True,
@@ -49,6 +50,27 @@ def read_transformers(kind: Any, folder: Path, **settings: Any) -> tuple[nn.Modu
     except (SafetensorError, OSError, RuntimeError) as error:
         raise AssetError(f"the weights in {folder} cannot be loaded: {error}") from error
     return model.eval(), set(found["missing_keys"]), set(found["unexpected_keys"])
+
+
+@contextlib.contextmanager
+def understood(path: Path, *passing: type[Exception]) -> Iterator[None]:
+    """Name the configuration where a library cannot make a model of it; they fail in every way there is.
+
+    Args:
+        path: The configuration.
+        passing: What is no fault of the configuration; trouble with files and memory never is.
+
+    Raises:
+        AssetError: In place of what a wrong value raises.
+    """
+    others: tuple[type[Exception], ...] = (QuantTuneError, OSError, MemoryError, *passing)
+    try:
+        yield
+    except others:
+        raise
+    except Exception as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise AssetError(f"{path} does not make a model: {what}") from error
 
 
 @contextlib.contextmanager
@@ -88,8 +110,10 @@ def read_tokenizer(folder: Path) -> Any:
         raise AssetError(f"{folder} has no tokenizer ({', '.join(_TOKENIZERS)}); save it there as well")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise AssetError(f"the tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}") from error
+    # of every kind: what a file may say is checked where it is used
+    except Exception as error:
+        what = str(error) or type(error).__name__
+        raise AssetError(f"the tokenizer in {folder} cannot be read: {what.splitlines()[0]}") from error
     if tokenizer.pad_token_id is None:
         raise AssetError(f"the tokenizer in {folder} has no padding token; set one and save it again")
     return tokenizer
@@ -105,7 +129,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise AssetError(f"there is no folder {folder}")
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except (OSError, ValueError) as error:
         raise AssetError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, dict):

@@ -19,8 +19,10 @@ from benchmark.subject.models.checkpoint import (
     read_tokenizer,
     read_transformers,
     require_complete,
+    understood,
     weight_files,
 )
+from benchmark.subject.models.configuration import Pictures, Timm, Transformers, class_names, shaped
 from benchmark.subject.models.entry import (
     ImageEntry,
     ModelEntry,
@@ -79,9 +81,7 @@ def entry_of(folder: Path, *, name: str, task: str, title: str) -> FolderEntry:
 
 def _require_order(folder: Path, task: Task) -> None:
     """Refuse a head that has the task's classes in another order: every answer would count as wrong."""
-    config = read_config(folder)
-    known = config.get("id2label") or dict(enumerate(config.get("label_names") or ()))
-    names = [str(known[key]).casefold() for key in sorted(known, key=int)]
+    names = [name.casefold() for name in class_names(read_config(folder), folder)]
     wanted = [name.casefold() for name in task.classes]
     if names != wanted and sorted(names) == sorted(wanted):
         raise ConfigError(
@@ -95,26 +95,27 @@ def _read_entry(folder: Path, facts: dict[str, Any]) -> FolderEntry:
     weight_files(folder)
     common = {**facts, "folder": folder, "source": str(folder)}
     if "architecture" in config and "pretrained_cfg" in config:
-        data = config["pretrained_cfg"]
-        built = config.get("model_args", {}).get(
-            "img_size"
-        )  # what the weights fit, where it is not the default
-        height, width = (built, built) if isinstance(built, int) else (built or data["input_size"])[-2:]
-        if height != width:
+        about = shaped(Timm, config, folder)
+        data = shaped(Pictures, about.pretrained_cfg, folder)
+        # what the weights fit, where it is not the default
+        built = about.model_args.get("img_size") or data.input_size[1:]
+        height, width = built[-2:] if isinstance(built, list | tuple) and len(built) > 1 else (built, built)
+        if not isinstance(height, int) or height != width:
             raise ConfigError(
                 f"{folder} wants images of {height} x {width} pixels; only square ones are supported"
             )
         return TimmFolder(
             **common,
             image_size=height,
-            mean=tuple(data["mean"]),
-            std=tuple(data["std"]),
-            interpolation=data.get("interpolation", "bicubic"),
-            crop_pct=data.get("crop_pct", 1.0),
+            mean=data.mean,
+            std=data.std,
+            interpolation=data.interpolation,
+            crop_pct=data.crop_pct,
         )
     if "model_type" in config:
-        length = min(_MAX_LENGTH, int(config.get("max_position_embeddings", _MAX_LENGTH)))
-        return TransformersFolder(**common, family=config["model_type"], max_length=length)
+        told = shaped(Transformers, config, folder)
+        length = min(_MAX_LENGTH, told.max_position_embeddings or _MAX_LENGTH)
+        return TransformersFolder(**common, family=told.model_type, max_length=length)
     raise ConfigError(
         f"{folder / 'config.json'} is neither timm's (architecture) nor transformers' (model_type)"
     )
@@ -188,16 +189,18 @@ class TransformersFolder(TextEntry, FolderEntry):
         """The architecture of ``config.json`` with its classification head."""
         from transformers import AutoConfig, AutoModelForSequenceClassification
 
-        config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
-        self._check_classes(config.num_labels)
-        with own_random_state(0):
-            model: nn.Module = AutoModelForSequenceClassification.from_config(config, dtype="float32")
+        with understood(self.folder / "config.json"):
+            config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
+            self._check_classes(config.num_labels)
+            with own_random_state(0):
+                model: nn.Module = AutoModelForSequenceClassification.from_config(config, dtype="float32")
         return model.eval()
 
     def _reference(self, progress: Progress, device: torch.device) -> dict[str, Tensor]:
         from transformers import AutoConfig, AutoModelForSequenceClassification
 
-        self._check_classes(AutoConfig.from_pretrained(self.folder, local_files_only=True).num_labels)
+        with understood(self.folder / "config.json"):
+            self._check_classes(AutoConfig.from_pretrained(self.folder, local_files_only=True).num_labels)
         progress("reading weights", 0, 1)
         model, absent, unknown = read_transformers(AutoModelForSequenceClassification, self.folder)
         require_complete(self.folder, absent, unknown)
@@ -226,14 +229,11 @@ class TimmFolder(ImageEntry, FolderEntry):
         """The architecture of ``config.json`` with its classifier."""
         import timm
 
-        config = read_config(self.folder)
-        self._check_classes(int(config["num_classes"]))
-        settings = {"num_classes": config["num_classes"], **config.get("model_args", {})}
-        with own_random_state(0):
-            try:
-                model: nn.Module = timm.create_model(config["architecture"], pretrained=False, **settings)
-            except RuntimeError as error:
-                raise ConfigError(f"timm cannot build {config['architecture']!r}: {error}") from error
+        config = shaped(Timm, read_config(self.folder), self.folder)
+        self._check_classes(config.num_classes)
+        settings = {"num_classes": config.num_classes, **config.model_args}
+        with own_random_state(0), understood(self.folder / "config.json"):
+            model: nn.Module = timm.create_model(config.architecture, pretrained=False, **settings)
         return model.eval()
 
     def _reference(self, progress: Progress, device: torch.device) -> dict[str, Tensor]:
