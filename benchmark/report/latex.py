@@ -82,7 +82,7 @@ _LATEX = {
     "}": r"\}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
+    "±": r"\ensuremath{\pm}",
 }
 
 

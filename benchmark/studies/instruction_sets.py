@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import click
 from tabulate import tabulate
 
-from benchmark.options import results_option, suite_option
+from benchmark.grid.suite import DEFAULT_SUITE
 from quanttune.errors import QuantTuneError
 
 if TYPE_CHECKING:
@@ -135,8 +135,14 @@ def quantizers_differ(expected: Path, found: Path, record: Record) -> bool:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "ignore_unknown_options": True})
-@suite_option
-@results_option
+@click.option("--suite", default=DEFAULT_SUITE, metavar="NAME", show_default=True, help="Which cells.")
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    default=Path("results"),
+    show_default=True,
+    help="Folder of the store with references and tuned weights.",
+)
 @click.option(
     "--folder",
     type=click.Path(path_type=Path),
@@ -154,10 +160,9 @@ def main(suite: str, results: Path, folder: Path, limit: int | None, options: tu
     chosen = ["--suite", suite, *(["--limit", str(limit)] if limit else []), *options]
     chosen += [] if options else ["--all"]
     try:
-        stores = {setting: measure(setting, chosen, results, folder) for setting in SETTINGS}
+        first, *others = (measure(setting, chosen, results, folder) for setting in SETTINGS)
     except QuantTuneError as error:
         raise click.ClickException(str(error)) from error
-    first, *others = stores.values()
     rows = []
     for setting, store in zip(SETTINGS[1:], others, strict=True):
         found = compare(first, store)
