@@ -210,7 +210,7 @@ def test_several_seeds_become_mean_and_deviation(suite: Suite, store: Store) -> 
     entry = table.entries[("toy", "W8A8"), "minmax"]
     assert (entry.value, entry.drop, entry.deviation, entry.low) == (72.0, 8.0, 2.0, None)
     assert "3 seeds" in table.caption
-    assert "72.0 $\\pm$ 2.0" in to_latex(table, "x")
+    assert "72.0 \\ensuremath{\\pm} 2.0" in to_latex(table, "x")
     check_latex(to_latex(table, "x"))
 
 

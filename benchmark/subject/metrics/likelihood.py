@@ -16,10 +16,19 @@ if TYPE_CHECKING:
 
 @QUANTITIES.register("nll")
 def nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of the target in nats, float32 ``(N,)``; NaN where a logit is not finite."""
-    from torch.nn.functional import cross_entropy
+    """Negative log-likelihood of the target in nats, float32 ``(N,)``; NaN where a logit is not finite.
 
-    return cross_entropy(logits.double(), targets.long(), reduction="none").float()
+    ``log(1 + x)`` of the odds against the target, which keeps its digits where the model is all but sure.
+    """
+    import torch
+
+    wanted = targets.long()[:, None]
+    lead = logits.double() - logits.double().gather(-1, wanted)
+    # Of the target itself nothing is counted, and no exponential overflows.
+    top = lead.amax(dim=-1, keepdim=True).clamp(min=0)
+    others = torch.exp(lead - top).scatter(-1, wanted, 0.0).sum(dim=-1)
+    top = top.squeeze(-1)
+    return torch.where(top > 0, top + torch.log(others + torch.exp(-top)), torch.log1p(others)).float()
 
 
 @QUANTITIES.register("text_nll")

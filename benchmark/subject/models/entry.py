@@ -201,17 +201,20 @@ class ImageEntry(ModelEntry):
     def image_inputs(self, images: Tensor) -> Tensor:
         """Float32 ``(N, 3, size, size)`` from uint8 ``(N, 1 or 3, height, width)``.
 
-        The resizing kernel is Pillow's (bicubic, antialiased, a = -0.5), its overshoot clipped likewise.
+        The resizing kernel is Pillow's (bicubic, antialiased, a = -0.5), its overshoot clipped likewise. It
+        sums in float64, rounded once at the end, so that every machine shows the model the same pixels.
         """
         import torch
         from torch.nn.functional import interpolate
 
         size = (self.image_size, self.image_size)
-        pixels = images.float() / 255
+        pixels = images.double() / 255
         if tuple(images.shape[-2:]) != size:
             pixels = interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
-        return ((pixels - mean) / std).contiguous()  # one grey channel broadcasts to three
+        mean, std = (
+            torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (self.mean, self.std)
+        )
+        return ((pixels - mean) / std).float().contiguous()  # one grey channel broadcasts to three
 
     @cached_property
     def _transform(self) -> Any:
