@@ -23,7 +23,7 @@ from quanttune.quantization.arrangements import REARRANGING, SCALING
 from quanttune.quantization.exact import LazyCodes, Operand
 from quanttune.quantization.quantizers import Quantizer, UniformQuantizer
 from quanttune.quantization.quantizers.grid import Grid, on_grid
-from quanttune.quantization.sites import SiteId
+from quanttune.quantization.sites import OUTPUT_OPERAND, SiteId
 from quanttune.quantization.tracing import Handler, Product, SiteHandlers, safe_softmax, softmax
 
 _MARK = "_quanttune_grid"
@@ -73,14 +73,15 @@ class ExactHandlers(SiteHandlers):
             return tensor
         if not self.exact:
             return handler(tensor)
-        fresh, self._fresh = self._fresh is tensor, None
-        if fresh and isinstance(handler, Quantizer) and not _is_tracked(tensor):
+        fresh = site.operand == OUTPUT_OPERAND and self._fresh is tensor and not _is_tracked(tensor)
+        if fresh and isinstance(handler, Quantizer):
             grid = handler.quantize_in_place(tensor)
             if grid is not None:
                 return _marked(tensor, grid)
         operand = _handled(handler, tensor)
-        grid = operand.grid
-        return operand.decoded() if grid is None else _marked(operand.decoded(), grid)
+        # Codes that no product asks for need not be kept.
+        values = operand.decoded() if operand.lazy is None else handler(tensor)
+        return values if operand.grid is None else _marked(values, operand.grid)
 
     def multiply(self, product: Product) -> Tensor:
         """Compute a product from codes, or in float64."""
@@ -97,12 +98,14 @@ class ExactHandlers(SiteHandlers):
 
     def apply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute any other operation, and carry marks along."""
+        self._fresh = None
         if not self._computes:
             return func(*args, **kwargs)
         if func in _ORDER_DEPENDENT or kwargs.get("alpha", 1) != 1:
             # A sum with a factor may be one rounding or two.
             result = order_free.in_float64(func, args, kwargs)
-            self._fresh = None if order_free.written(func, args, kwargs) is not None else result
+            if order_free.written(func, args, kwargs) is None:
+                self._fresh = result
             return result
         grid = _common_grid(args[0]) if func is torch.cat else _grid_of(args[0]) if args else None
         result = func(*args, **kwargs)
