@@ -151,20 +151,35 @@ def quantizers_differ(expected: Path, found: Path, record: Record) -> bool:
     help="Where the settings' stores go.",
 )
 @click.option("--limit", type=int, default=None, metavar="N", help="Only N test items.")
+@click.option(
+    "--setting",
+    "chosen",
+    multiple=True,
+    type=click.Choice([setting.name for setting in SETTINGS[1:]]),
+    help="Only this setting beside the first; repeatable.",
+)
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
-def main(suite: str, results: Path, folder: Path, limit: int | None, options: tuple[str, ...]) -> None:
+def main(
+    suite: str,
+    results: Path,
+    folder: Path,
+    limit: int | None,
+    chosen: tuple[str, ...],
+    options: tuple[str, ...],
+) -> None:
     """Measure a suite's cells in every setting and print where they differ from the first.
 
     OPTIONS choose among the cells, as in `benchmark run`: --model, --method, --profile ...
     """
-    chosen = ["--suite", suite, *(["--limit", str(limit)] if limit else []), *options]
-    chosen += [] if options else ["--all"]
+    cells = ["--suite", suite, *(["--limit", str(limit)] if limit else []), *options]
+    cells += [] if options else ["--all"]
+    settings = [setting for setting in SETTINGS[1:] if not chosen or setting.name in chosen]
     try:
-        first, *others = (measure(setting, chosen, results, folder) for setting in SETTINGS)
+        first, *others = (measure(setting, cells, results, folder) for setting in (SETTINGS[0], *settings))
     except QuantTuneError as error:
         raise click.ClickException(str(error)) from error
     rows = []
-    for setting, store in zip(SETTINGS[1:], others, strict=True):
+    for setting, store in zip(settings, others, strict=True):
         found = compare(first, store)
         items = sum(record.result.n for record, _, _ in found if record.result is not None)
         rows.append(
