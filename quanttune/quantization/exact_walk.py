@@ -45,9 +45,13 @@ class ExactHandlers(SiteHandlers):
         model: The module whose forward pass is walked.
         handlers: Site id to handler.
         exact: ``False`` leaves every computation to the model's own kernels.
+        wide: Whether what is not quantized goes on in float64. A network in float32 carries one result that
+            was rounded the other way into all that follow; handlers see float32 all the same.
     """
 
-    def __init__(self, model: nn.Module, handlers: Mapping[str, Handler], exact: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, handlers: Mapping[str, Handler], exact: bool = True, wide: bool = False
+    ) -> None:
         super().__init__(
             model,
             {
@@ -55,7 +59,7 @@ class ExactHandlers(SiteHandlers):
                 for site_id, handler in handlers.items()
             },
         )
-        self.exact = exact
+        self.exact, self.wide = exact, wide
         self._fresh: Tensor | None = None  # a result that nobody but this walk has seen
 
     @property
@@ -73,6 +77,10 @@ class ExactHandlers(SiteHandlers):
             return tensor
         if not self.exact:
             return handler(tensor)
+        if self.wide and tensor.dtype == torch.float64:
+            seen = tensor.float()
+            result = handler(seen)
+            return tensor if result is seen else result
         fresh = site.operand == OUTPUT_OPERAND and self._fresh is tensor and not _is_tracked(tensor)
         if fresh and isinstance(handler, Quantizer):
             grid = handler.quantize_in_place(tensor)
@@ -85,11 +93,15 @@ class ExactHandlers(SiteHandlers):
 
     def multiply(self, product: Product) -> Tensor:
         """Compute a product from codes, or in float64."""
-        if not self._computes or product.left.dtype != torch.float32 or product.right.dtype != torch.float32:
+        computed = {torch.float32, torch.float64} if self.wide else {torch.float32}
+        if not self._computes or not {product.left.dtype, product.right.dtype} <= computed:
             return super().multiply(product)
         sites = product.sites
         left = self._operand(sites[0], product.left)
         right = self._operand(sites[1], product.right)
+        if self.wide and (left.grid is None or right.grid is None):
+            bias = None if product.bias is None else product.bias.double()
+            return replace(product, bias=bias).of(left.decoded().double(), right.decoded().double())
         tracked = (left.values, right.values, product.bias)
         if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tracked):
             return _TrackedProduct.apply(product, left, right, left.decoded(), right.decoded(), product.bias)
@@ -103,12 +115,12 @@ class ExactHandlers(SiteHandlers):
             return func(*args, **kwargs)
         if func in _ORDER_DEPENDENT or kwargs.get("alpha", 1) != 1:
             # A sum with a factor may be one rounding or two.
-            result = order_free.in_float64(func, args, kwargs)
+            result = order_free.in_float64(func, args, kwargs, self.wide)
             if order_free.written(func, args, kwargs) is None:
                 self._fresh = result
             return result
         grid = _common_grid(args[0]) if func is torch.cat else _grid_of(args[0]) if args else None
-        result = func(*args, **kwargs)
+        result = order_free.of_one_type(func, args, kwargs) if self.wide else func(*args, **kwargs)
         if func in _SUMS:
             self._fresh = result
         if grid is None:
@@ -126,6 +138,10 @@ class ExactHandlers(SiteHandlers):
 
     def _operand(self, site: SiteId, tensor: Tensor) -> Operand:
         handler = self.handler_of(site)
+        if handler is not None and self.wide and tensor.dtype == torch.float64:
+            seen = tensor.float()
+            handled = _handled(handler, seen)
+            return Operand(tensor) if handled.values is seen else handled
         if handler is not None:
             return _handled(handler, tensor)
         grid = _grid_of(tensor)

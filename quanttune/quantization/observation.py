@@ -46,7 +46,8 @@ class Observation(ExactHandlers):
     """A context in which the model's forward passes are observed.
 
     They are computed such that no order of a sum shows in what is seen, see
-    :mod:`quanttune.quantization.exact_walk`: ranges that differed in a last digit would move every code.
+    :mod:`quanttune.quantization.exact_walk`: ranges that differed in a last digit would move every code. Observers see
+    float32, and what the model returns is float64.
 
     Args:
         model: The model.
@@ -68,7 +69,7 @@ class Observation(ExactHandlers):
             site_id: _handler(site_id, [each] if isinstance(each, Observer) else list(each))
             for site_id, each in observers.items()
         }
-        super().__init__(model, {**(quantizers or {}), **found})
+        super().__init__(model, {**(quantizers or {}), **found}, wide=True)
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None

@@ -59,7 +59,7 @@ _AT_ONCE = 1 << 17  # elements of which float64 copies stay in the cache
 _IN_PLACE_LAST = frozenset({"celu", "elu", "hardsigmoid", "hardswish", "mish", "selu", "silu"})
 
 
-def in_float64(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def in_float64(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], wide: bool = False) -> Any:
     """Call ``func`` with every float32 tensor in float64, and round what it returns to float32 once.
 
     What ``func`` would write in place is written.
@@ -68,20 +68,38 @@ def in_float64(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         func: One of :data:`ORDER_DEPENDENT`, or a composition of them that takes what it works on first.
         args: Its arguments.
         kwargs: Its arguments by name; a ``dtype`` of float32 is what the result is rounded to.
+        wide: Whether the result stays in float64, and float64 may be among the arguments.
     """
     types = {tensor.dtype for tensor in _tensors((*args, *kwargs.values()))}
-    if torch.float32 not in types or torch.float64 in types:
+    if torch.float32 not in types or (torch.float64 in types and not wide):
         return func(*args, **kwargs)
-    if getattr(func, "__name__", "") in _BY_ROWS and (found := _by_rows(func, args, kwargs)) is not None:
+    if (
+        not wide
+        and getattr(func, "__name__", "") in _BY_ROWS
+        and (found := _by_rows(func, args, kwargs)) is not None
+    ):
         return found
     wide_args = tuple(_widened(value) for value in args)
-    wide = {name: _widened(value) for name, value in kwargs.items()}
+    named = {name: _widened(value) for name, value in kwargs.items()}
     target = written(func, args, kwargs)
-    wide.pop("out", None)
-    if "inplace" in wide:
-        wide["inplace"] = False
-    result = _narrowed(func(*wide_args, **wide))
-    return result if target is None else target.copy_(result)
+    named.pop("out", None)
+    if "inplace" in named:
+        named["inplace"] = False
+    result = func(*wide_args, **named)
+    if target is not None:
+        return target.copy_(result)
+    return result if wide else _narrowed(result)
+
+
+def of_one_type(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call ``func`` with every float32 tensor in float64 if it refuses both side by side."""
+    try:
+        return func(*args, **kwargs)
+    except RuntimeError:
+        types = {tensor.dtype for tensor in _tensors((*args, *kwargs.values()))}
+        if {torch.float32, torch.float64} <= types:
+            return in_float64(func, args, kwargs, wide=True)
+        raise
 
 
 def _by_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

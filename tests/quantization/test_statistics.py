@@ -264,7 +264,7 @@ class TestCollection:
         def keep(site_id: str) -> Any:
             return lambda values: (seen[site_id].append(values.clone()), values)[1]
 
-        with ExactHandlers(model, {site_id: keep(site_id) for site_id in table}):
+        with ExactHandlers(model, {site_id: keep(site_id) for site_id in table}, wide=True):
             for batch in batches:
                 logits(model, batch)
         collected = collect_statistics(model, batches, sites(name).profile("full"))
