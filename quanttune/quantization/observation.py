@@ -46,8 +46,8 @@ class Observation(ExactHandlers):
     """A context in which the model's forward passes are observed.
 
     They are computed such that no order of a sum shows in what is seen, see
-    :mod:`quanttune.quantization.exact_walk`: ranges that differed in a last digit would move every code. Observers see
-    float32, and what the model returns is float64.
+    :mod:`quanttune.quantization.exact_walk`: ranges that differed in a last digit would move every code.
+    Observers see float32, and what the model returns is float64.
 
     Args:
         model: The model.
