@@ -30,7 +30,7 @@ WHOLE_IN_FLOAT32 = 1 << 24
 """Whole numbers up to this magnitude, and their sums, are exact in float32."""
 _WHOLE_IN_BFLOAT16 = 1 << 8  # what reduced-precision kernels multiply without loss
 _AT_ONCE = 1 << 17  # elements scaled while they are in the cache
-_PRODUCT_AT_ONCE = 1 << 19  # elements of either side of a product likewise
+_PRODUCT_AT_ONCE = 1 << 20  # elements of either side of a product likewise
 _FEWEST_ROWS = 256  # fewer would slow the product itself
 
 
