@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quanttune.errors import QuantTuneError
-from quanttune.inputs import ModelInputs, call_model, logits_of
+from quanttune.inputs import ModelInputs, call_model, in_evaluation, logits_of
 from quanttune.quantization.arrangements import REARRANGING, SCALING
 from quanttune.quantization.axes import channel_axis, produced_axis
 from quanttune.quantization.sites import Site, SiteId, SiteKind, SiteTable
-from quanttune.quantization.tracing import SiteVisitor, walks
+from quanttune.quantization.tracing import SiteVisitor
+from quanttune.quantization.walkers import walks
 
 _MARK = "_quanttune_site"
 _EMBEDDING = "<embedding>"
@@ -46,19 +47,8 @@ _OPERAND_KINDS = {
     **dict.fromkeys(_ACTIVATION_FUNCTIONS, SiteKind.PRE_ACTIVATION),
 }
 
-_SUMS: frozenset[Any] = frozenset({torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__})
-
-
-# Matrix products that no walker opens: a model that uses them would be quantized in part without a word.
-_HIDDEN_PRODUCTS: frozenset[Any] = frozenset(
-    {
-        *(getattr(torch, name) for name in ("addbmm", "addmm", "baddbmm", "einsum", "tensordot")),
-        *(getattr(Tensor, name) for name in ("addbmm", "addmm", "baddbmm")),
-        *(getattr(F, f"conv_transpose{n}d") for n in (1, 2, 3)),
-        F.bilinear,
-        F.conv3d,
-        F.multi_head_attention_forward,
-    }
+_SUMS: frozenset[Any] = frozenset(
+    {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
 )
 
 
@@ -67,6 +57,7 @@ class _Discovery(SiteVisitor):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
+        self.unchecked = True
         self.sites: dict[str, Site] = {}
         self._parameters = {id(parameter): name for name, parameter in model.named_parameters()}
         self._constants = {*self._parameters, *(id(buffer) for buffer in model.buffers())}
@@ -80,11 +71,6 @@ class _Discovery(SiteVisitor):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _HIDDEN_PRODUCTS and self.running:
-            raise QuantTuneError(
-                f"module {self.path!r} calls {func.__name__}, whose matrix products cannot be reached and "
-                "would stay in float; write them with nn.Linear, nn.Conv2d or torch.matmul"
-            )
         # Read before the call: an operation in place marks its own operand.
         operands = (*args, *(kwargs or {}).values())
         marks = [mark for value in operands for mark in _marks_in(value)]
@@ -278,18 +264,12 @@ def discover_sites(
     Raises:
         QuantTuneError: If no operation of the model was recognised, or one hides a matrix product.
     """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad(), _Discovery(model) as discovery:
-            output = call_model(model, inputs)
-    finally:
-        for module in training:
-            module.training = True  # one by one: a frozen part of a training model stays frozen
+    with torch.no_grad(), in_evaluation(model), _Discovery(model) as discovery:
+        output = call_model(model, inputs)
     discovery.leave_logits_in_float(logits(output))
     if not discovery.sites:
         raise QuantTuneError(
             f"no linear layer, matrix product or normalisation was seen in {type(model).__name__}; "
             "quantization works on eager PyTorch modules, not on compiled or exported graphs"
         )
-    return SiteTable(discovery.sites.values())
+    return SiteTable(discovery.sites.values(), frozenset(discovery.sites))

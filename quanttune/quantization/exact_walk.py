@@ -10,7 +10,7 @@ what it would have seen anyway, and its result carries no mark.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,8 @@ from quanttune.quantization.exact import LazyCodes, Operand
 from quanttune.quantization.quantizers import Quantizer, UniformQuantizer
 from quanttune.quantization.quantizers.grid import Grid, on_grid
 from quanttune.quantization.sites import SiteId
-from quanttune.quantization.tracing import Handler, Product, SiteHandlers, safe_softmax, softmax
+from quanttune.quantization.tracing import Handler, SiteHandlers
+from quanttune.quantization.walkers import Product, safe_softmax, softmax
 
 _MARK = "_quanttune_grid"
 _ORDER_DEPENDENT = order_free.ORDER_DEPENDENT | {softmax, safe_softmax}
@@ -45,16 +46,29 @@ class ExactHandlers(SiteHandlers):
         model: The module whose forward pass is walked.
         handlers: Site id to handler.
         exact: ``False`` leaves every computation to the model's own kernels.
+        known: Ids of all sites of the model, where they are known.
+
+    Raises:
+        QuantTuneError: Inside, if the first run computes a matrix product that has no site, or any run
+            reaches a site that is not among the ``known``.
     """
 
-    def __init__(self, model: nn.Module, handlers: Mapping[str, Handler], exact: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        handlers: Mapping[str, Handler],
+        exact: bool = True,
+        known: Iterable[str] | None = None,
+    ) -> None:
         super().__init__(
             model,
             {
                 site_id: WeightHandler(handler) if SiteId.parse(site_id).operand == "weight" else handler
                 for site_id, handler in handlers.items()
             },
+            known,
         )
+        self.unchecked = True
         self.exact = exact
         self._fresh: Tensor | None = None  # a result that nobody but this walk has seen
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import TracebackType
+from typing import Self
 
 from torch import Tensor, nn
 
@@ -94,18 +95,33 @@ class Simulation(ExactHandlers):
     """The context that :func:`simulate` returns.
 
     Raises:
-        QuantTuneError: On leaving, if the model ran and a quantizer was never reached: its site belongs to
-            another model or attention implementation, and the result would pass for a quantized one.
+        QuantTuneError: Inside, if a matrix product or a site was not there at discovery. On leaving, if the
+            model ran and a quantizer was never reached: its site belongs to another model or attention
+            implementation, and the result would pass for a quantized one.
     """
 
     def __init__(
-        self, model: nn.Module, quantizers: Mapping[str, Handler], exact: bool | None = None
+        self,
+        model: nn.Module,
+        quantizers: Mapping[str, Handler],
+        exact: bool | None = None,
+        known: Iterable[str] | None = None,
     ) -> None:
-        super().__init__(model, quantizers, bool(quantizers) if exact is None else exact)
+        super().__init__(model, quantizers, bool(quantizers) if exact is None else exact, known)
+
+    @property
+    def _is_idle(self) -> bool:
+        return not self.handlers and not self.exact
+
+    def __enter__(self) -> Self:
+        # A mode and hooks with nothing to do would still cost nn.TransformerEncoder its fused kernel.
+        return self if self._is_idle else super().__enter__()
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._is_idle:
+            return
         super().__exit__(exc_type, exc, traceback)
         if exc_type is None and self.ran and self.unreached:
             missed = self.unreached
@@ -115,7 +131,13 @@ class Simulation(ExactHandlers):
             )
 
 
-def simulate(model: nn.Module, quantizers: Mapping[str, Handler], *, exact: bool | None = None) -> Simulation:
+def simulate(
+    model: nn.Module,
+    quantizers: Mapping[str, Handler],
+    *,
+    exact: bool | None = None,
+    known: Iterable[str] | None = None,
+) -> Simulation:
     """A context in which ``model`` computes with quantized tensors at the given sites.
 
     A weight is quantized once and reused until it changes; writing to ``weight.data`` inside the context goes
@@ -127,9 +149,14 @@ def simulate(model: nn.Module, quantizers: Mapping[str, Handler], *, exact: bool
         exact: Whether products are computed on integer codes and everything else such that no order of a sum
             and no processor's instructions show: see :mod:`quanttune.quantization.exact`. By default where
             there is any quantizer: with none the model's own kernels run and its logits are bit-identical.
+        known: Ids of all sites of the model, such as ``sites.known``: any other that is reached is an error.
+
+    Raises:
+        QuantTuneError: Inside, if the first run computes a matrix product that has no site; on leaving, if
+            a quantizer was never reached.
 
     Example:
         >>> with torch.no_grad(), simulate(model, quantizers):  # doctest: +SKIP
         ...     logits = model(images)
     """
-    return Simulation(model, quantizers, exact)
+    return Simulation(model, quantizers, exact, known)
