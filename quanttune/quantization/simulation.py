@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from quanttune.errors import ConfigError, QuantTuneError
 from quanttune.quantization.exact_walk import ExactHandlers
+from quanttune.quantization.observation import finite_bounds
 from quanttune.quantization.quantizers import Quantizer
 from quanttune.quantization.ranges import RangeRule
 from quanttune.quantization.scheme import Format, Scheme
@@ -39,16 +40,21 @@ def weight_quantizer(weight: Tensor, form: Format, axis: int = 0) -> Quantizer:
 
 
 def site_weight(site: Site, parameters: Mapping[str, Tensor]) -> Tensor:
-    """The parameter at a weight's site.
+    """The parameter at a weight's site, as the product reads it.
 
     Raises:
         ConfigError: If the weight is computed and not a parameter.
+        QuantTuneError: If it holds NaN or infinity.
     """
     if site.parameter is None:
         raise ConfigError(
             f"site {site.id}: its weight is computed, not a parameter, and cannot be quantized statically"
         )
-    return parameters[site.parameter]
+    weight = parameters[site.parameter]
+    finite_bounds(weight, f"site {site.id}: parameter {site.parameter}")
+    if site.view is None:
+        return weight
+    return weight.detach().as_strided(*site.view, weight.storage_offset())
 
 
 def build_quantizers(
@@ -72,6 +78,7 @@ def build_quantizers(
 
     Raises:
         ConfigError: If an activation is to be quantized and the scheme leaves activations in float.
+        QuantTuneError: If a weight holds NaN or infinity.
     """
     parameters = dict(model.named_parameters())
     of_site = {site_id: transform for transform in transforms for site_id in transform.sites}

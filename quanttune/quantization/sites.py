@@ -135,6 +135,8 @@ class Site:
             weight, the features of an activation. ``None`` where it has none, as in an attention matrix.
         parameter: For a weight, its name in ``model.named_parameters()``; several sites may share one
             parameter.
+        view: Where a product reads its parameter turned or reshaped: sizes and strides of what it reads, with
+            size 1 where the parameter is broadcast. ``None`` for the parameter as it is.
         source: For an operand that is another site's tensor seen through views only, the id of that site.
             Quantizing both would round the same numbers twice, so a profile that has the source leaves the
             operand out.
@@ -146,6 +148,7 @@ class Site:
     shape: tuple[int, ...]
     channel_axis: int | None = None
     parameter: str | None = None
+    view: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     source: str | None = None
     consumers: tuple[str, ...] = ()
 
