@@ -112,7 +112,9 @@ class FqVit(Method):
         shifted: dict[str, list[int]] = {}
         for site in context.profile_sites.values():
             if site.kind is SiteKind.WEIGHT:
-                quantizers[site.id] = weight_quantizer(site_weight(site, parameters), context.scheme.weights)
+                quantizers[site.id] = weight_quantizer(
+                    site_weight(site, parameters), context.scheme.weights, site.channel_axis or 0
+                )
             elif site.kind is SiteKind.SOFTMAX:
                 quantizers[site.id] = self._attention_quantizer(site.id, found, bits)
             else:

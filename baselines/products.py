@@ -228,7 +228,9 @@ def _unfolds(module: nn.Module) -> bool:
 
 
 def _pairs_up(left: Site, right: Site) -> bool:
-    """Whether both operands carry the same items and heads, so that neither is spread over the other."""
+    """Whether both are activations of the same items and heads, so that neither is spread over the other."""
+    if SiteKind.WEIGHT in (left.kind, right.kind):
+        return False
     shapes = left.shape, right.shape
     return len(left.shape) == len(right.shape) >= 2 and shapes[0][:-2] == shapes[1][:-2]
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from quanttune.errors import QuantTuneError
 
 ModelInputs = Tensor | Mapping[str, Tensor]
 """What a model is called with: one tensor ``(N, ...)``, or named tensors ``(N, ...)``."""
@@ -19,19 +22,36 @@ def call_model(model: nn.Module, inputs: ModelInputs) -> Any:
     return model(inputs)
 
 
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block: no dropout, and no statistics of a batch normalisation move."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True  # one by one: a frozen part of a training model stays frozen
+
+
+class OutputError(QuantTuneError, TypeError):
+    """A model's output in which no logits are found."""
+
+
 def logits_of(output: Any) -> Tensor:
     """The logits of a model's output: the output itself, or its ``logits`` attribute.
 
     Raises:
-        TypeError: If the output has neither form.
+        OutputError: If the output has neither form.
     """
     if isinstance(output, Tensor):
         return output
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits
-    raise TypeError(
-        f"model output of type {type(output).__name__} has no logits; return a tensor or set .logits"
+    raise OutputError(
+        f"model output of type {type(output).__name__} has no logits; return a tensor, set .logits, or say "
+        "where they are with logits=, a function of the output (logits=lambda output: output[0])"
     )
 
 

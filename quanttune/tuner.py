@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from quanttune.checkpoint import Checkpoint
 from quanttune.digests import json_digest
 from quanttune.errors import ConfigError, TuningDivergedError
+from quanttune.finite import refuse_not_finite
 from quanttune.inputs import ModelInputs, call_model, logits_of, to_device
 from quanttune.outlier_loss import OutlierLoss
 from quanttune.replicas import Replicas
@@ -118,6 +119,7 @@ def tune(
         Smoothed task loss at the start and at the end.
 
     Raises:
+        QuantTuneError: If a weight of the model is NaN or infinite; the message names it.
         TuningDivergedError: If the loss is not finite or the smoothed loss ran away; weights are then not to
             be used.
     """
@@ -136,6 +138,8 @@ def tune(
             outliers.load_state_dict(saved["outliers"])
     if replicas is not None:
         _join(replicas, model, outliers, state.step)
+    if not state.step:
+        refuse_not_finite(model)
     remaining = itertools.islice(batches, state.step * schedule.accumulation, None)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), outliers or nullcontext():
@@ -204,6 +208,11 @@ class _Progress:
 
     def advance(self, task: float) -> None:
         self.step += 1
+        if not math.isfinite(task) and self.step == 1:
+            raise TuningDivergedError(
+                f"the reference is not finite: its loss is {task} on the first batch, before any step; check "
+                "the model's weights and inputs"
+            )
         if not math.isfinite(task):
             raise TuningDivergedError(f"the loss is {task} at step {self.step}; lower the learning rate")
         if self.step == 1:

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from quanttune import OutlierLoss, OutlierLossConfig, Schedule, tune
 from quanttune.digests import tensor_digest
-from quanttune.errors import ConfigError, StoreError, TuningDivergedError
+from quanttune.errors import ConfigError, QuantTuneError, StoreError, TuningDivergedError
 from quanttune.seeds import torch_generator
 
 SCHEDULE = Schedule(steps=8, learning_rate=1e-3, batch_size=4)
@@ -215,6 +215,22 @@ def test_a_run_that_breaks_the_model_is_refused(vit: nn.Module) -> None:
     wild = Schedule(steps=30, learning_rate=10.0, batch_size=4, clip=1e9)
     with pytest.raises(TuningDivergedError, match="lower the learning rate"):
         tuned(vit, wild, outliers=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_reference_that_is_not_finite_is_said_to_be_that(vit: nn.Module, value: float) -> None:
+    broken = copy.deepcopy(vit)
+    broken.head.bias.data[1] = value
+    with pytest.raises(
+        QuantTuneError, match=r"reference is not finite: 1 of 3 values of parameter head\.bias"
+    ):
+        tuned(broken, outliers=False)
+    large = copy.deepcopy(vit)
+    large.head.weight.data.fill_(3e38)
+    with pytest.raises(
+        TuningDivergedError, match="reference is not finite: its loss is nan on the first batch"
+    ):
+        tuned(large, outliers=False)
 
 
 def test_accumulation_equals_one_large_batch() -> None:

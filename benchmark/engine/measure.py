@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmark.engine.memory import in_fitting_batches
 from benchmark.subject.metrics.metric import METRICS, QUANTITIES
+from quanttune.errors import QuantTuneError
 from quanttune.seeds import numpy_generator
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ def evaluate(
 
     Raises:
         OutOfMemoryError: If a single item does not fit.
+        QuantTuneError: If a logit is NaN or infinite. Minus infinity is what a head masks with.
     """
     import torch
 
@@ -151,6 +153,11 @@ def evaluate(
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 output = call_model(model, to_device(batch.inputs, device))
             logits = logits_of(output).float().cpu()
+            if not bool((logits < torch.inf).all()):
+                raise QuantTuneError(
+                    f"model {entry.name}, {stage}: logits are NaN or infinite among items {ids[0]} to "
+                    f"{ids[-1]} of split {split}; check its weights and number format"
+                )
             scores.append(task.item_scores(logits, batch.targets).double().numpy())
             judged = task.judged(logits, batch.targets)
             if logits.dim() == 2 or "predictions" in task.quantities:

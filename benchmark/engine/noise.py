@@ -102,7 +102,7 @@ def _measure(
         site: quantizer.perturbed(RELATIVE, generator)
         for site, quantizer in sorted(quantized.quantizers.items())
     }
-    with simulate(model, quantizers):
+    with simulate(model, quantizers, known=session.sites.known):
         return evaluate(
             model,
             session.task,

@@ -256,7 +256,7 @@ class CellRunner:
         if quantized.weights is not None:
             quantized.details |= session.check_changed(quantized, model, cell)
             own = session.fp32_items(model, digest, cell.limit, cell.split, cell.autocast)
-        with simulate(model, quantized.quantizers):
+        with simulate(model, quantized.quantizers, known=session.sites.known):
             items = evaluate(
                 model,
                 session.task,

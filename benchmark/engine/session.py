@@ -244,7 +244,7 @@ class Session:
         return Items.from_tensors(self.stages.tensors("fp32_items", key, make))
 
     def check_gate(self, autocast: str = FULL_PRECISION) -> None:
-        """Refuse a reference that does not reach the metric it is known for.
+        """Refuse a reference that is not finite, or does not reach the metric it is known for.
 
         The whole test split is measured, whatever the cell's limit, because the expected value belongs to it.
 
@@ -252,13 +252,21 @@ class Session:
             autocast: Name of the mixed-precision type to measure with.
 
         Raises:
-            GateError: If the metric is further from the expected one than the entry's tolerance.
+            GateError: If a weight is NaN or infinite, or the metric further from the expected one than the
+                entry's tolerance.
         """
+        from quanttune.finite import refuse_not_finite
+
+        try:
+            refuse_not_finite(self.model)
+        except QuantTuneError as error:
+            raise GateError(f"model {self.name}: {error}") from error
         if self.entry.expected is None:
             return
         items = self.fp32_items(self.model, self.reference_digest, None, autocast=autocast)
         value = self.task.metric_value(items.scores)
-        if abs(value - self.entry.expected) > self.entry.tolerance:
+        # Written so that NaN is refused, too.
+        if not abs(value - self.entry.expected) <= self.entry.tolerance:
             raise GateError(
                 f"reference of {self.name}: {self.task.metric} {value:.2f} on the test split, expected "
                 f"{self.entry.expected:.2f} +- {self.entry.tolerance:g}; its weights or data are not "

@@ -68,6 +68,6 @@ def saturation_sweep(
     measured = {}
     for saturation in saturations:
         quantizers = build_quantizers(model, sites, statistics, scheme, saturating(saturation))
-        with simulate(model, quantizers):
+        with simulate(model, quantizers, known=sites.known):
             measured[saturation] = measure()
     return measured

@@ -9,19 +9,23 @@ from quanttune.quantization.sites import SiteId
 _FEATURES_LAST = frozenset({"linear", "layer_norm", "rms_norm", "gelu", "silu", "relu", "tanh", "add"})
 
 
-def produced_axis(site: SiteId, tensor: Tensor) -> int | None:
+def produced_axis(site: SiteId, tensor: Tensor, is_weight: bool = False) -> int | None:
     """The channel dimension, by the operation alone.
 
     Args:
         site: Where the tensor is.
         tensor: With the batch first; a weight with its outputs first.
+        is_weight: Whether it is a parameter.
 
     Returns:
-        0 for a weight, 1 for what a convolution reads and makes, else the last dimension. ``None`` for a
-        softmax, for scores, and for a tensor that has a batch dimension only.
+        0 for a weight of a layer; for a parameter in a matrix product the dimension that is not summed over,
+        the same channels for every expert of a batch of them. 1 for what a convolution reads and makes, else
+        the last one. ``None`` for a softmax, for scores, and for a tensor that has a batch dimension only.
     """
-    if site.operand == "weight":
+    if site.operand == "weight" or (is_weight and tensor.dim() < 2):
         return 0
+    if is_weight:
+        return tensor.dim() - (1 if site.operand == "b" else 2)
     if tensor.dim() < 2:
         return None
     if site.operation == "conv":

@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quanttune.errors import QuantTuneError
-from quanttune.inputs import ModelInputs, call_model, logits_of
+from quanttune.inputs import ModelInputs, call_model, in_evaluation, logits_of
 from quanttune.quantization.arrangements import REARRANGING, SCALING
 from quanttune.quantization.axes import channel_axis, produced_axis
+from quanttune.quantization.parameters import Parameters, View
 from quanttune.quantization.sites import Site, SiteId, SiteKind, SiteTable
-from quanttune.quantization.tracing import SiteVisitor, walks
+from quanttune.quantization.tracing import SiteVisitor
+from quanttune.quantization.walkers import walks
 
 _MARK = "_quanttune_site"
 _EMBEDDING = "<embedding>"
@@ -46,19 +48,8 @@ _OPERAND_KINDS = {
     **dict.fromkeys(_ACTIVATION_FUNCTIONS, SiteKind.PRE_ACTIVATION),
 }
 
-_SUMS: frozenset[Any] = frozenset({torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__})
-
-
-# Matrix products that no walker opens: a model that uses them would be quantized in part without a word.
-_HIDDEN_PRODUCTS: frozenset[Any] = frozenset(
-    {
-        *(getattr(torch, name) for name in ("addbmm", "addmm", "baddbmm", "einsum", "tensordot")),
-        *(getattr(Tensor, name) for name in ("addbmm", "addmm", "baddbmm")),
-        *(getattr(F, f"conv_transpose{n}d") for n in (1, 2, 3)),
-        F.bilinear,
-        F.conv3d,
-        F.multi_head_attention_forward,
-    }
+_SUMS: frozenset[Any] = frozenset(
+    {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
 )
 
 
@@ -67,9 +58,11 @@ class _Discovery(SiteVisitor):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
+        self.unchecked = True
         self.sites: dict[str, Site] = {}
-        self._parameters = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._constants = {*self._parameters, *(id(buffer) for buffer in model.buffers())}
+        self._parameters = Parameters(model)
+        self._products_of_weights: set[str] = set()
+        self._buffers = {id(buffer) for buffer in model.buffers()}
         self._sum: str | None = None  # the site of the addition that is running, if it is one
         self._summands: dict[str, list[str | None]] = {}
         self._scores: set[str] = set()  # results of matrix products that no softmax fed, and their sums
@@ -80,11 +73,6 @@ class _Discovery(SiteVisitor):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _HIDDEN_PRODUCTS and self.running:
-            raise QuantTuneError(
-                f"module {self.path!r} calls {func.__name__}, whose matrix products cannot be reached and "
-                "would stay in float; write them with nn.Linear, nn.Conv2d or torch.matmul"
-            )
         # Read before the call: an operation in place marks its own operand.
         operands = (*args, *(kwargs or {}).values())
         marks = [mark for value in operands for mark in _marks_in(value)]
@@ -105,7 +93,11 @@ class _Discovery(SiteVisitor):
         elif func in SCALING:
             _mark_all(result, _PRODUCT)
         elif func in _SUMS and (site_id := self._take_sum()) is not None:
-            self._classify_sum(site_id, summands, any(id(value) in self._constants for value in operands))
+            self._classify_sum(
+                site_id,
+                summands,
+                any(value in self._parameters or id(value) in self._buffers for value in operands),
+            )
         elif func is F.scaled_dot_product_attention:
             self._leave_mask_in_float(args, kwargs or {})
         elif not walks(func) or func in _SUMS:
@@ -114,7 +106,7 @@ class _Discovery(SiteVisitor):
 
     def visit(self, site: SiteId, tensor: Tensor) -> Tensor:
         if site.operand == "weight":
-            self._record(site, SiteKind.WEIGHT, tensor, parameter=self._parameters.get(id(tensor)))
+            self._record(site, SiteKind.WEIGHT, tensor, parameter=self._parameters.name_of(tensor))
         elif site.operand == "output":
             self._result(site, tensor)
         else:
@@ -127,6 +119,9 @@ class _Discovery(SiteVisitor):
 
     def _operand(self, site: SiteId, tensor: Tensor) -> None:
         name, source = site.operation, _mark_of(tensor)
+        if name == "matmul" and (weight := self._parameters.weight(tensor, self.path)) is not None:
+            self._record(site, SiteKind.WEIGHT, tensor, *weight)
+            return
         if name == "linear" and source == _EMBEDDING:
             self._projected_embeddings.add(str(site.call.site("output")))
         source = source if source in self.sites else None
@@ -139,6 +134,8 @@ class _Discovery(SiteVisitor):
             if _OPERAND_KINDS[name] is SiteKind.NORM_INPUT:
                 self._set_axis(source, tensor)
             if name == "softmax":
+                if source in self._products_of_weights:
+                    self._change(source, SiteKind.SCORES)
                 # Scaled and masked on the way, and how much of that is seen depends on the implementation.
                 source = None
         self._record(site, _OPERAND_KINDS[name], tensor, source=source)
@@ -156,6 +153,9 @@ class _Discovery(SiteVisitor):
             source = self.sites[str(site.call.site("a"))].source
             if source is not None and self.sites[source].operation == "softmax":
                 kind = SiteKind.ATTENTION_OUTPUT
+            elif self.sites[str(site.call.site("b"))].kind is SiteKind.WEIGHT:
+                kind = SiteKind.LINEAR_OUTPUT
+                self._products_of_weights.add(str(site))
             else:
                 self._scores.add(str(site))
         self._record(site, kind, tensor)
@@ -211,10 +211,12 @@ class _Discovery(SiteVisitor):
         kind: SiteKind,
         tensor: Tensor,
         parameter: str | None = None,
+        view: View | None = None,
         source: str | None = None,
     ) -> None:
         shape = tuple(tensor.shape) if kind is SiteKind.WEIGHT else tuple(tensor.shape[1:])
-        self.sites[str(site)] = Site(site, kind, shape, produced_axis(site, tensor), parameter, source)
+        axis = produced_axis(site, tensor, kind is SiteKind.WEIGHT)
+        self.sites[str(site)] = Site(site, kind, shape, axis, parameter, view, source)
 
     def _set_axis(self, site_id: str, normalised: Tensor) -> None:
         """What a normalisation takes for channels is more than what made the tensor can tell."""
@@ -278,18 +280,12 @@ def discover_sites(
     Raises:
         QuantTuneError: If no operation of the model was recognised, or one hides a matrix product.
     """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad(), _Discovery(model) as discovery:
-            output = call_model(model, inputs)
-    finally:
-        for module in training:
-            module.training = True  # one by one: a frozen part of a training model stays frozen
+    with torch.no_grad(), in_evaluation(model), _Discovery(model) as discovery:
+        output = call_model(model, inputs)
     discovery.leave_logits_in_float(logits(output))
     if not discovery.sites:
         raise QuantTuneError(
             f"no linear layer, matrix product or normalisation was seen in {type(model).__name__}; "
             "quantization works on eager PyTorch modules, not on compiled or exported graphs"
         )
-    return SiteTable(discovery.sites.values())
+    return SiteTable(discovery.sites.values(), frozenset(discovery.sites))

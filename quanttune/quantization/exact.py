@@ -58,6 +58,13 @@ class Operand:
         return self._encoded
 
     @property
+    def dimensions(self) -> int:
+        """How many the tensor has."""
+        if self.lazy is not None:
+            return self.lazy.source.dim()
+        return (self.decoded() if self._encoded is None else self._encoded.codes).dim()
+
+    @property
     def grid(self) -> Grid | None:
         """The grid, if it is on one."""
         return (
@@ -154,10 +161,10 @@ def _of_outputs(grid: Grid) -> float | Tensor:
 
 def matmul(left: Operand, right: Operand) -> Tensor:
     """``a @ b`` for operands of at least two dimensions; others are summed in float64."""
+    if min(left.dimensions, right.dimensions) < 2:
+        return in_float64(torch.matmul, left.decoded(), right.decoded())
     a, b = left.along(-1), right.along(-2)
     if a is None or b is None or not _fold(a.grid, b.grid) or a.grid.factors is not None:
-        return in_float64(torch.matmul, left.decoded(), right.decoded())
-    if min(a.codes.dim(), b.codes.dim()) < 2:
         return in_float64(torch.matmul, left.decoded(), right.decoded())
     with _full_precision(a.codes):
         largest, length = a.grid.largest * b.grid.largest, a.codes.shape[-1]

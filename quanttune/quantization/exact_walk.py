@@ -10,7 +10,7 @@ what it would have seen anyway, and its result carries no mark.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,8 @@ from quanttune.quantization.exact import LazyCodes, Operand
 from quanttune.quantization.quantizers import Quantizer, UniformQuantizer
 from quanttune.quantization.quantizers.grid import Grid, on_grid
 from quanttune.quantization.sites import OUTPUT_OPERAND, SiteId
-from quanttune.quantization.tracing import Handler, Product, SiteHandlers, safe_softmax, softmax
+from quanttune.quantization.tracing import Handler, SiteHandlers
+from quanttune.quantization.walkers import Product, safe_softmax, softmax
 
 _MARK = "_quanttune_grid"
 _ORDER_DEPENDENT = order_free.ORDER_DEPENDENT | {softmax, safe_softmax}
@@ -47,10 +48,20 @@ class ExactHandlers(SiteHandlers):
         exact: ``False`` leaves every computation to the model's own kernels.
         wide: Whether what is not quantized goes on in float64. A network in float32 carries one result that
             was rounded the other way into all that follow; handlers see float32 all the same.
+        known: Ids of all sites of the model, where they are known.
+
+    Raises:
+        QuantTuneError: Inside, if the first run computes a matrix product that has no site, or any run
+            reaches a site that is not among the ``known``.
     """
 
     def __init__(
-        self, model: nn.Module, handlers: Mapping[str, Handler], exact: bool = True, wide: bool = False
+        self,
+        model: nn.Module,
+        handlers: Mapping[str, Handler],
+        exact: bool = True,
+        wide: bool = False,
+        known: Iterable[str] | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -58,7 +69,9 @@ class ExactHandlers(SiteHandlers):
                 site_id: WeightHandler(handler) if SiteId.parse(site_id).operand == "weight" else handler
                 for site_id, handler in handlers.items()
             },
+            known,
         )
+        self.unchecked = True
         self.exact, self.wide = exact, wide
         self._fresh: Tensor | None = None  # a result that nobody but this walk has seen
 

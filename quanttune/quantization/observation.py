@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quanttune.errors import QuantTuneError
-from quanttune.inputs import ModelInputs, call_model
+from quanttune.inputs import ModelInputs, call_model, in_evaluation
 from quanttune.quantization.exact_walk import ExactHandlers
 from quanttune.quantization.tracing import Handler
 
@@ -53,9 +53,11 @@ class Observation(ExactHandlers):
         model: The model.
         observers: By site id; several at one site see the same tensor.
         quantizers: By site id: what the network computes with meanwhile. An observed site is not quantized.
+        known: Ids of all sites of the model, where they are known.
 
     Raises:
-        QuantTuneError: Inside, if an observed value is NaN or infinite; on leaving, if the model ran and a
+        QuantTuneError: Inside, if an observed value is NaN or infinite, or a matrix product or a site was not
+            there at discovery; on leaving, if the model ran and a
             site was never reached.
     """
 
@@ -64,12 +66,13 @@ class Observation(ExactHandlers):
         model: nn.Module,
         observers: Mapping[str, Observer | Sequence[Observer]],
         quantizers: Mapping[str, Handler] | None = None,
+        known: Iterable[str] | None = None,
     ) -> None:
         found = {
             site_id: _handler(site_id, [each] if isinstance(each, Observer) else list(each))
             for site_id, each in observers.items()
         }
-        super().__init__(model, {**(quantizers or {}), **found}, wide=True)
+        super().__init__(model, {**(quantizers or {}), **found}, wide=True, known=known)
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
@@ -88,24 +91,26 @@ def observe(
     observers: Mapping[str, Observer | Sequence[Observer]],
     *,
     progress: Callable[[int], None] | None = None,
+    known: Iterable[str] | None = None,
 ) -> int:
     """Run the model over the data once and show every observer the tensor of its site.
 
     Args:
-        model: The model in evaluation mode.
+        model: The model; it is run in evaluation mode and left in the mode it had.
         batches: Model inputs; at least one batch.
         observers: By site id.
         progress: Called with the number of batches done.
+        known: Ids of all sites of the model, where they are known.
 
     Returns:
         The number of batches.
 
     Raises:
-        QuantTuneError: If there is no batch, an observed value is not finite (the message names the site), or
-            a site was never reached.
+        QuantTuneError: If there is no batch, an observed value is not finite (the message names the site), a
+            site was never reached, or one was that is not among the ``known``.
     """
     done = 0
-    with torch.no_grad(), Observation(model, observers):
+    with torch.no_grad(), in_evaluation(model), Observation(model, observers, known=known):
         for inputs in batches:
             call_model(model, inputs)
             done += 1
@@ -132,6 +137,9 @@ def _handler(site_id: str, observers: list[Observer]) -> Handler:
     finite = any(observer.finite for observer in observers)
 
     def show(values: Tensor) -> Tensor:
+        if not values.numel():
+            # An expert without tokens adds nothing.
+            return values
         bounds = (math.nan, math.nan)
         if finite:
             bounds = finite_bounds(values, f"site {site_id}: a calibration activation")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from quanttune.digests import json_digest, sha256_file, tensor_digest
 from quanttune.errors import AssetError, ConfigError, QuantTuneError
 from quanttune.files import whole_file
+from quanttune.inputs import logits_of
 from quanttune.quantization.quantizers import Quantizer, State, quantizer_from_state
 from quanttune.quantization.scheme import Scheme
 from quanttune.quantization.simulation import Simulation
@@ -38,6 +39,7 @@ class Quantized:
         transforms: What stands between tensors and quantizers, as the quantizers have it already.
         same_function: Whether ``weights``, unquantized, are meant to compute what the reference computes.
         weights_origin: Where ``weights`` are kept already, in the words of the stage cache.
+        known: Ids of all sites of the model, where they are known; it is an error if another is reached.
     """
 
     quantizers: Mapping[str, Quantizer]
@@ -47,6 +49,7 @@ class Quantized:
     transforms: tuple[Transform, ...] = ()
     same_function: bool = False
     weights_origin: str | None = None
+    known: frozenset[str] | None = None
 
     @property
     def extra_operations(self) -> dict[str, str]:
@@ -75,7 +78,7 @@ class Quantized:
                     f"the quantized weights are not those of a {type(model).__name__}: "
                     f"{' '.join(str(error).split())[:300]}"
                 ) from error
-        return QuantizedModel(applied.eval(), self.quantizers)
+        return QuantizedModel(applied.eval(), self.quantizers, self.known)
 
     def to_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Everything but the weights: a JSON document and the tensors it names."""
@@ -87,7 +90,7 @@ class Quantized:
             return {"kind": state.kind, "settings": dict(state.settings)}
 
         scheme = self.scheme
-        document = {
+        document: dict[str, Any] = {
             "schema": SCHEMA,
             "scheme": None if scheme is None else {"text": str(scheme), "profile": scheme.profile},
             "quantizers": {
@@ -102,6 +105,8 @@ class Quantized:
             "same_function": self.same_function,
             "details": self.details,
         }
+        if self.known is not None:
+            document["known"] = sorted(self.known)
         return document, tensors
 
     @classmethod
@@ -141,6 +146,7 @@ class Quantized:
                     for number, each in enumerate(document["transforms"])
                 ),
                 bool(document["same_function"]),
+                known=None if document.get("known") is None else frozenset(document["known"]),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise AssetError(f"a quantized model's document is damaged: {error!r}") from error
@@ -201,14 +207,17 @@ class QuantizedModel(nn.Module):
     Args:
         model: The model, with the weights that the quantizers belong to.
         quantizers: Site id to quantizer.
+        known: Ids of all sites of the model, where they are known.
     """
 
-    def __init__(self, model: nn.Module, quantizers: Mapping[str, Quantizer]) -> None:
+    def __init__(
+        self, model: nn.Module, quantizers: Mapping[str, Quantizer], known: Iterable[str] | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.quantizers = dict(quantizers)
         # One for all calls: it keeps the quantized weights.
-        self._simulation = Simulation(model, quantizers)
+        self._simulation = Simulation(model, quantizers, known=known)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on quantized tensors."""
@@ -223,15 +232,17 @@ def quantize(
     *,
     profile: str | None = None,
     rule: str | Callable[..., tuple[float, float]] = "minmax",
+    logits: Callable[[Any], Tensor] = logits_of,
 ) -> Quantized:
     """Quantize a model: find its sites, calibrate on a few batches, choose the ranges.
 
     Args:
-        model: Any eager PyTorch model in evaluation mode; left as it is.
+        model: Any eager PyTorch model; left as it is.
         batches: Model inputs: tensors, or dictionaries of named ones.
         scheme: Formats, e.g. ``W8A8``, ``W4g128``, ``W8A8-token``.
         profile: Which tensors, ``full`` or ``matmul``; the scheme's by default.
         rule: A range rule or its name: ``minmax``, ``percentile``, ``mse``, ``omse``, ``ema``.
+        logits: Picks the logits from the model's output; the site that made them stays in float.
 
     Raises:
         QuantTuneError: If there is no batch, or something of the model cannot be quantized.
@@ -254,12 +265,13 @@ def quantize(
                 f"a batch is a {type(batch).__name__}; give the model's inputs alone, a tensor or a "
                 "dictionary of named tensors"
             )
-    sites = wanted.sites(discover_sites(model, data[0]))
+    sites = wanted.sites(discover_sites(model, data[0], logits))
     if not sites:
         raise QuantTuneError(f"profile {wanted.profile} of {type(model).__name__} has nothing to quantize")
     statistics = collect_statistics(model, data, sites) if wanted.is_static else {}
     chosen = RANGE_RULES.get(rule) if isinstance(rule, str) else rule
-    return Quantized(build_quantizers(model, sites, statistics, wanted, chosen), scheme=wanted)
+    quantizers = build_quantizers(model, sites, statistics, wanted, chosen)
+    return Quantized(quantizers, scheme=wanted, known=sites.known)
 
 
 def _state(name: str, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> State:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import TracebackType
+from typing import Self
 
 from torch import Tensor, nn
 
 from quanttune.errors import ConfigError, QuantTuneError
 from quanttune.quantization.exact_walk import ExactHandlers
+from quanttune.quantization.observation import finite_bounds
 from quanttune.quantization.quantizers import Quantizer
 from quanttune.quantization.ranges import RangeRule
 from quanttune.quantization.scheme import Format, Scheme
@@ -38,16 +40,21 @@ def weight_quantizer(weight: Tensor, form: Format, axis: int = 0) -> Quantizer:
 
 
 def site_weight(site: Site, parameters: Mapping[str, Tensor]) -> Tensor:
-    """The parameter at a weight's site.
+    """The parameter at a weight's site, as the product reads it.
 
     Raises:
         ConfigError: If the weight is computed and not a parameter.
+        QuantTuneError: If it holds NaN or infinity.
     """
     if site.parameter is None:
         raise ConfigError(
             f"site {site.id}: its weight is computed, not a parameter, and cannot be quantized statically"
         )
-    return parameters[site.parameter]
+    weight = parameters[site.parameter]
+    finite_bounds(weight, f"site {site.id}: parameter {site.parameter}")
+    if site.view is None:
+        return weight
+    return weight.detach().as_strided(*site.view, weight.storage_offset())
 
 
 def build_quantizers(
@@ -71,6 +78,7 @@ def build_quantizers(
 
     Raises:
         ConfigError: If an activation is to be quantized and the scheme leaves activations in float.
+        QuantTuneError: If a weight holds NaN or infinity.
     """
     parameters = dict(model.named_parameters())
     of_site = {site_id: transform for transform in transforms for site_id in transform.sites}
@@ -94,18 +102,33 @@ class Simulation(ExactHandlers):
     """The context that :func:`simulate` returns.
 
     Raises:
-        QuantTuneError: On leaving, if the model ran and a quantizer was never reached: its site belongs to
-            another model or attention implementation, and the result would pass for a quantized one.
+        QuantTuneError: Inside, if a matrix product or a site was not there at discovery. On leaving, if the
+            model ran and a quantizer was never reached: its site belongs to another model or attention
+            implementation, and the result would pass for a quantized one.
     """
 
     def __init__(
-        self, model: nn.Module, quantizers: Mapping[str, Handler], exact: bool | None = None
+        self,
+        model: nn.Module,
+        quantizers: Mapping[str, Handler],
+        exact: bool | None = None,
+        known: Iterable[str] | None = None,
     ) -> None:
-        super().__init__(model, quantizers, bool(quantizers) if exact is None else exact)
+        super().__init__(model, quantizers, bool(quantizers) if exact is None else exact, known)
+
+    @property
+    def _is_idle(self) -> bool:
+        return not self.handlers and not self.exact
+
+    def __enter__(self) -> Self:
+        # A mode and hooks with nothing to do would still cost nn.TransformerEncoder its fused kernel.
+        return self if self._is_idle else super().__enter__()
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._is_idle:
+            return
         super().__exit__(exc_type, exc, traceback)
         if exc_type is None and self.ran and self.unreached:
             missed = self.unreached
@@ -115,7 +138,13 @@ class Simulation(ExactHandlers):
             )
 
 
-def simulate(model: nn.Module, quantizers: Mapping[str, Handler], *, exact: bool | None = None) -> Simulation:
+def simulate(
+    model: nn.Module,
+    quantizers: Mapping[str, Handler],
+    *,
+    exact: bool | None = None,
+    known: Iterable[str] | None = None,
+) -> Simulation:
     """A context in which ``model`` computes with quantized tensors at the given sites.
 
     A weight is quantized once and reused until it changes; writing to ``weight.data`` inside the context goes
@@ -127,9 +156,14 @@ def simulate(model: nn.Module, quantizers: Mapping[str, Handler], *, exact: bool
         exact: Whether products are computed on integer codes and everything else such that no order of a sum
             and no processor's instructions show: see :mod:`quanttune.quantization.exact`. By default where
             there is any quantizer: with none the model's own kernels run and its logits are bit-identical.
+        known: Ids of all sites of the model, such as ``sites.known``: any other that is reached is an error.
+
+    Raises:
+        QuantTuneError: Inside, if the first run computes a matrix product that has no site; on leaving, if
+            a quantizer was never reached.
 
     Example:
         >>> with torch.no_grad(), simulate(model, quantizers):  # doctest: +SKIP
         ...     logits = model(images)
     """
-    return Simulation(model, quantizers, exact)
+    return Simulation(model, quantizers, exact, known)

@@ -135,6 +135,8 @@ class Site:
             weight, the features of an activation. ``None`` where it has none, as in an attention matrix.
         parameter: For a weight, its name in ``model.named_parameters()``; several sites may share one
             parameter.
+        view: Where a product reads its parameter turned or reshaped: sizes and strides of what it reads, with
+            size 1 where the parameter is broadcast. ``None`` for the parameter as it is.
         source: For an operand that is another site's tensor seen through views only, the id of that site.
             Quantizing both would round the same numbers twice, so a profile that has the source leaves the
             operand out.
@@ -146,6 +148,7 @@ class Site:
     shape: tuple[int, ...]
     channel_axis: int | None = None
     parameter: str | None = None
+    view: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     source: str | None = None
     consumers: tuple[str, ...] = ()
 
@@ -180,10 +183,16 @@ class Site:
 
 
 class SiteTable(Mapping[str, Site]):
-    """Every site of a model in execution order, by id."""
+    """Every site of a model in execution order, by id.
 
-    def __init__(self, sites: Iterable[Site]) -> None:
+    Args:
+        sites: The sites.
+        known: Ids of all sites of the model these were chosen from; ``None`` if nobody knows.
+    """
+
+    def __init__(self, sites: Iterable[Site], known: frozenset[str] | None = None) -> None:
         self._sites = {site.id: site for site in sites}
+        self.known = known
 
     def __getitem__(self, site_id: str) -> Site:
         if site_id not in self._sites:
@@ -213,7 +222,7 @@ class SiteTable(Mapping[str, Site]):
             raise UnknownNameError("profile", name, PROFILES)
         kinds = PROFILES[name]
         chosen = {site.id for site in self.values() if site.kind in kinds}
-        return SiteTable(
+        return self._only(
             site
             for site in self.values()
             if site.id in chosen and (site.source is None or site.source not in chosen)
@@ -221,11 +230,14 @@ class SiteTable(Mapping[str, Site]):
 
     def weights(self) -> SiteTable:
         """The weight sites alone."""
-        return SiteTable(site for site in self.values() if site.kind is SiteKind.WEIGHT)
+        return self._only(site for site in self.values() if site.kind is SiteKind.WEIGHT)
 
     def activations(self) -> SiteTable:
         """The sites that are not weights."""
-        return SiteTable(site for site in self.values() if site.kind is not SiteKind.WEIGHT)
+        return self._only(site for site in self.values() if site.kind is not SiteKind.WEIGHT)
+
+    def _only(self, sites: Iterable[Site]) -> SiteTable:
+        return SiteTable(sites, self.known)
 
     def to_rows(self) -> list[dict[str, object]]:
         """One plain dictionary a site, for JSON and for tables."""

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from quanttune.errors import QuantTuneError
 from quanttune.inputs import ModelInputs
 from quanttune.quantization.observation import Bounds, Observer, finite_bounds, observe
 from quanttune.quantization.sites import SiteTable
@@ -209,14 +210,15 @@ def collect_statistics(
     """Run the model over ``batches`` once and summarise every activation site of ``sites``.
 
     Args:
-        model: The model in evaluation mode.
+        model: The model; it is run in evaluation mode and left in the mode it had.
         batches: Model inputs; at least one batch.
         sites: Sites of one profile; weight sites are passed over.
         progress: Called with the number of batches done.
         transforms: Where one stands at a site, what the quantizer there sees is summarised.
 
     Raises:
-        QuantTuneError: If there is no batch, or an activation is not finite (the message names the site).
+        QuantTuneError: If there is no batch, an activation is not finite, a site held no value, or a site was
+            reached that discovery did not see; the message names the site.
     """
     of_site = {site_id: transform for transform in transforms for site_id in transform.sites}
     observers = {
@@ -225,7 +227,13 @@ def collect_statistics(
     }
     if not observers:
         return {}
-    observe(model, batches, observers, progress=progress)
+    observe(model, batches, observers, progress=progress, known=sites.known)
+    unseen = [site_id for site_id, observer in observers.items() if not observer.statistics.batches]
+    if unseen:
+        raise QuantTuneError(
+            f"site {unseen[0]} held no value in calibration; give batches that fill it, such as tokens for "
+            "every expert"
+        )
     return {site_id: observer.statistics for site_id, observer in observers.items()}
 
 

@@ -157,6 +157,35 @@ def test_a_reference_that_is_not_the_known_one_is_refused(
     assert all(store.load(cell) is None for cell in cells)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_reference_that_is_not_finite_is_refused(
+    runner: Run, store: Store, cells: list[Cell], toy: Any, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    """Without a word of what its metric should be: NaN in a bias answers class 0 every time."""
+    whole = type(toy)._reference
+
+    def broken(*args: Any) -> dict[str, torch.Tensor]:
+        weights = whole(*args)
+        weights["head.bias"][1] = value
+        return weights
+
+    monkeypatch.setattr(type(toy), "_reference", broken)
+    run = runner()
+    outcomes = [run.run(cell) for cell in cells]
+    assert {outcome.status for outcome in outcomes} == {"failed"}
+    assert "the reference is not finite: 1 of 3 values of parameter head.bias" in outcomes[0].message
+    assert all(store.load(cell) is None for cell in cells)
+
+
+def test_logits_that_are_not_finite_fail_their_cell_by_name(
+    runner: Run, store: Store, cells: list[Cell], toy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toy, "weight", 1e18, raising=False)
+    outcome = runner().run(cells[0])
+    assert outcome.status == "failed"
+    assert "model toy, FP32 evaluation: logits are NaN or infinite among items" in outcome.message
+
+
 def test_a_changed_reference_makes_its_cells_missing(
     runner: Run, store: Store, cells: list[Cell], toy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

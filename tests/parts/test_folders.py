@@ -65,6 +65,17 @@ def loaded(entry: ModelEntry) -> torch.nn.Module:
     return model
 
 
+def test_a_decoder_without_a_padding_token_takes_the_tokenizers(tmp_path: Path) -> None:
+    save_text_model(tmp_path / "model", "opt")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "pad_token_id": None}))
+    entry = get_model(f"folder:{tmp_path / 'model'}@movie_reviews")
+    model = loaded(entry)
+    assert model.config.pad_token_id == entry.pad_id
+    assert torch.isfinite(logits(entry, model)).all()
+
+
 @pytest.mark.parametrize("family", ["bert", "opt"])
 def test_a_folder_of_transformers_gives_the_same_model(tmp_path: Path, family: str) -> None:
     folder = tmp_path / "model"

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from quanttune.errors import QuantTuneError
 from quanttune.quantization import SiteTable, discover_sites, quantize, simulate
 
 PRODUCTS = frozenset(
@@ -99,16 +100,18 @@ def test_no_product_hides_in_more_architectures(name: str, size: int) -> None:
     check(name, size)
 
 
-def test_the_count_sees_what_no_site_holds() -> None:
+def test_what_the_count_sees_and_no_site_holds_is_refused() -> None:
     class Hidden(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(4, 4)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.linalg.matmul(self.layer(x), self.layer.weight)
+            return torch.inner(self.layer(x), self.layer.weight)
 
     model, batch = Hidden().eval(), torch.randn(2, 4)
     with torch.no_grad(), Products() as counted:
         model(batch)
-    assert counted.total == products(discover_sites(model, batch)) + 1
+    assert counted.total == 2
+    with pytest.raises(QuantTuneError, match="module '' calls inner"):
+        discover_sites(model, batch)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quanttune.errors import QuantTuneError
-from quanttune.quantization import SiteHandlers, SiteKind, discover_sites, simulate
+from quanttune.quantization import SiteHandlers, SiteKind, discover_sites, quantize, simulate
 from tests.quantization.models import build, inputs, quantizers
 from tests.quantization.walking import hooks, zero
 
@@ -39,8 +39,12 @@ class TestModelOutput:
         table = discover_sites(Model(), torch.randn(2, 3), logits=lambda output: output.predictions[0])
         assert table["head/linear.output"].kind is SiteKind.LOGITS
         assert table["body/linear.output"].kind is SiteKind.LINEAR_OUTPUT
-        with pytest.raises(TypeError, match=r"SimpleNamespace has no logits"):
-            discover_sites(Model(), torch.randn(2, 3))
+        for use in (lambda m, x: discover_sites(m, x), lambda m, x: quantize(m, [x])):
+            with pytest.raises(QuantTuneError, match=r"SimpleNamespace has no logits; .*logits="):
+                use(Model(), torch.randn(2, 3))
+        found = quantize(Model(), [torch.randn(2, 3)], logits=lambda output: output.predictions[0])
+        assert "body/linear.output" in found.quantizers
+        assert "head/linear.output" not in found.quantizers
 
     def test_without_any_known_operation_is_an_error(self) -> None:
         with pytest.raises(QuantTuneError, match=r"no linear layer.*Identity"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quanttune.errors import QuantTuneError
-from quanttune.quantization import Observation, Observer, discover_sites, observe
+from quanttune.quantization import Observation, Observer, collect_statistics, discover_sites, observe
 from quanttune.quantization.observation import Bounds
 from quanttune.quantization.observers import ChannelBounds, TokenExtremes
 from tests.quantization.models import build, inputs, logits
@@ -69,6 +70,28 @@ def test_no_data_and_sites_of_another_model_are_refused() -> None:
         observe(model, [], {"0/linear.input": Seen()})
     with pytest.raises(QuantTuneError, match=r"site 1/linear\.input was never reached"):
         observe(model, [torch.ones(1, 2)], {"1/linear.input": Seen()})
+
+
+def test_a_model_in_training_mode_is_observed_in_evaluation_and_left_in_training() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
+    model[0].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    sites = discover_sites(model, x).profile("full")
+    found = collect_statistics(model, [x], sites)
+    assert [module.training for module in model.modules()] == [True, False, True, True, True]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    right = collect_statistics(copy.deepcopy(model).eval(), [x], sites)
+    assert all(found[name].high == right[name].high for name in right)
+
+    class Fails(Observer):
+        def update(self, values: Tensor, bounds: Bounds) -> None:
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        observe(model, [x], {"3/linear.input": Fails()})
+    assert model.training
+    assert not model[0].training
 
 
 def test_an_observer_may_replace_what_the_network_goes_on_with() -> None:

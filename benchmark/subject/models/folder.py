@@ -192,6 +192,9 @@ class TransformersFolder(TextEntry, FolderEntry):
         with understood(self.folder / "config.json"):
             config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
             self._check_classes(config.num_labels)
+            if config.get_text_config().pad_token_id is None:
+                # A decoder finds the last token of each text by it, and refuses batches without.
+                config.get_text_config().pad_token_id = self.pad_id
             with own_random_state(0):
                 model: nn.Module = AutoModelForSequenceClassification.from_config(config, dtype="float32")
         return model.eval()

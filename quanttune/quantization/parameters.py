@@ -1,0 +1,67 @@
+"""Which parameter a tensor is: itself, or a view of all of it."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+from torch import Tensor, nn
+
+from quanttune.errors import QuantTuneError
+
+View = tuple[tuple[int, ...], tuple[int, ...]]
+"""Sizes and strides of what is read of a parameter."""
+
+
+class Parameters:
+    """The parameters of a model, found again by what they are and by where they lie.
+
+    Args:
+        model: The model; its parameters must stay where they are.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._places: dict[int, list[tuple[str, nn.Parameter]]] = defaultdict(list)
+        for name, parameter in model.named_parameters():
+            self._places[parameter.untyped_storage().data_ptr()].append((name, parameter))
+
+    def __contains__(self, value: object) -> bool:
+        return id(value) in self._names
+
+    def name_of(self, tensor: Tensor) -> str | None:
+        """The name of a parameter; ``None`` for any other tensor, a view of one included."""
+        return self._names.get(id(tensor))
+
+    def weight(self, operand: Tensor, path: str) -> tuple[str, View | None] | None:
+        """Name and view of the parameter that an operand of a matrix product is; ``None`` if it is none.
+
+        Args:
+            operand: The operand.
+            path: The module that multiplies, for the message.
+
+        Raises:
+            QuantTuneError: If it is a part of a parameter. An expert's part goes by the tokens, so that the
+                next batch may read another one at the same site.
+        """
+        name = self.name_of(operand)
+        if name is not None and operand.dim() > 1:
+            return name, None
+        found = self._places.get(operand.untyped_storage().data_ptr(), []) if operand.numel() else []
+        for name, parameter in found:
+            view = _view(operand)
+            same_start = operand.storage_offset() == parameter.storage_offset()
+            if same_start and math.prod(view[0]) == parameter.numel() and operand.dtype == parameter.dtype:
+                return name, view
+        if found:
+            raise QuantTuneError(
+                f"module {path!r} multiplies by a part of parameter {found[0][0]}, and which part may change "
+                "from batch to batch; give every part a parameter of its own, or use nn.Linear"
+            )
+        return None
+
+
+def _view(tensor: Tensor) -> View:
+    """Size 1 where it is broadcast, and a first dimension of one output for a vector."""
+    sizes = tuple(1 if step == 0 else size for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return ((1, *sizes), (0, *tensor.stride())) if tensor.dim() == 1 else (sizes, tensor.stride())
