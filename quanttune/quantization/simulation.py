@@ -114,7 +114,7 @@ class Simulation(ExactHandlers):
         exact: bool | None = None,
         known: Iterable[str] | None = None,
     ) -> None:
-        super().__init__(model, quantizers, bool(quantizers) if exact is None else exact, known)
+        super().__init__(model, quantizers, bool(quantizers) if exact is None else exact, known=known)
 
     @property
     def _is_idle(self) -> bool:
