@@ -88,7 +88,10 @@ def build_quantizers(
         if site.kind is SiteKind.WEIGHT:
             weight = site_weight(site, parameters)
             seen = weight if transform is None else transform.seen(site.id, weight.detach())
-            made = weight_quantizer(seen, scheme.weights, site.channel_axis or 0)
+            try:
+                made = weight_quantizer(seen, scheme.weights, site.channel_axis or 0)
+            except ConfigError as error:
+                raise ConfigError(f"site {site.id}: {error}") from error
         elif scheme.activations is None:
             raise ConfigError(f"site {site.id}: scheme {scheme} leaves activations in float")
         else:

@@ -127,9 +127,25 @@ def test_a_part_of_a_parameter_is_refused(part: Any) -> None:
         discover_sites(model, torch.randn(ITEMS, 3, IN))
 
 
+def test_a_buffer_beside_parameters_in_one_mapped_file_is_no_parameter() -> None:
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            storage = torch.randn(2 * IN * OUT)
+            self.weight = nn.Parameter(storage[: IN * OUT].view(IN, OUT))
+            self.register_buffer("basis", storage[IN * OUT :].view(OUT, IN))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ self.weight).relu() @ self.basis  # type: ignore[no-any-return]
+
+    sites = discover_sites(Mapped(), torch.randn(ITEMS, 3, IN))
+    assert sites["/matmul.b"].kind is SiteKind.WEIGHT
+    assert sites["/matmul#2.b"].kind is SiteKind.MATMUL_INPUT
+
+
 def test_groups_of_what_has_its_outputs_last_are_refused() -> None:
     model = Projection((IN, OUT), lambda x, w: x @ w)
-    with pytest.raises(ConfigError, match="groups run along the inputs"):
+    with pytest.raises(ConfigError, match=r"site /matmul\.b: groups run along the inputs .* nn\.Linear"):
         quantize(model, [torch.randn(ITEMS, 3, IN)], "W4g2A8")
 
 
