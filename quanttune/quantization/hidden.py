@@ -32,7 +32,7 @@ _UNDERSTOOD = frozenset({"aten", "prim", "prims", "c10d", "_c10d_functional", "t
 
 
 class HiddenProducts(TorchDispatchMode):
-    """Reports every matrix product of floating-point tensors.
+    """Reports every matrix product of floating-point or complex tensors.
 
     Args:
         report: Called with the name of the operator before it is computed.
@@ -58,7 +58,7 @@ class HiddenProducts(TorchDispatchMode):
 
 def _floats(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
-        if isinstance(value, Tensor) and value.is_floating_point():
+        if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
             yield value
         elif isinstance(value, tuple | list):
             yield from _floats(value)

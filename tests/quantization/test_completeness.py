@@ -75,6 +75,7 @@ HIDDEN: dict[str, Any] = {
     "conv3d": lambda m, x: F.conv3d(image(x)[..., None], image(m.weight)[..., None]).flatten(1),
     "conv_transpose2d": lambda m, x: F.conv_transpose2d(image(x), image(m.weight)).flatten(1),
     "bilinear": lambda m, x: F.bilinear(x, x, m.weight.expand(SIZE, SIZE, SIZE)),
+    "vdot": lambda m, x: x * torch.vdot(x[0].to(torch.cfloat), x[1].to(torch.cfloat)).real,
     "cdist": lambda m, x: torch.cdist(x, m.weight),
     "mm": lambda m, x: Opaque.apply(x, m.weight),
     "project": lambda m, x: project(x, m.weight),
