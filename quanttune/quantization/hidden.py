@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from quanttune.errors import QuantTuneError
 
@@ -41,6 +41,13 @@ class HiddenProducts(TorchDispatchMode):
     def __init__(self, report: Callable[[str], None]) -> None:
         super().__init__()
         self._report = report
+
+    def pause(self) -> bool:
+        """Leave the stack of modes if this is the innermost; whether it was, so that entering goes on."""
+        if _get_current_dispatch_mode() is not self:
+            return False
+        self.__exit__(None, None, None)
+        return True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
