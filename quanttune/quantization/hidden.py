@@ -75,8 +75,8 @@ def refusal(path: str, function: str) -> QuantTuneError:
     """The error of a module that multiplies where no walk can reach."""
     return QuantTuneError(
         f"module {path!r} calls {function}, whose matrix products cannot be reached and would stay in float; "
-        "write them with nn.Linear, nn.Conv2d or torch.matmul, or choose the model's eager implementation "
-        "(of transformers, attn_implementation and experts_implementation)"
+        "write them with nn.Linear, nn.Conv2d or torch.matmul, or choose an eager implementation "
+        "(of transformers, attn_implementation='eager')"
     )
 
 

@@ -48,7 +48,8 @@ def site_weight(site: Site, parameters: Mapping[str, Tensor]) -> Tensor:
     """
     if site.parameter is None:
         raise ConfigError(
-            f"site {site.id}: its weight is computed, not a parameter, and cannot be quantized statically"
+            f"site {site.id}: its weight is computed, not a parameter (a part of one, as an expert's, is "
+            "computed), and cannot be quantized statically; give it a parameter of its own, as nn.Linear has"
         )
     weight = parameters[site.parameter]
     finite_bounds(weight, f"site {site.id}: parameter {site.parameter}")
