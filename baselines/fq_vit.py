@@ -159,6 +159,7 @@ def calibrate(context: Context, widths: tuple[int, ...]) -> dict[str, Tensor]:
         (to_device(batch.inputs, context.device) for batch in context.calibration),
         {**values, **readers},
         progress=lambda done: context.progress("FQ-ViT calibration", done, total),
+        known=context.sites.known,
     )
     found = {f"{site_id}|range": observer.range for site_id, observer in values.items()}
     found |= {f"{site_id}|scores": observer.range for site_id, observer in scores.items() if observer.seen}

@@ -140,7 +140,7 @@ def capture(
     for group in _groups(products, sites, items, memory):
         data = {product.operation: ProductData() for product in group}
         for batch in batches:
-            _capture_operands(model, group, batch.inputs, data)
+            _capture_operands(model, group, batch.inputs, data, sites)
             if curvature is not None:
                 found = curvature(batch, [product.output for product in group])
                 for product in group:
@@ -150,7 +150,11 @@ def capture(
 
 
 def _capture_operands(
-    model: nn.Module, group: Sequence[Product], inputs: ModelInputs, data: Mapping[str, ProductData]
+    model: nn.Module,
+    group: Sequence[Product],
+    inputs: ModelInputs,
+    data: Mapping[str, ProductData],
+    sites: SiteTable,
 ) -> None:
     observers: dict[str, Observer] = {}
     for product in group:
@@ -165,7 +169,7 @@ def _capture_operands(
             observers[product.right] = _Keep(parts.right, lambda weight: weight.flatten(1))
             bias = getattr(module, "bias", None)
             parts.bias = bias.detach() if isinstance(bias, Tensor) else None
-    observe(model, [inputs], observers)
+    observe(model, [inputs], observers, known=sites.known)
 
 
 class _Keep(Observer):

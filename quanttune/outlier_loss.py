@@ -308,6 +308,9 @@ class OutlierLoss:
     def _watch(self, site_id: str, values: Tensor) -> None:
         forward = self._pending.get(site_id, 0)
         self._pending[site_id] = forward + 1
+        if not values.numel():
+            # An expert without tokens has no outliers.
+            return
         moments = moments_of(values)
         self._observed.append((site_id, moments, sample_of(values).numel()))
         running = self._running[site_id]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from quanttune.errors import QuantTuneError
 
@@ -32,7 +32,7 @@ _UNDERSTOOD = frozenset({"aten", "prim", "prims", "c10d", "_c10d_functional", "t
 
 
 class HiddenProducts(TorchDispatchMode):
-    """Reports every matrix product of floating-point tensors.
+    """Reports every matrix product of floating-point or complex tensors.
 
     Args:
         report: Called with the name of the operator before it is computed.
@@ -41,6 +41,13 @@ class HiddenProducts(TorchDispatchMode):
     def __init__(self, report: Callable[[str], None]) -> None:
         super().__init__()
         self._report = report
+
+    def pause(self) -> bool:
+        """Leave the stack of modes if this is the innermost; whether it was, so that entering goes on."""
+        if _get_current_dispatch_mode() is not self:
+            return False
+        self.__exit__(None, None, None)
+        return True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -58,7 +65,7 @@ class HiddenProducts(TorchDispatchMode):
 
 def _floats(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
-        if isinstance(value, Tensor) and value.is_floating_point():
+        if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
             yield value
         elif isinstance(value, tuple | list):
             yield from _floats(value)
@@ -68,8 +75,8 @@ def refusal(path: str, function: str) -> QuantTuneError:
     """The error of a module that multiplies where no walk can reach."""
     return QuantTuneError(
         f"module {path!r} calls {function}, whose matrix products cannot be reached and would stay in float; "
-        "write them with nn.Linear, nn.Conv2d or torch.matmul, or choose the model's eager implementation "
-        "(of transformers, attn_implementation and experts_implementation)"
+        "write them with nn.Linear, nn.Conv2d or torch.matmul, or choose an eager implementation "
+        "(of transformers, attn_implementation='eager')"
     )
 
 

@@ -21,7 +21,8 @@ _EVERYWHERE = (
     "sigmoid", "sin", "sinh", "softmax", "std", "sum", "tan", "tanh", "var",
 )  # fmt: skip
 _IN_TORCH = (
-    "group_norm", "instance_norm", "layer_norm", "log_softmax", "rms_norm", "std_mean", "var_mean", "cosine_similarity",
+    "group_norm", "instance_norm", "layer_norm", "log_softmax", "rms_norm", "std_mean", "var_mean",
+    "cosine_similarity",
 )  # fmt: skip
 _IN_TENSOR = (
     "__pow__", "__rpow__", "cumsum_", "exp_", "log_", "log_softmax", "pow_", "rsqrt_", "sigmoid_", "tanh_",

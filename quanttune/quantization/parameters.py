@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 
+import torch
 from torch import Tensor, nn
 
 from quanttune.errors import QuantTuneError
@@ -24,7 +25,8 @@ class Parameters:
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._places: dict[int, list[tuple[str, nn.Parameter]]] = defaultdict(list)
         for name, parameter in model.named_parameters():
-            self._places[parameter.untyped_storage().data_ptr()].append((name, parameter))
+            if parameter.layout is torch.strided and parameter.numel():
+                self._places[parameter.untyped_storage().data_ptr()].append((name, parameter))
 
     def __contains__(self, value: object) -> bool:
         return id(value) in self._names
@@ -47,7 +49,7 @@ class Parameters:
         name = self.name_of(operand)
         if name is not None and operand.dim() > 1:
             return name, None
-        found = self._places.get(operand.untyped_storage().data_ptr(), []) if operand.numel() else []
+        found = self._around(operand)
         for name, parameter in found:
             view = _view(operand)
             same_start = operand.storage_offset() == parameter.storage_offset()
@@ -59,6 +61,17 @@ class Parameters:
                 "from batch to batch; give every part a parameter of its own, or use nn.Linear"
             )
         return None
+
+    def _around(self, operand: Tensor) -> list[tuple[str, nn.Parameter]]:
+        """The parameters within which an operand begins; a file that was mapped holds many side by side."""
+        if operand.layout is not torch.strided or not operand.numel():
+            return []
+        start = operand.storage_offset()
+        return [
+            (name, parameter)
+            for name, parameter in self._places.get(operand.untyped_storage().data_ptr(), [])
+            if 0 <= start - parameter.storage_offset() < parameter.numel()
+        ]
 
 
 def _view(tensor: Tensor) -> View:

@@ -48,7 +48,8 @@ def site_weight(site: Site, parameters: Mapping[str, Tensor]) -> Tensor:
     """
     if site.parameter is None:
         raise ConfigError(
-            f"site {site.id}: its weight is computed, not a parameter, and cannot be quantized statically"
+            f"site {site.id}: its weight is computed, not a parameter (a part of one, as an expert's, is "
+            "computed), and cannot be quantized statically; give it a parameter of its own, as nn.Linear has"
         )
     weight = parameters[site.parameter]
     finite_bounds(weight, f"site {site.id}: parameter {site.parameter}")
@@ -88,7 +89,10 @@ def build_quantizers(
         if site.kind is SiteKind.WEIGHT:
             weight = site_weight(site, parameters)
             seen = weight if transform is None else transform.seen(site.id, weight.detach())
-            made = weight_quantizer(seen, scheme.weights, site.channel_axis or 0)
+            try:
+                made = weight_quantizer(seen, scheme.weights, site.channel_axis or 0)
+            except ConfigError as error:
+                raise ConfigError(f"site {site.id}: {error}") from error
         elif scheme.activations is None:
             raise ConfigError(f"site {site.id}: scheme {scheme} leaves activations in float")
         else:

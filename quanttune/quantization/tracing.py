@@ -186,10 +186,15 @@ class SiteVisitor(TorchFunctionMode):
             self._function = ""
             return result
         _walks.depth += 1
+        search = self._search
+        # Thousands of small operations of a walker would each be looked at for nothing.
+        paused = search is not None and search.pause()
         try:
             return walker(self, func, args, kwargs or {})
         finally:
             _walks.depth -= 1
+            if search is not None and paused:
+                search.__enter__()
 
     def next_call(self, operation: str) -> Call:
         """The running module's next call of ``operation``."""

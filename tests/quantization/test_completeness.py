@@ -75,6 +75,7 @@ HIDDEN: dict[str, Any] = {
     "conv3d": lambda m, x: F.conv3d(image(x)[..., None], image(m.weight)[..., None]).flatten(1),
     "conv_transpose2d": lambda m, x: F.conv_transpose2d(image(x), image(m.weight)).flatten(1),
     "bilinear": lambda m, x: F.bilinear(x, x, m.weight.expand(SIZE, SIZE, SIZE)),
+    "vdot": lambda m, x: x * torch.vdot(x[0].to(torch.cfloat), x[1].to(torch.cfloat)).real,
     "cdist": lambda m, x: torch.cdist(x, m.weight),
     "mm": lambda m, x: Opaque.apply(x, m.weight),
     "project": lambda m, x: project(x, m.weight),
@@ -132,6 +133,51 @@ def test_a_product_hidden_by_one_path_alone_is_refused_where_that_path_is_first_
     found = quantize(model, [x])
     with pytest.raises(QuantTuneError, match="inner"), torch.no_grad(), simulate(model, found.quantizers):
         model(torch.randn(4, SIZE))
+
+
+def test_only_the_first_batch_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quanttune.quantization.hidden import HiddenProducts
+
+    seen: list[str] = []
+    dispatch = HiddenProducts.__torch_dispatch__
+
+    def counted(self: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(func.__name__)
+        return dispatch(self, func, *args, **kwargs)
+
+    monkeypatch.setattr(HiddenProducts, "__torch_dispatch__", counted)
+    model, x = Product(lambda m, x: x.abs()).eval(), torch.randn(3, SIZE)
+    applied = quantize(model, [x]).apply(model)
+    for expected in (True, False, False):
+        seen.clear()
+        with torch.no_grad():
+            applied(x)
+        assert bool(seen) is expected
+    with torch.no_grad(), simulate(model, {}):
+        model(x)
+    assert not seen
+    # A first run that failed was no search.
+    with torch.no_grad(), simulate(model, applied.quantizers) as simulation:
+        with pytest.raises(RuntimeError, match="shape"):
+            model(torch.randn(3, SIZE + 1))
+        assert simulation.unchecked
+        model(x)
+        assert not simulation.unchecked
+
+
+def test_walks_around_each_other_search_and_leave_nothing_behind() -> None:
+    model, x = Product(lambda m, x: x).eval(), torch.randn(3, SIZE)
+    found = quantize(model, [x]).quantizers
+    hidden = Product(HIDDEN["inner"]).eval()
+    with torch.no_grad():
+        with simulate(model, found) as outer, simulate(model, found) as inner:
+            model(x)
+        assert not outer.unchecked
+        assert not inner.unchecked
+        with pytest.raises(QuantTuneError, match="inner"), simulate(hidden, found), simulate(hidden, found):
+            hidden(x)
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+    assert hooks(hidden) == 0
 
 
 def test_a_refusal_that_the_model_catches_is_still_one() -> None:
@@ -313,6 +359,18 @@ class TestExpertsWithoutTokens:
         sites = discover_sites(model, tokens(0, 1, 2)).profile("full")
         with pytest.raises(QuantTuneError, match=r"site experts\.1/linear\.input held no value"):
             collect_statistics(model, [tokens(0), tokens(0, 2)], sites)
+
+    def test_have_no_outliers(self) -> None:
+        from quanttune import OutlierLoss, OutlierLossConfig
+
+        model = self.All()
+        with OutlierLoss(
+            model, tokens(0, 1, 2), 4, OutlierLossConfig(threshold=1.2, branch_threshold=1.2)
+        ) as outliers:
+            for batch in (tokens(0, 1, 2), tokens(0), tokens(0, 2)):
+                (model(batch).sum() + outliers.penalty()).backward()
+                outliers.step()
+        assert all(torch.isfinite(each.grad).all() for each in model.parameters() if each.grad is not None)
 
     @pytest.mark.parametrize("precision", ["W8A8", "W8A8-asym", "W8A8-token", "W4g4A8", "W4"])
     @pytest.mark.parametrize("exact", [True, False])

@@ -1,4 +1,4 @@
-"""Whatever the form of a call, every reader gets what the visitor returned: as in the network out of place."""
+"""Whatever the form of a call, every reader gets what the visitor returned, as out of place."""
 
 from __future__ import annotations
 

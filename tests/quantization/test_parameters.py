@@ -127,9 +127,48 @@ def test_a_part_of_a_parameter_is_refused(part: Any) -> None:
         discover_sites(model, torch.randn(ITEMS, 3, IN))
 
 
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
+def test_experts_that_are_parts_of_a_parameter_are_refused(kind: str) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        head_dim=8,
+        pad_token_id=0,
+    )
+    made = getattr(transformers, f"{kind}ForCausalLM")._from_config(config, experts_implementation="eager")
+    with pytest.raises(
+        QuantTuneError, match=r"mlp\.experts.* part of (a )?parameter|mlp\.experts.*a part of one"
+    ):
+        quantize(made.eval(), [{"input_ids": torch.randint(1, 40, (2, 9))}])
+
+
+def test_a_buffer_beside_parameters_in_one_mapped_file_is_no_parameter() -> None:
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            storage = torch.randn(2 * IN * OUT)
+            self.weight = nn.Parameter(storage[: IN * OUT].view(IN, OUT))
+            self.register_buffer("basis", storage[IN * OUT :].view(OUT, IN))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ self.weight).relu() @ self.basis  # type: ignore[no-any-return]
+
+    sites = discover_sites(Mapped(), torch.randn(ITEMS, 3, IN))
+    assert sites["/matmul.b"].kind is SiteKind.WEIGHT
+    assert sites["/matmul#2.b"].kind is SiteKind.MATMUL_INPUT
+
+
 def test_groups_of_what_has_its_outputs_last_are_refused() -> None:
     model = Projection((IN, OUT), lambda x, w: x @ w)
-    with pytest.raises(ConfigError, match="groups run along the inputs"):
+    with pytest.raises(ConfigError, match=r"site /matmul\.b: groups run along the inputs .* nn\.Linear"):
         quantize(model, [torch.randn(ITEMS, 3, IN)], "W4g2A8")
 
 

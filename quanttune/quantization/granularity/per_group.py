@@ -51,7 +51,10 @@ class PerGroup(Granularity):
         from quanttune.quantization.quantizers import GroupQuantizer
 
         if axis != 0:
-            raise ConfigError(f"groups run along the inputs of outputs on dimension 0, not {axis}")
+            raise ConfigError(
+                f"groups run along the inputs of a weight whose outputs are on dimension 0, not {axis}; use "
+                "nn.Linear there, or weights per channel, e.g. W4A8"
+            )
         return GroupQuantizer.of_weight(weight, bits, self.size, symmetric)
 
     def __str__(self) -> str:
