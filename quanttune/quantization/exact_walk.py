@@ -95,7 +95,7 @@ class ExactHandlers(SiteHandlers):
             result = handler(seen)
             return tensor if result is seen else result
         fresh = site.operand == OUTPUT_OPERAND and self._fresh is tensor and not _is_tracked(tensor)
-        if fresh and isinstance(handler, Quantizer):
+        if fresh and isinstance(handler, Quantizer) and tensor.dtype == torch.float32:
             grid = handler.quantize_in_place(tensor)
             if grid is not None:
                 return _marked(tensor, grid)

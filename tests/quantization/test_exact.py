@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -260,3 +261,15 @@ def test_the_batch_and_the_threads_do_not_show(name: str) -> None:
     assert torch.equal(together, alone)
     assert torch.equal(together, uneven)
     assert torch.equal(together, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_types_are_quantized_in_float32_and_keep_their_type(dtype: torch.dtype) -> None:
+    """Codes of 8 bits do not fit the mantissa of a short type, so nothing is quantized in place there."""
+    model = copy.deepcopy(build("vit")).to(dtype)
+    batch = inputs("vit").to(dtype)
+    with simulate(model, quantizers("vit")):
+        found = logits(model, batch)
+        tracked = model(batch.clone().requires_grad_())
+    assert found.dtype == dtype
+    assert torch.equal(tracked.detach(), found)

@@ -88,3 +88,10 @@ def test_knows_what_networks_call() -> None:
         "mean",
         "adaptive_avg_pool1d",
     } <= named
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_an_rms_norm_keeps_the_epsilon_of_float32(wide: bool) -> None:
+    small = 1e-4 * X
+    expected = F.rms_norm(small, (6,))
+    torch.testing.assert_close(in_float64(F.rms_norm, (small, (6,)), {}, wide).float(), expected)
