@@ -124,13 +124,13 @@ def open_suite(
     from quanttune.errors import ConfigError
 
     store = Store(results)
-    store.require_writable()
     rows = collect_rows(store, load_suite(suite), allow_partial)
     if not any(record.result and not record.cell.is_reference for record in rows.records.values()):
         raise ConfigError(
             f"no quantized cell of suite {rows.suite.name} is done, so there is nothing to draw; "
             f"run `python -m benchmark run --all --suite {rows.suite.origin}`"
         )
+    store.require_writable()
     display = Display((), 1, live=False)
     chosen = prepare_torch(DEFAULT_THREADS, device)
     if not rows.complete:

@@ -259,7 +259,9 @@ class TestInputs:
         assert logits_of(logits) is logits
         assert logits_of(SimpleNamespace(logits=logits)) is logits
         for output in ((logits,), {"x": logits}, SimpleNamespace(logits=None), None):
-            with pytest.raises(TypeError, match=r"has no logits; return a tensor or set \.logits"):
+            with pytest.raises(
+                TypeError, match=r"has no logits; return a tensor, set \.logits, or say where"
+            ):
                 logits_of(output)
 
     def test_batches_tell_their_size_and_move(self) -> None:

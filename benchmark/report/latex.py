@@ -82,7 +82,7 @@ _LATEX = {
     "}": r"\}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
-    "±": r"\ensuremath{\pm}",
+    "±": r"$\pm$",
 }
 
 

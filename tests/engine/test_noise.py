@@ -208,7 +208,9 @@ def test_a_record_with_noise_comes_back_and_one_without_is_as_it_was(
 def test_a_noise_that_is_no_number_is_kept_as_none(cells: list[Cell]) -> None:
     kept = Noise(5, 1e-6, 4, float("nan"), float("nan"), float("nan"))
     result = Result("accuracy", True, 1.0, 2.0, None, 1.0, 0.0, 2.0, 40, kept)
-    again = Record.from_json(Record(cells[1], "done", "", 0.0, result).to_json(), "here")
+    again = Record.from_json(
+        Record(cells[1], "done", "2026-01-01T00:00:00+00:00", 0.0, result).to_json(), "here"
+    )
     assert again is not None
     assert again.result is not None
     assert again.result.noise == Noise(5, 1e-6, 4, None, None, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from benchmark.report.rows import SuiteRows, collect_rows
 from benchmark.report.site_tables import REACHES, RULES
 from benchmark.report.tables import make_table
 from quanttune.analysis import SATURATIONS, decompose, infinity_norms
+from quanttune.digests import json_digest
 from quanttune.errors import StoreError, UnknownNameError
 from quanttune.quantization import RANGE_RULES, collect_statistics
 from tests.figures.conftest import SUITE, call
@@ -215,8 +217,14 @@ def test_tuned_weights_are_known_by_their_content(
     copied = tmp_path / "results"
     shutil.copytree(results, copied)
     shutil.rmtree(copied / "stages" / "site_analysis")
-    for path in (copied / "stages" / "tuning").iterdir():
-        path.rename(path.with_name(path.stem[::-1] + path.suffix))
+    for sidecar in (copied / "stages" / "tuning").glob("*.json"):
+        about = json.loads(sidecar.read_text())
+        about["key"]["version"] = -1
+        other = json_digest({"stage": "tuning", "scope": about["scope"], "key": about["key"]})
+        sidecar.unlink()
+        sidecar.with_name(f"{other}.json").write_text(json.dumps(about))
+        weights = sidecar.with_suffix(".safetensors")
+        weights.rename(weights.with_name(f"{other}.safetensors"))
 
     def tuned(self: FineTuning, *arguments: object) -> None:
         raise InterruptedError(self.name)
