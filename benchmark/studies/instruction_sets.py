@@ -161,7 +161,7 @@ def quantizers_differ(expected: Path, found: Path, record: Record) -> bool:
     type=click.Choice([setting.name for setting in SETTINGS[1:]]),
     help="Only this setting beside the first; repeatable.",
 )
-@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[RUN OPTION]...")
 def main(
     suite: str,
     results: Path,
@@ -172,7 +172,7 @@ def main(
 ) -> None:
     """Measure a suite's cells in every setting and print where they differ from the first.
 
-    OPTIONS choose among the cells, as in `benchmark run`: --model, --method, --profile ...
+    Any other options choose among the cells, as in `benchmark run`: --model, --method, --profile ...
     """
     cells = ["--suite", suite, *(["--limit", str(limit)] if limit else []), *options]
     cells += [] if options else ["--all"]

@@ -230,3 +230,24 @@ def quantizers(
     statistics = collect_statistics(model, [inputs(name, 2, 1), inputs(name, 3, 2)], table)
     scheme = Scheme.parse(precision if symmetric else f"{precision}-asym", profile)
     return build_quantizers(model, table, statistics, scheme, RANGE_RULES.get("minmax"))
+
+
+def experts(kind: str, implementation: str) -> nn.Module:
+    """A ``Mixtral`` or ``GptOss`` of one layer, with one of transformers' ways to run experts."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        head_dim=8,
+        pad_token_id=0,
+    )
+    made = getattr(transformers, f"{kind}ForCausalLM")
+    model: nn.Module = made._from_config(config, experts_implementation=implementation)
+    return model.eval()

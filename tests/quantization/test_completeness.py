@@ -21,6 +21,7 @@ from quanttune.quantization import (
     simulate,
 )
 from quanttune.quantization.statistics import StatisticsObserver
+from tests.quantization.models import experts
 from tests.quantization.walking import hooks
 
 SIZE = 8
@@ -264,21 +265,7 @@ class TestOpaqueParts:
 
     @pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
     def test_fused_experts_are_refused(self, kind: str) -> None:
-        import transformers
-
-        config = getattr(transformers, f"{kind}Config")(
-            vocab_size=40,
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=64,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-            head_dim=8,
-            pad_token_id=0,
-        )
-        model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+        model = experts(kind, "grouped_mm")
         with pytest.raises(QuantTuneError, match=r"mlp.experts' calls _?grouped_mm"):
             discover_sites(model, {"input_ids": torch.randint(1, 40, (2, 9))})
 

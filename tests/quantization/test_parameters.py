@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from baselines.products import find_products
 from quanttune.errors import ConfigError, QuantTuneError
 from quanttune.quantization import SiteKind, discover_sites, quantize
+from tests.quantization.models import experts
 
 IN, OUT, ITEMS = 6, 5, 4
 
@@ -129,25 +130,11 @@ def test_a_part_of_a_parameter_is_refused(part: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
 def test_experts_that_are_parts_of_a_parameter_are_refused(kind: str) -> None:
-    import transformers
-
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=40,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=64,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        head_dim=8,
-        pad_token_id=0,
-    )
-    made = getattr(transformers, f"{kind}ForCausalLM")._from_config(config, experts_implementation="eager")
+    made = experts(kind, "eager")
     with pytest.raises(
         QuantTuneError, match=r"mlp\.experts.* part of (a )?parameter|mlp\.experts.*a part of one"
     ):
-        quantize(made.eval(), [{"input_ids": torch.randint(1, 40, (2, 9))}])
+        quantize(made, [{"input_ids": torch.randint(1, 40, (2, 9))}])
 
 
 def test_a_buffer_beside_parameters_in_one_mapped_file_is_no_parameter() -> None:

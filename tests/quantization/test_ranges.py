@@ -116,14 +116,16 @@ def test_asymmetric_error_of_a_one_sided_range(low: float, high: float) -> None:
 def test_the_error_is_that_of_the_quantizer_that_is_built() -> None:
     values = np.random.default_rng(0).normal(size=500).astype(np.float16).astype(np.float32)
     statistics, x = summary(values), torch.from_numpy(values)
-    # Equal but for the 16 bits of the quantizer's step.
+    # Ends that 16 significant bits hold together with their steps, so that both quantize alike.
     for bits in (3, 6, 8):
-        symmetric = UniformQuantizer.symmetric(1.7, bits)(x)
-        found = symmetric_error(statistics.histogram.magnitudes(), np.array([1.7]), bits)[0]
-        assert found == pytest.approx(float((symmetric - x).double().square().sum()), rel=2e-3)
-        asymmetric = UniformQuantizer.asymmetric(-0.95, 2.1, bits)(x)
-        found = asymmetric_error(statistics.histogram, np.array([-0.95]), np.array([2.1]), bits)[0]
-        assert found == pytest.approx(float((asymmetric - x).double().square().sum()), rel=2e-3)
+        limit = (2 ** (bits - 1) - 1) * 2.0**-6
+        symmetric = UniformQuantizer.symmetric(limit, bits)(x)
+        found = symmetric_error(statistics.histogram.magnitudes(), np.array([limit]), bits)[0]
+        assert found == pytest.approx(float((symmetric - x).double().square().sum()), rel=1e-4)
+        low, high = -(2.0**-5), (2**bits - 3) * 2.0**-6
+        asymmetric = UniformQuantizer.asymmetric(low, high, bits)(x)
+        found = asymmetric_error(statistics.histogram, np.array([low]), np.array([high]), bits)[0]
+        assert found == pytest.approx(float((asymmetric - x).double().square().sum()), rel=1e-4)
 
 
 # The rules
