@@ -23,6 +23,7 @@ from quanttune.quantization import (
     Transform,
     collect_statistics,
 )
+from quanttune.quantization.exact import ARITHMETIC
 from quanttune.quantization.statistics import statistics_from_tensors, statistics_to_tensors
 from quanttune.registry import Registry
 
@@ -175,6 +176,7 @@ class Context:
         """What decides every stage computed from weights and calibration inputs: digests of both."""
         return {
             **self.identity,
+            "arithmetic": ARITHMETIC,
             "weights": self.weights_digest or tensor_digest(self.model.state_dict()),
             "calibration": [_inputs_digest(batch.inputs) for batch in self.calibration],
         }

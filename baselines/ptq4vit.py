@@ -134,6 +134,8 @@ class ScaleSearch(Method):
             ),
             "precision": f"W{context.scheme.weights.bits}A{_activation_bits(context)}",
             "granularity": context.scheme.weights.granularity.name,
+            # The curvature is taken at the network quantized by min-max.
+            "symmetric": context.scheme.activations is None or context.scheme.activations.symmetric,
             "seed": context.seed,
             "version": self.version,
         }

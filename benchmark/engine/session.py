@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmark.engine.measure import Items, evaluate
 from benchmark.grid.autocast import FULL_PRECISION, autocast_type
+from benchmark.grid.cells import ENGINE_VERSION
 from benchmark.keep.stages import Stages
 from benchmark.subject.lookup import get_model
 from benchmark.subject.tasks.task import get_task
@@ -237,7 +238,8 @@ class Session:
                 autocast=autocast_type(autocast),
             ).tensors()
 
-        key = {"weights": digest, "limit": limit} | ({} if split == "test" else {"split": split})
+        key: dict[str, Any] = {"engine": ENGINE_VERSION, "weights": digest, "limit": limit}
+        key |= {} if split == "test" else {"split": split}
         key |= {} if autocast == FULL_PRECISION else {"autocast": autocast}
         # what was kept before a metric was there lacks what it needs of the items
         key |= {"quantities": " ".join(self.task.quantities)} if self.task.quantities else {}

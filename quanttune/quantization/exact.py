@@ -26,6 +26,8 @@ from torch import Tensor
 
 from quanttune.quantization.quantizers.grid import Encoded, Grid
 
+ARITHMETIC = 2
+"""Part of the keys of what is kept of calibration: raised when it is computed differently."""
 WHOLE_IN_FLOAT32 = 1 << 24
 """Whole numbers up to this magnitude, and their sums, are exact in float32."""
 _WHOLE_IN_BFLOAT16 = 1 << 8  # what reduced-precision kernels multiply without loss

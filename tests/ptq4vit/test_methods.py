@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -170,3 +172,11 @@ def test_they_are_registered_with_the_published_parameters():
     assert own["images"] == 32
     assert own["twin_softmax"]
     assert not base["twin_softmax"]
+
+
+def test_scales_searched_for_other_activations_are_others() -> None:
+    """The curvature sees the symmetry of the activations, so one kept search must not serve both."""
+    context = context_for("vit")
+    asymmetric = dataclasses.replace(context, scheme=Scheme.parse("W8A8-asym", "full"))
+    symmetric = dataclasses.replace(context, scheme=Scheme.parse("W8A8", "full"))
+    assert Ptq4Vit()._key(symmetric) != Ptq4Vit()._key(asymmetric)
