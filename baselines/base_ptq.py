@@ -17,6 +17,7 @@ class BasePtq(ScaleSearch):
     name: ClassVar[str] = "base_ptq"
     role: ClassVar[str] = "calibrator"
     variant: ClassVar[str] = "paper"
+    version: ClassVar[int] = 2
     metric: str = "cosine"
     twin_softmax: bool = False
     twin_gelu: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,15 +28,15 @@ from quanttune.quantization import (
 )
 from quanttune.quantization.observation import Bounds
 from quanttune.quantization.quantizers.grid import significant
-from quanttune.quantization.quantizers.log2 import SHIFTS, IntegerSoftmaxQuantizer, Log2Quantizer
+from quanttune.quantization.quantizers.log2 import EXPONENTIALS, IntegerSoftmaxQuantizer, Log2Quantizer
 from quanttune.quantization.quantizers.powers_of_two import shift_errors, shifted_quantizer
 from quanttune.quantization.scheme import NARROWEST, WIDEST
 
 ATTENTION = ("uniform", "log2", "integer")
 _WIDTHS = (8, 7, 6)  # searched together, so that a table's widths share one pass
-_HALF_LIMIT = 6e4  # larger activations do not fit float16
 _MASKED = -1e30
-_EFFECTIVE = SHIFTS * math.log(2)  # scores further below their row's largest weigh nothing
+_WEIGHTLESS = 745.2
+"""Scores further below their row's largest have probability 0 in float64: masks, whatever number they use."""
 
 
 @METHODS.register("fq_vit")
@@ -56,6 +56,14 @@ class FqVit(Method):
     - The factor is searched on all calibration data; the reference code uses the last batch alone.
     - Zero is always representable and ranges are asymmetric whatever the suite says of symmetry, as in the
       paper.
+    - The integer softmax uses the exponential of the reference code, not I-BERT's, to which the paper refers:
+      its probabilities are nearer to the softmax's at every step of the scores (tests/test_fq_vit.py).
+    - Scores are rounded to steps below their row's largest; the reference code rounds each on the grid of all
+      scores first. Masked ones, which it does not know, are left out of the range that the step comes from.
+    - Normalisations compute in floating point on the integers they read; the code can compute them on
+      integers (its ``INT_NORM``).
+    - The output of the final normalisation is calibrated over all tokens; the code keeps the class token
+      alone there. A LayerScale, which its models lack, is one more multiplication in float.
     - Widths other than 8 do not exist in the reference code: the same formulas with ``b`` bits.
     - The paper also quantizes position embeddings, attention scores and logits. Our profiles leave these in
       float, for every method alike; ``attention="integer"`` does put scores on a grid.
@@ -65,22 +73,30 @@ class FqVit(Method):
     Args:
         factor: Whether the powers-of-two factor is used.
         attention: ``uniform``, ``log2`` or ``integer`` (Log-Int-Softmax).
+        exponential: That of the integer softmax, ``reference-code`` or ``paper``: see
+            :data:`~quanttune.quantization.quantizers.log2.EXPONENTIALS`.
         attention_bits: Width of the attention probabilities; 0 for the width of the other activations if
             uniform and for 4 otherwise.
 
     Raises:
-        ConfigError: If ``attention`` is something else, or ``attention_bits`` no width.
+        ConfigError: If ``attention`` or ``exponential`` is something else, or ``attention_bits`` no width.
     """
 
     name: ClassVar[str] = "fq_vit"
     variant: ClassVar[str] = "paper"
+    version: ClassVar[int] = 2
     factor: bool = True
     attention: str = "uniform"
     attention_bits: int = 0
+    exponential: str = "reference-code"
 
     def __post_init__(self) -> None:
         if self.attention not in ATTENTION:
             raise ConfigError(f"fq_vit attention {self.attention!r} is not one of {', '.join(ATTENTION)}")
+        if self.exponential not in EXPONENTIALS:
+            raise ConfigError(
+                f"fq_vit exponential {self.exponential!r} is not one of {', '.join(EXPONENTIALS)}"
+            )
         if self.attention_bits and not NARROWEST <= self.attention_bits <= WIDEST:
             raise ConfigError(
                 f"fq_vit attention_bits {self.attention_bits} is outside {NARROWEST} to {WIDEST}; "
@@ -136,7 +152,7 @@ class FqVit(Method):
             return Log2Quantizer(width)
         low, high = found[f"{site_id}|scores"]
         step = significant((high - low).clamp(min=1e-6) / (2**bits - 1))
-        return IntegerSoftmaxQuantizer(width, float(step))
+        return IntegerSoftmaxQuantizer(width, float(step), self.exponential)
 
 
 def _base(found: Mapping[str, Tensor], site_id: str, bits: int) -> UniformQuantizer:
@@ -145,32 +161,40 @@ def _base(found: Mapping[str, Tensor], site_id: str, bits: int) -> UniformQuanti
 
 
 def calibrate(context: Context, widths: tuple[int, ...]) -> dict[str, Tensor]:
-    """Ranges of every activation site and of the scores, and shifts in front of normalisations."""
-    values: dict[str, _Values] = {}
-    scores: dict[str, _Scores] = {}
-    for site in context.profile_sites.activations().values():
-        values[site.id] = _Values(site.channel_axis if _is_normalised(site, context.sites) else None)
-        if site.kind is SiteKind.SOFTMAX:
-            scores[site.id] = _Scores()
+    """Ranges of every activation site and of the scores, and shifts in front of normalisations.
+
+    The data are gone through twice where there are normalisations: the candidates of the factor follow from
+    the range of all of it, and the values themselves would not fit the memory.
+    """
+    activations = context.profile_sites.activations()
+    bounds = {site_id: _Bounds() for site_id in activations}
+    scores = {site.id: _Scores() for site in activations.values() if site.kind is SiteKind.SOFTMAX}
     readers = {context.sites[site_id].sibling("input"): observer for site_id, observer in scores.items()}
+    _observe(context, {**bounds, **readers}, "FQ-ViT ranges")
+    found = {f"{site_id}|range": observer.range for site_id, observer in bounds.items()}
+    found |= {f"{site_id}|scores": observer.range for site_id, observer in scores.items() if observer.seen}
+    errors = {
+        site.id: _ShiftErrors(site.channel_axis, [_base(found, site.id, bits) for bits in widths])
+        for site in activations.values()
+        if site.channel_axis is not None and _is_normalised(site, context.sites)
+    }
+    if errors:
+        _observe(context, errors, "FQ-ViT factors")
+    for site_id, observer in errors.items():
+        for bits, of_width in zip(widths, observer.errors, strict=True):
+            found[f"{site_id}|shifts{bits}"] = of_width.argmin(dim=0)
+    return found
+
+
+def _observe(context: Context, observers: Mapping[str, Observer], stage: str) -> None:
     total = len(context.calibration)
     observe(
         context.model,
         (to_device(batch.inputs, context.device) for batch in context.calibration),
-        {**values, **readers},
-        progress=lambda done: context.progress("FQ-ViT calibration", done, total),
+        observers,
+        progress=lambda done: context.progress(stage, done, total),
         known=context.sites.known,
     )
-    found = {f"{site_id}|range": observer.range for site_id, observer in values.items()}
-    found |= {f"{site_id}|scores": observer.range for site_id, observer in scores.items() if observer.seen}
-    for site_id, observer in values.items():
-        if observer.axis is None:
-            continue
-        bases = [_base(found, site_id, bits) for bits in widths]
-        for bits, errors in zip(widths, shift_errors(observer.take(), bases), strict=True):
-            found[f"{site_id}|shifts{bits}"] = errors.argmin(dim=0)
-        found[f"{site_id}|axis"] = torch.tensor(observer.axis)
-    return found
 
 
 def _is_normalised(site: Site, sites: SiteTable) -> bool:
@@ -198,42 +222,36 @@ class _Bounds(Observer):
         self.low, self.high = min(bounds[0], self.low), max(bounds[1], self.high)
 
 
-class _Values(_Bounds):
-    """Bounds of a site and, in front of a normalisation, its values by channel.
+class _ShiftErrors(Observer):
+    """The error of every candidate of the powers-of-two factor, summed over all data.
 
     Args:
-        axis: The channel dimension, if values are to be kept.
+        axis: The channel dimension.
+        bases: The quantizers of the whole tensor, one a width.
+
+    Attributes:
+        errors: One tensor a base, of shape ``(candidates, channels)``, float64.
     """
 
-    def __init__(self, axis: int | None) -> None:
-        super().__init__()
-        self.axis = axis
-        self._kept: list[Tensor] = []
+    def __init__(self, axis: int, bases: Sequence[UniformQuantizer]) -> None:
+        self._axis, self._bases = axis, bases
+        self.errors: list[Tensor] = []
 
     def update(self, values: Tensor, bounds: Bounds) -> None:
-        super().update(values, bounds)
-        if self.axis is not None:
-            rows = values.movedim(self.axis, -1).flatten(0, -2)
-            small = max(-self.low, self.high) < _HALF_LIMIT
-            kept = rows.half() if small else rows.clone()
-            # Too much for a GPU to hold.
-            self._kept.append(kept.cpu())
-
-    def take(self) -> list[Tensor]:
-        """The rows of all data, each part of shape ``(rows, channels)``; they are not kept any longer."""
-        kept, self._kept = self._kept, []
-        return kept
+        found = shift_errors(values.movedim(self._axis, -1).flatten(0, -2), self._bases)
+        before = self.errors or [torch.zeros_like(each) for each in found]
+        self.errors = [total + each for total, each in zip(before, found, strict=True)]
 
 
 class _Scores(_Bounds):
-    """Bounds of the attention scores that weigh something; masked ones are not counted."""
+    """Bounds of the attention scores; masked ones are not counted."""
 
     finite: ClassVar[bool] = False
 
     def update(self, values: Tensor, bounds: Bounds) -> None:
         largest = values.amax(dim=-1, keepdim=True)
         # Whatever stands for minus infinity.
-        counted = (values >= largest - _EFFECTIVE) & (largest > _MASKED)
+        counted = (values >= largest - _WEIGHTLESS) & (largest > _MASKED)
         low = float(torch.where(counted, values, math.inf).amin())
         if low < math.inf:
             super().update(values, (low, float(largest.amax())))

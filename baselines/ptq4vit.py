@@ -14,7 +14,8 @@ from torch import Tensor
 from baselines.curvature import GRADIENTS, output_curvature
 from baselines.method import METHODS, Batch, Context, Method
 from baselines.products import Curvature, Product, capture, find_products
-from baselines.scale_search import Candidates, Settings, search_scales
+from baselines.scale_search import search_scales
+from baselines.search_settings import Candidates, Settings
 from quanttune.digests import tensor_digest
 from quanttune.errors import ConfigError, QuantTuneError
 from quanttune.inputs import ModelInputs, to_device
@@ -208,7 +209,11 @@ class ScaleSearch(Method):
 class Ptq4Vit(ScaleSearch):
     """The published method with its parameters.
 
-    Where the published code differs from the paper, or from what either can mean:
+    The search follows the published code where the paper is silent: the split of attention probabilities is
+    searched against the float second operand, and a cosine is taken over each block of a joint qkv for its
+    weights, over the whole output for its input.
+
+    Where the published code differs from the paper, from what either can mean, or from our protocol:
 
     - A twin quantizer rounds a value on the grid of its own region; the code adds what both regions make of
       it.
@@ -218,11 +223,20 @@ class Ptq4Vit(ScaleSearch):
       ``fisher`` do alike, and ``cross_entropy`` worse at 6 bits.
     - The input of the patch convolution is quantized, as the paper and our profiles have it; the code leaves
       it.
+    - A min-max scale is ``max |x| / (2**(b-1) - 1)``, with codes up to ``2**(b-1) - 1`` on both sides. The
+      code divides by ``2**(b-1) - 0.5`` and has one more negative code.
+    - Candidates reach from ``factor_low`` to ``factor_high``, both included; the code's last is one step
+      below the upper end.
+    - Every eighth candidate is priced before their neighbours (``search="exhaustive"`` prices all), and the
+      search ends once a round repeats the last one.
+    - In profile ``full`` the tensors behind a LayerScale and in front of normalisations are quantized by
+      min-max; the code, whose models have no LayerScale, knows profile ``matmul`` alone.
     - The positive range of GELU is not bound to a power of two times the negative one.
     """
 
     name: ClassVar[str] = "ptq4vit"
     variant: ClassVar[str] = "paper"
+    version: ClassVar[int] = 2
 
 
 def first_items(batches: Sequence[Batch], count: int) -> Iterator[Batch]:

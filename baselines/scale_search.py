@@ -11,110 +11,22 @@ candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from baselines.products import ProductData
+from baselines.search_settings import Settings
 from quanttune.quantization import Quantizer, exact
 from quanttune.quantization.exact import Operand
 from quanttune.quantization.quantizers.grid import Encoded, Grid
 from quanttune.quantization.quantizers.twin import TwinGeluQuantizer, TwinSoftmaxQuantizer
 
-STRIDE = 8
 SPLITS = tuple(2.0**-exponent for exponent in range(20))
 """Candidate splits of the twin quantizer of attention probabilities."""
 _ROWS = 1024  # rows multiplied at once, so that their errors stay in the cache
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """The candidate factors on the min-max scale.
-
-    Args:
-        low: Smallest factor.
-        high: Largest factor.
-        count: Number of factors, equally spaced.
-        exhaustive: Whether every candidate is priced.
-    """
-
-    low: float
-    high: float
-    count: int = 100
-    exhaustive: bool = False
-
-    @property
-    def factors(self) -> Tensor:
-        """The factors, ascending, float64."""
-        return torch.linspace(self.low, self.high, self.count, dtype=torch.float64)
-
-    def search(self, errors_of: Callable[[Tensor], Tensor], start: Tensor | None, groups: int) -> Tensor:
-        """Index of the best factor for each of several independent scales.
-
-        Args:
-            errors_of: From one index a scale, shape ``(groups,)``, to their errors, shape ``(groups,)``.
-            start: Where to begin; ``None`` if nothing is known.
-            groups: Number of scales.
-        """
-        if self.exhaustive or start is None:
-            step = 1 if self.exhaustive else STRIDE
-            first = torch.arange(self.count - 1, -1, -step)  # from wide to narrow: ties go to the wider range
-            candidates = [torch.full((groups,), int(index)) for index in first]
-        else:
-            candidates = [start, start - STRIDE, start + STRIDE]
-        best, errors = self._best(errors_of, candidates, None, None)
-        distance = 0 if self.exhaustive else STRIDE // 2
-        while distance:
-            best, errors = self._best(errors_of, [best - distance, best + distance], best, errors)
-            distance //= 2
-        return best
-
-    def _best(
-        self,
-        errors_of: Callable[[Tensor], Tensor],
-        candidates: list[Tensor],
-        best: Tensor | None,
-        lowest: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        for indices in candidates:
-            within = indices.clamp(0, self.count - 1)
-            errors = errors_of(within)
-            if best is None or lowest is None:
-                best, lowest = within, errors
-                continue
-            better = errors < lowest
-            best, lowest = torch.where(better, within, best), torch.where(better, errors, lowest)
-        if best is None or lowest is None:
-            raise ValueError("a search needs at least one candidate")
-        return best, lowest
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a search minimises, and over what.
-
-    Args:
-        weight_bits: Width of weights.
-        activation_bits: Width of activations.
-        metric: ``hessian`` (squared error times curvature), ``mse`` or ``cosine``.
-        grid: Candidate factors.
-        rounds: Turns of both operands.
-        per_channel: Whether each output channel of a weight has a scale of its own.
-        twin_softmax: Twin quantizer for attention probabilities.
-        twin_gelu: Twin quantizer for GELU outputs.
-    """
-
-    weight_bits: int
-    activation_bits: int
-    metric: str
-    grid: Candidates
-    rounds: int
-    per_channel: bool
-    twin_softmax: bool
-    twin_gelu: bool
 
 
 def search_scales(data: ProductData, after: str, blocks: int, settings: Settings) -> dict[str, Tensor]:
@@ -222,7 +134,9 @@ class _LinearProduct:
     def search_left(self, start: Tensor | None) -> Tensor:
         w = self._quantized_w(self._w_index)
         self._x_index = self._settings.grid.search(
-            lambda index: self._errors(self._quantized_x(index), w).sum(dim=0, keepdim=True), start, 1
+            lambda index: self._errors(self._quantized_x(index), w, whole=True).sum(dim=0, keepdim=True),
+            start,
+            1,
         )
         return self._x_index
 
@@ -250,26 +164,28 @@ class _LinearProduct:
             return _quantized_by(TwinGeluQuantizer(float(limit), bits), self._x)
         return _symmetric(self._x, limit, bits)
 
-    def _errors(self, x: Operand, w: Operand) -> Tensor:
-        """Errors of each group of output channels, on the CPU in float64."""
+    def _errors(self, x: Operand, w: Operand, whole: bool = False) -> Tensor:
+        """Errors of each group of output channels, on the CPU in float64.
+
+        Args:
+            x: The rows.
+            w: The weight.
+            whole: Whether a cosine is taken over the whole output and not over each block: what is searched
+                is of one piece. It stands at the first group then.
+        """
         channels = torch.zeros(self._groups, dtype=torch.float64)
         for first in range(0, len(self._x), _ROWS):
             rows = slice(first, first + _ROWS)
             difference = exact.linear(_rows(x, rows), w, None).sub_(self._exact[rows])
             if self._settings.metric == "cosine":
-                channels += self._cosine(difference, self._exact[rows] + self._bias)
+                blocks = 1 if whole else self._groups
+                channels[:blocks] += _cosine(difference, self._exact[rows] + self._bias, blocks)
                 continue
             if self._root is not None:
                 difference.mul_(self._root[rows])
-            errors = difference.square_().sum(dim=0, dtype=torch.float64)
+            errors = _squares(difference).sum(dim=0)
             channels.index_add_(0, self._group.cpu(), errors.cpu())
         return channels
-
-    def _cosine(self, difference: Tensor, outputs: Tensor) -> Tensor:
-        """One minus the cosine of each row's block of outputs, summed over rows."""
-        shape = (len(outputs), self._groups, -1)
-        quantized, reference = (part.view(shape).double() for part in (outputs + difference, outputs))
-        return (1 - torch.cosine_similarity(quantized, reference, dim=-1)).sum(dim=0).cpu()
 
 
 class _HeadProduct:
@@ -288,11 +204,14 @@ class _HeadProduct:
         self._split = 1.0
 
     def search_left(self, start: Tensor | None) -> Tensor:
-        b = self._quantized(1, self._index[1])
         if self._twin:
-            errors = [float(self._errors(self._twin_parts(split), b).sum()) for split in SPLITS]
-            self._split = SPLITS[min(range(len(SPLITS)), key=errors.__getitem__)]
+            # Against the float second operand, as the published code has it: every round finds the same.
+            if start is None:
+                b = [Operand(part) for part in self._b]
+                errors = [float(self._errors(self._twin_parts(split), b).sum()) for split in SPLITS]
+                self._split = SPLITS[min(range(len(SPLITS)), key=errors.__getitem__)]
             return torch.tensor([self._split])
+        b = self._quantized(1, self._index[1])
         best = self._settings.grid.search(
             lambda index: self._errors(self._quantized(0, index), b), start, self._heads
         )
@@ -340,7 +259,7 @@ class _HeadProduct:
             difference = product.sub_(outputs)
             if root is not None:
                 difference.mul_(root)
-            heads += difference.square_().sum(dim=(0, 2, 3), dtype=torch.float64).cpu()
+            heads += _squares(difference).sum(dim=(0, 2, 3)).cpu()
         return heads
 
 
@@ -349,6 +268,18 @@ def _rows(operand: Operand, rows: slice) -> Operand:
     if operand.encoded is None:
         return Operand(operand.decoded()[rows])
     return Operand(encoded=replace(operand.encoded, codes=operand.encoded.codes[rows]))
+
+
+def _squares(difference: Tensor) -> Tensor:
+    """In float64: what lies far below or above 1 has no square in float32."""
+    return difference.double().square_()
+
+
+def _cosine(difference: Tensor, outputs: Tensor, blocks: int) -> Tensor:
+    """One minus the cosine of each row's blocks of outputs, summed over rows, on the CPU in float64."""
+    shape = (len(outputs), blocks, -1)
+    quantized, reference = (part.view(shape).double() for part in (outputs + difference, outputs))
+    return (1 - torch.cosine_similarity(quantized, reference, dim=-1)).sum(dim=0).cpu()
 
 
 def _head_limit(parts: list[Tensor]) -> Tensor:

@@ -16,7 +16,12 @@ from baselines.fq_vit import FqVit
 from quanttune.errors import ConfigError, QuantTuneError
 from quanttune.inputs import call_model, logits_of
 from quanttune.quantization import Scheme, SiteKind, UniformQuantizer, discover_sites, simulate
-from quanttune.quantization.quantizers.log2 import IntegerSoftmaxQuantizer, Log2Quantizer
+from quanttune.quantization.quantizers.log2 import (
+    EXPONENTIALS,
+    IntegerSoftmaxQuantizer,
+    Log2Quantizer,
+    integer_exponential,
+)
 from quanttune.quantization.quantizers.powers_of_two import shift_errors, shifted_quantizer
 from tests.quantization.quantizing import significant
 from tests.rival_models import ALL_MODELS, context_for, logit_error, token_batch
@@ -42,16 +47,22 @@ def test_a_code_past_the_last_becomes_zero_and_not_the_smallest_power():
     assert Log2Quantizer(4)(p).tolist() == [2.0**-15, 2.0**-15, 0.0, 0.0, 0.0]
 
 
-def integer_softmax(scores: list[int], scale: float, bits: int) -> list[float]:
+def integer_softmax(scores: list[int], scale: float, bits: int, form: str) -> list[float]:
     """Log-Int-Softmax on Python integers; ``None`` stands for a masked score."""
-    ln2, b, c = (math.floor(x) for x in (math.log(2) / scale, 1.353 / scale, 0.344 / (0.3585 * scale**2)))
+    if form == "paper":
+        ln2, b, c = (math.floor(x) for x in (math.log(2) / scale, 1.353 / scale, 0.344 / (0.3585 * scale**2)))
+    else:
+        # Of -0.6931 / scale, as the code has it: down for a negative number is up for its magnitude.
+        ln2 = -math.floor(-0.6931 / scale)
+        b, c = math.floor(0.96963238 / 0.35815147 / scale), math.floor(1 / 0.35815147 / scale**2)
     largest = max(score for score in scores if score is not None)
     exponentials = []
     for score in scores:
         i = -30 * ln2 if score is None else max(score - largest, -30 * ln2)
         z = -i // ln2
         r = i + z * ln2
-        exponentials.append(((r + b) ** 2 + c) * 2**30 // 2**z)
+        polynomial = (r + b) ** 2 + c if form == "paper" else r * (r + b) + c
+        exponentials.append(polynomial * 2**30 // 2**z)
     result = []
     for score, e in zip(scores, exponentials, strict=True):
         ratio = round(sum(exponentials) / e)
@@ -66,25 +77,41 @@ def integer_softmax(scores: list[int], scale: float, bits: int) -> list[float]:
     st.lists(st.integers(-128, 127), min_size=2, max_size=40),
     st.sampled_from([0.02, 0.05, 0.1]),
     st.sampled_from([3, 4]),
+    st.sampled_from(EXPONENTIALS),
 )
-def test_integer_softmax_equals_integer_arithmetic(scores, scale, bits):
+def test_integer_softmax_equals_integer_arithmetic(scores, scale, bits, form):
     probabilities = torch.softmax(torch.tensor(scores, dtype=torch.float64) * scale, dim=-1)
-    quantized = IntegerSoftmaxQuantizer(bits, scale)(probabilities[None])
-    assert quantized[0].tolist() == integer_softmax(scores, scale, bits)
+    quantized = IntegerSoftmaxQuantizer(bits, scale, form)(probabilities[None])
+    assert quantized[0].tolist() == integer_softmax(scores, scale, bits, form)
 
 
-def test_integer_softmax_leaves_masked_positions_and_masked_rows_at_zero():
+@pytest.mark.parametrize("step", [0.02, 0.035, 0.05, 0.07, 0.1, 0.15, 0.2])
+def test_the_exponential_of_the_code_is_the_nearer_one(step):
+    scores = torch.randn(400, 197, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 2
+    codes = (scores / step).round()
+    codes -= codes.amax(dim=-1, keepdim=True)
+    exact = torch.softmax(codes * step, dim=-1)
+    error = {}
+    for form in EXPONENTIALS:
+        found = integer_exponential(codes, step, form)
+        error[form] = float((found / found.sum(dim=-1, keepdim=True) - exact).abs().mean())
+    assert FqVit().exponential == min(error, key=error.__getitem__) == "reference-code"
+
+
+@pytest.mark.parametrize("form", EXPONENTIALS)
+def test_integer_softmax_leaves_masked_positions_and_masked_rows_at_zero(form):
     scores = torch.tensor([[3.0, -math.inf, 1.0], [-math.inf] * 3])
     probabilities = torch.softmax(scores, dim=-1).nan_to_num(0.0)
-    quantized = IntegerSoftmaxQuantizer(6, 0.05)(probabilities)
-    assert quantized[0].tolist() == integer_softmax([60, None, 20], 0.05, 6)
+    quantized = IntegerSoftmaxQuantizer(6, 0.05, form)(probabilities)
+    assert quantized[0].tolist() == integer_softmax([60, None, 20], 0.05, 6, form)
     assert quantized[1].tolist() == [0.0, 0.0, 0.0]
 
 
-def test_integer_and_floating_log2_attention_differ_by_one_code_at_most():
+@pytest.mark.parametrize("form", EXPONENTIALS)
+def test_integer_and_floating_log2_attention_differ_by_one_code_at_most(form):
     scores = torch.randn(200, 17, generator=torch.Generator().manual_seed(1)) * 2
     p = torch.softmax(scores, dim=-1)
-    exact, integer = Log2Quantizer(4)(p), IntegerSoftmaxQuantizer(4, 0.05)(p)
+    exact, integer = Log2Quantizer(4)(p), IntegerSoftmaxQuantizer(4, 0.05, form)(p)
     both = (exact > 0) & (integer > 0)
     codes = (torch.log2(integer[both]) - torch.log2(exact[both])).abs()
     assert codes.max() <= 1
@@ -116,7 +143,7 @@ def test_powers_of_two_factor_follows_its_definition(bits):
     x = (rng.standard_normal((700, 40)) * spread + rng.uniform(-1, 1, 40)).astype(np.float32)
     base = UniformQuantizer.asymmetric(float(x.min()), float(x.max()), bits)
     parts = torch.from_numpy(x).split(300)
-    shifts = shift_errors(parts, [base])[0].argmin(dim=0)
+    shifts = sum(shift_errors(part, [base])[0] for part in parts).argmin(dim=0)
     expected, quantized = numpy_factor(x.astype(np.float64), bits)
     assert shifts.tolist() == expected.tolist()
     assert len(set(expected)) > 2  # the case is not trivial
@@ -130,9 +157,9 @@ def test_shifts_of_several_widths_come_from_one_walk_over_the_data():
         [8.0, 4, 2, 1, 0.5, 0.1]
     )
     bases = [UniformQuantizer.asymmetric(float(x.min()), float(x.max()), bits) for bits in (8, 6)]
-    together = shift_errors(iter([x]), bases)
+    together = shift_errors(x, bases)
     for base, errors in zip(bases, together, strict=True):
-        assert torch.equal(errors, shift_errors([x], [base])[0])
+        assert torch.equal(errors, shift_errors(x, [base])[0])
 
 
 @pytest.mark.parametrize("profile", ["full", "matmul"])
@@ -197,7 +224,7 @@ def test_activations_are_asymmetric_and_weights_per_channel_whatever_the_suite_s
             assert (quantizer.axis, quantizer.code_min, quantizer.code_max) == (None, 0, 255)
 
 
-def test_one_pass_over_the_data_serves_every_width():
+def test_one_calibration_serves_every_width():
     context = context_for("vit")
     calls = []
     context.model.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -205,7 +232,8 @@ def test_one_pass_over_the_data_serves_every_width():
         context.scheme = Scheme.parse(precision, context.scheme.profile)
         FqVit().quantize(context)
         FqVit(attention="integer").quantize(context)
-    assert len(calls) == len(context.calibration)
+    # For the ranges, then for the factors that depend on them.
+    assert len(calls) == 2 * len(context.calibration)
 
 
 def test_the_factor_is_searched_on_all_the_data_at_every_width():
@@ -226,7 +254,7 @@ def test_the_factor_is_searched_on_all_the_data_at_every_width():
     bounds = float(x.min()), float(x.max())
     for bits in (8, 6, 4):
         base = UniformQuantizer.asymmetric(*bounds, bits)
-        shifts = shift_errors([x.half()], [base])[0].argmin(dim=0)
+        shifts = shift_errors(x, [base])[0].argmin(dim=0)
         assert torch.equal(result[bits].quantizers[site].scale, shifted_quantizer(base, shifts, 2).scale)
 
 
@@ -253,6 +281,10 @@ def test_attention_bits():
 def test_what_cannot_be_done_is_said():
     with pytest.raises(ConfigError, match="sigmoid"):
         FqVit(attention="sigmoid")
+    with pytest.raises(ConfigError, match="taylor"):
+        FqVit(exponential="taylor")
+    with pytest.raises(ConfigError, match="taylor"):
+        IntegerSoftmaxQuantizer(4, 0.1, "taylor")
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
     sites = discover_sites(model, torch.randn(3, 4))
     assert "neither attention nor" in FqVit().skip(sites, Scheme.parse("W8A8"))

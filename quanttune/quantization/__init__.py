@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quanttune.quantization.discovery import discover_sites
     from quanttune.quantization.granularity import PerChannel, PerGroup, PerTensor, PerToken
+    from quanttune.quantization.histogram import Histogram
     from quanttune.quantization.observation import Observation, Observer, observe
     from quanttune.quantization.quantized import Quantized, QuantizedModel, quantize
     from quanttune.quantization.quantizers import QUANTIZERS, Quantizer, State, UniformQuantizer
@@ -24,13 +25,14 @@ if TYPE_CHECKING:
         weight_quantizer,
     )
     from quanttune.quantization.sites import PROFILES, Site, SiteId, SiteKind, SiteTable
-    from quanttune.quantization.statistics import Histogram, TensorStatistics, collect_statistics
+    from quanttune.quantization.statistics import TensorStatistics, collect_statistics
     from quanttune.quantization.tracing import SiteHandlers, SiteVisitor
     from quanttune.quantization.transforms import ScaledPair, Transform
 
 _NAMES = {
     "discovery": ("discover_sites",),
     "granularity": ("PerChannel", "PerGroup", "PerTensor", "PerToken"),
+    "histogram": ("Histogram",),
     "observation": ("Observation", "Observer", "observe"),
     "quantized": ("Quantized", "QuantizedModel", "quantize"),
     "quantizers": ("QUANTIZERS", "Quantizer", "State", "UniformQuantizer"),
@@ -44,7 +46,7 @@ _NAMES = {
         "weight_quantizer",
     ),
     "sites": ("PROFILES", "Site", "SiteId", "SiteKind", "SiteTable"),
-    "statistics": ("Histogram", "TensorStatistics", "collect_statistics"),
+    "statistics": ("TensorStatistics", "collect_statistics"),
     "tracing": ("SiteHandlers", "SiteVisitor"),
     "transforms": ("ScaledPair", "Transform"),
 }

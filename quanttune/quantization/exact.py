@@ -26,7 +26,7 @@ from torch import Tensor
 
 from quanttune.quantization.quantizers.grid import Encoded, Grid
 
-ARITHMETIC = 2
+ARITHMETIC = 3
 """Part of the keys of what is kept of calibration: raised when it is computed differently."""
 WHOLE_IN_FLOAT32 = 1 << 24
 """Whole numbers up to this magnitude, and their sums, are exact in float32."""

@@ -10,7 +10,8 @@ from typing import Protocol
 import numpy as np
 
 from quanttune.errors import ConfigError
-from quanttune.quantization.statistics import Histogram, TensorStatistics
+from quanttune.quantization.histogram import Histogram
+from quanttune.quantization.statistics import TensorStatistics
 from quanttune.registry import Registry
 
 

@@ -1,8 +1,8 @@
 """Mergeable summaries of activations: one pass over the calibration data serves every range rule and width.
 
-Values are counted by their float16 code. That histogram needs no range in advance, so it can be filled in one
-pass and merged by addition, and its bins are 2**-11 of a value wide: about a thirtieth of an 8-bit step at
-the end of the range, finer towards zero. Minimum and maximum are kept exactly.
+Values are counted in a histogram that needs no range in advance, see :mod:`quanttune.quantization.histogram`,
+so it can be filled in one pass and merged by addition. Its bins are about a thirtieth of an 8-bit step wide
+at the end of the range, finer towards zero. Minimum and maximum are kept exactly.
 """
 
 from __future__ import annotations
@@ -18,56 +18,14 @@ from torch import Tensor, nn
 
 from quanttune.errors import QuantTuneError
 from quanttune.inputs import ModelInputs
+from quanttune.quantization.histogram import Histogram, counted, short_codes, values_of_codes
 from quanttune.quantization.observation import Bounds, Observer, finite_bounds, observe
 from quanttune.quantization.sites import SiteTable
 from quanttune.quantization.transforms import Transform
 
-_CODES = 1 << 16
 _SCALARS = ("low", "high", "ema_low", "ema_high", "first_low", "first_high", "batches")
 EMA_MOMENTUM = 0.01
 """Weight of a new batch in the running minimum and maximum (the value of the FQ-ViT reference code)."""
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """Sorted distinct values with their counts.
-
-    Args:
-        values: Bin centres, ascending, shape ``(bins,)``, float64.
-        counts: Elements per bin, shape ``(bins,)``, float64.
-    """
-
-    values: np.ndarray
-    counts: np.ndarray
-
-    @cached_property
-    def prefix_sums(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Running sums of the counts, of the values and of their squares, each of shape ``(bins + 1,)``."""
-        moments = (self.counts, self.counts * self.values, self.counts * self.values**2)
-        return tuple(np.concatenate([[0.0], np.cumsum(moment)]) for moment in moments)  # type: ignore[return-value]
-
-    @property
-    def count(self) -> float:
-        """Number of elements."""
-        return float(self.counts.sum())
-
-    def magnitudes(self) -> Histogram:
-        """The histogram of absolute values."""
-        values, where = np.unique(np.abs(self.values), return_inverse=True)
-        return Histogram(values, np.bincount(where, weights=self.counts, minlength=len(values)))
-
-    def moment(self, order: int) -> float:
-        """The central moment of ``order``; exactly 0 for a constant."""
-        if self.values[0] == self.values[-1]:
-            return 0.0
-        mean = float(self.counts @ self.values) / self.count
-        return float(self.counts @ (self.values - mean) ** order) / self.count
-
-    def quantile(self, fraction: float) -> float:
-        """The smallest value that at least ``fraction`` of the elements do not exceed."""
-        cumulative = np.cumsum(self.counts)
-        index = int(np.searchsorted(cumulative, fraction * cumulative[-1] * (1 - 1e-12)))
-        return float(self.values[min(index, len(self.values) - 1)])
 
 
 @dataclass
@@ -82,7 +40,8 @@ class TensorStatistics:
         first_low: Minimum of the first batch; what a merge needs to take the other's running bounds apart.
         first_high: Maximum of the first batch.
         batches: Number of batches seen.
-        codes: Count of each float16 code, shape ``(65536,)``, int64.
+        codes: Codes that occurred, ascending, shape ``(bins,)``, int64.
+        counts: Values of each of them, shape ``(bins,)``, int64.
     """
 
     low: float = math.inf
@@ -92,7 +51,8 @@ class TensorStatistics:
     first_low: float = 0.0
     first_high: float = 0.0
     batches: int = 0
-    codes: Tensor = field(default_factory=lambda: torch.zeros(_CODES, dtype=torch.int64))
+    codes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     def update(self, values: Tensor, bounds: Bounds | None = None) -> None:
         """Add a batch of values of any shape.
@@ -114,14 +74,15 @@ class TensorStatistics:
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.batches += 1
         self.__dict__.pop("histogram", None)  # made from the counts so far
-        codes = values.to(torch.float16).contiguous().view(torch.uint16).view(-1).to(torch.int32)
-        self.codes += torch.bincount(codes, minlength=_CODES).to(self.codes.device)
+        self.codes, self.counts = counted(short_codes(values), self.codes, self.counts)
 
     def merge(self, other: TensorStatistics) -> TensorStatistics:
         """The statistics of both sets of values, as if the other's batches had followed this set's."""
         # The other's running bounds start at its first batch; here they start at this set's bounds instead.
         weight = (1 - EMA_MOMENTUM) ** other.batches if self.batches else 0.0
         first = self if self.batches else other
+        codes, where = torch.cat([self.codes, other.codes]).unique(return_inverse=True)
+        counts = torch.zeros_like(codes).index_add_(0, where, torch.cat([self.counts, other.counts]))
         return TensorStatistics(
             low=min(self.low, other.low),
             high=max(self.high, other.high),
@@ -130,23 +91,21 @@ class TensorStatistics:
             first_low=first.first_low,
             first_high=first.first_high,
             batches=self.batches + other.batches,
-            codes=self.codes + other.codes,
+            codes=codes,
+            counts=counts,
         )
 
     @property
     def count(self) -> int:
         """Number of values seen."""
-        return int(self.codes.sum())
+        return int(self.counts.sum())
 
     @cached_property
     def histogram(self) -> Histogram:
-        """The signed histogram; values beyond float16's 65504 stand in one bin at the exact bound."""
-        counts = self.codes.cpu().numpy()
-        occupied = np.flatnonzero(counts)
-        values = occupied.astype(np.uint16).view(np.float16).astype(np.float64)
-        values = np.clip(values, self.low, self.high)
+        """The signed histogram; no bin lies beyond the exact bounds."""
+        values = np.clip(values_of_codes(self.codes.numpy()), self.low, self.high)
         order = np.argsort(values, kind="stable")
-        return Histogram(values[order], counts[occupied][order].astype(np.float64))
+        return Histogram(values[order], self.counts.numpy()[order].astype(np.float64))
 
     @property
     def mean(self) -> float:
@@ -178,9 +137,7 @@ def statistics_to_tensors(statistics: Mapping[str, TensorStatistics]) -> dict[st
     for site_id, summary in statistics.items():
         scalars = [getattr(summary, name) for name in _SCALARS]
         packed[f"{site_id}|scalars"] = torch.tensor(scalars, dtype=torch.float64)
-        # Most codes never occur: the sparse form is a tenth of the dense one.
-        occupied = summary.codes.cpu().nonzero().squeeze(1)
-        packed[f"{site_id}|codes"] = torch.stack([occupied, summary.codes.cpu()[occupied]])
+        packed[f"{site_id}|codes"] = torch.stack([summary.codes, summary.counts])
     return packed
 
 
@@ -192,11 +149,9 @@ def statistics_from_tensors(packed: Mapping[str, Tensor]) -> dict[str, TensorSta
         if part != "scalars":
             continue
         scalars = dict(zip(_SCALARS, packed[name].tolist(), strict=True))
-        codes = torch.zeros(_CODES, dtype=torch.int64)
-        occupied, counts = packed[f"{site_id}|codes"]
-        codes[occupied] = counts
+        codes, counts = packed[f"{site_id}|codes"]
         scalars["batches"] = int(scalars["batches"])
-        statistics[site_id] = TensorStatistics(**scalars, codes=codes)
+        statistics[site_id] = TensorStatistics(**scalars, codes=codes, counts=counts)
     return statistics
 
 

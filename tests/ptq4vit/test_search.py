@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from baselines.products import ProductData
-from baselines.scale_search import SPLITS, Candidates, Settings, search_scales
+from baselines.scale_search import SPLITS, search_scales
+from baselines.search_settings import Candidates, Settings
 from quanttune.seeds import torch_generator
 from tests.ptq4vit.numpy_reference import numpy_symmetric, numpy_twin_gelu, numpy_twin_softmax
 
@@ -68,16 +69,21 @@ def numpy_linear_search(
             return numpy_twin_gelu(x, x_limit * factor, bits)
         return numpy_symmetric(x, x_limit * factor, bits)
 
-    def errors(x_factor: float, w_factor: np.ndarray) -> np.ndarray:
+    def one_minus_cosines(own: np.ndarray, ref: np.ndarray) -> float:
+        return (1 - (own * ref).sum(1) / (np.linalg.norm(own, axis=1) * np.linalg.norm(ref, axis=1))).sum()
+
+    def errors(x_factor: float, w_factor: np.ndarray, whole: bool = False) -> np.ndarray:
         product = (
             quantized_x(x_factor) @ numpy_symmetric(w, (limits * w_factor[group])[:, None], bits).T + bias
         )
+        if whole and metric == "cosine":
+            # The input is of one piece: one cosine over all outputs, not one a block.
+            return np.array([one_minus_cosines(product, exact)])
         by_group = np.zeros(group.max() + 1)
         for g in range(len(by_group)):
             own, ref = product[:, group == g], exact[:, group == g]
             if metric == "cosine":
-                cosine = (own * ref).sum(1) / (np.linalg.norm(own, axis=1) * np.linalg.norm(ref, axis=1))
-                by_group[g] = (1 - cosine).sum()
+                by_group[g] = one_minus_cosines(own, ref)
             else:
                 by_group[g] = (weight[:, group == g] * (own - ref) ** 2).sum()
         return by_group
@@ -87,7 +93,7 @@ def numpy_linear_search(
     for _ in range(rounds):
         table = np.stack([errors(x_best, np.full(n_groups, factor)) for factor in factors])
         w_best = factors[table.argmin(0)]
-        totals = [errors(factor, w_best).sum() for factor in factors]
+        totals = [errors(factor, w_best, whole=True).sum() for factor in factors]
         x_best = factors[int(np.argmin(totals))]
     return x_limit * x_best, limits * w_best[group]
 
@@ -158,7 +164,8 @@ def numpy_head_search(data: ProductData, bits: int, twin: bool) -> tuple[np.ndar
     for _ in range(3):
         b = quantized(1, b_best)
         if twin:
-            a_best = min(SPLITS, key=lambda split: errors(left(split), b).sum())
+            # Against the float second operand.
+            a_best = min(SPLITS, key=lambda split: errors(left(split), parts[1]).sum())
         else:
             a_best = FACTORS[np.stack([errors(left(np.full(3, f)), b) for f in FACTORS]).argmin(0)]
         a = left(a_best)

@@ -32,7 +32,7 @@ from quanttune.quantization.quantizers import (
     ScaledQuantizer,
     quantizer_from_state,
 )
-from quanttune.quantization.quantizers.log2 import IntegerSoftmaxQuantizer, Log2Quantizer
+from quanttune.quantization.quantizers.log2 import EXPONENTIALS, IntegerSoftmaxQuantizer, Log2Quantizer
 from quanttune.quantization.quantizers.powers_of_two import shifted_quantizer
 from quanttune.quantization.quantizers.twin import TwinGeluQuantizer, TwinSoftmaxQuantizer
 from tests.quantization.models import build, inputs, logits
@@ -54,7 +54,7 @@ QUANTIZERS_OF_EVERY_KIND: dict[str, list[Quantizer]] = {
     ],
     "dynamic": [DynamicQuantizer(8), DynamicQuantizer(4, (-2,), symmetric=False)],
     "log2": [Log2Quantizer(4)],
-    "integer_softmax": [IntegerSoftmaxQuantizer(4, 0.1)],
+    "integer_softmax": [IntegerSoftmaxQuantizer(4, 0.1, form) for form in EXPONENTIALS],
     "twin_softmax": [TwinSoftmaxQuantizer(1 / 3, 6)],
     "twin_gelu": [TwinGeluQuantizer(1 / 7, 6)],
     "scaled": [ScaledQuantizer(UNEVEN, torch.linspace(-3, 2, 8))],

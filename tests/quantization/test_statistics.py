@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 
 from quanttune.errors import QuantTuneError
 from quanttune.quantization import (
+    RANGE_RULES,
     Histogram,
     SiteKind,
     SiteTable,
@@ -24,11 +25,12 @@ from quanttune.quantization import (
     collect_statistics,
 )
 from quanttune.quantization.exact_walk import ExactHandlers
+from quanttune.quantization.histogram import short_codes, values_of_codes
 from quanttune.quantization.statistics import EMA_MOMENTUM, statistics_from_tensors, statistics_to_tensors
 from tests.quantization.models import build, inputs, logits, sites
 
 BIN = 2.0**-11
-"""Half the spacing of float16 numbers relative to their size: the largest error of a bin."""
+"""Half the spacing of numbers of 11 significant bits relative to their size: the largest error of a bin."""
 
 batches_of_values = st.lists(
     hnp.arrays(np.float32, st.integers(1, 50), elements=st.floats(-6e4, 6e4, width=32)),
@@ -47,6 +49,7 @@ def summary(*batches: Any) -> TensorStatistics:
 def assert_same(left: TensorStatistics, right: TensorStatistics) -> None:
     assert (left.low, left.high, left.batches) == (right.low, right.high, right.batches)
     assert torch.equal(left.codes, right.codes)
+    assert torch.equal(left.counts, right.counts)
     for name in ("ema_low", "ema_high", "first_low", "first_high"):
         assert getattr(left, name) == pytest.approx(getattr(right, name), rel=1e-9, abs=1e-9)
 
@@ -76,6 +79,7 @@ def test_order_of_batches_matters_to_the_running_bounds_alone(batches: list[np.n
     left, right = summary(*batches), summary(*shuffled)
     assert (left.low, left.high, left.batches) == (right.low, right.high, right.batches)
     assert torch.equal(left.codes, right.codes)
+    assert torch.equal(left.counts, right.counts)
 
 
 @given(batches_of_values)
@@ -137,6 +141,38 @@ def test_a_percentile_between_two_elements_is_the_lower() -> None:
     assert histogram.quantile(0.5) == 500
 
 
+@given(hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(-(2.0**127), 2.0**127, width=32)))
+def test_codes_are_values_rounded_to_eleven_bits(values: np.ndarray) -> None:
+    normal = np.abs(values) >= np.finfo(np.float32).tiny
+    fraction, exponent = np.frexp(values.astype(np.float64))
+    expected = np.ldexp(np.rint(fraction * 2**11), exponent - 11)
+    found = values_of_codes(short_codes(torch.from_numpy(values)).numpy())
+    assert found[normal].tolist() == expected[normal].tolist()
+    assert np.abs(found - values)[~normal].max(initial=0.0) <= 2.0 ** (-149 + 12)
+
+
+@pytest.mark.parametrize("scale", [2.0**-98, 2.0**-30, 2.0**20, 2.0**98, 1e-30, 1e-9, 1e5, 1e30])
+def test_everything_is_in_the_unit_of_the_values(scale: float) -> None:
+    values = heavy_tailed(50_000, seed=3)
+    base, scaled = summary(values), summary(values * np.float32(scale))
+    # A power of two moves every bin exactly; anything else moves values between neighbouring bins.
+    exact = np.log2(scale) % 1 == 0
+    tolerance = 1e-12 if exact else 2 * BIN
+    for name in ("low", "high", "ema_low", "ema_high", "mean", "std"):
+        assert getattr(scaled, name) == pytest.approx(
+            scale * getattr(base, name), rel=tolerance, abs=tolerance * scale
+        )
+    assert scaled.ratio == pytest.approx(base.ratio, rel=2 * tolerance)
+    assert scaled.kurtosis == pytest.approx(base.kurtosis, rel=4 * tolerance)
+    for rule, bits, symmetric in product(RANGE_RULES.names(), (4, 6, 8), (True, False)):
+        found, expected = (np.array(RANGE_RULES.get(rule)(each, bits, symmetric)) for each in (scaled, base))
+        if exact:
+            assert found.tolist() == (scale * expected).tolist()
+        else:
+            # Searched ranges may settle on a neighbouring candidate; a tenth is far below what a fault makes.
+            assert found == pytest.approx(scale * expected, rel=0.1)
+
+
 def test_prefix_sums_are_running_sums() -> None:
     histogram = Histogram(np.array([-2.0, 0.5, 3.0]), np.array([2.0, 1.0, 4.0]))
     counts, sums, squares = histogram.prefix_sums
@@ -152,20 +188,18 @@ def test_magnitudes_join_both_signs() -> None:
 
 
 class TestExtremes:
-    def test_values_beyond_float16_count_at_the_exact_bound(self) -> None:
+    def test_no_size_is_lumped_together(self) -> None:
         values = np.array([-3e5, -1e5, -1.0, 0.0, 2.0, 7e4, 1e6, 3e38], dtype=np.float32)
         statistics = summary(values)
         assert (statistics.low, statistics.high) == (float(np.float32(-3e5)), float(np.float32(3e38)))
-        assert statistics.count == len(values)
         histogram = statistics.histogram
-        assert np.isfinite(histogram.values).all()
-        assert histogram.values.tolist() == [statistics.low, -1.0, 0.0, 2.0, statistics.high]
-        assert histogram.counts.tolist() == [2, 1, 1, 1, 3]
+        assert histogram.values == pytest.approx(values.astype(np.float64), rel=BIN)
+        assert histogram.counts.tolist() == [1] * len(values)
         assert histogram.quantile(0.5) == 0.0
 
-    def test_the_last_float16_numbers_are_kept_apart(self) -> None:
-        assert summary([65504.0, 65472.0]).histogram.values.tolist() == [65472.0, 65504.0]
-        assert summary([65519.0]).histogram.values.tolist() == [65519.0]
+    def test_what_rounds_up_to_infinity_stands_at_the_bound(self) -> None:
+        largest = float(np.finfo(np.float32).max)
+        assert summary([largest, -largest]).histogram.values.tolist() == [-largest, largest]
 
     @pytest.mark.parametrize("value", [1e-5, 6e-8, 1e-9, 1e-38, 1e-45])
     def test_subnormal_numbers_keep_their_bounds(self, value: float) -> None:

@@ -12,8 +12,10 @@ from quanttune.errors import ConfigError
 from quanttune.quantization.quantizers.grid import Encoded, Grid
 from quanttune.quantization.quantizers.quantizer import QUANTIZERS, ProbabilityQuantizer, straight_through
 
-_A, _B, _C = 0.3585, 1.353, 0.344
-"""``exp(p)`` on ``(-ln 2, 0]`` is about ``_A (p + _B)**2 + _C`` (I-BERT, arXiv 2101.01321, equation 13)."""
+EXPONENTIALS = ("paper", "reference-code")
+"""Integer exponentials: I-BERT's, to which the paper refers (arXiv 2101.01321, algorithm 2), and that of
+FQ-ViT's code. The first takes ``exp(r)`` on ``(-ln 2, 0]`` for ``0.3585 (r + 1.353)**2 + 0.344`` and rounds
+``ln 2 / scale`` down, the second for ``0.35815147 r**2 + 0.96963238 r + 1`` and rounds it up."""
 _LARGEST_COUNT = 32
 """More powers of two than that leave no room below 2**53 for their sums with other codes."""
 SHIFTS = 30
@@ -66,19 +68,22 @@ class IntegerSoftmaxQuantizer(ProbabilityQuantizer):
     Args:
         bits: Bit width of the codes, usually 4.
         scale: Step of the scores, positive.
+        exponential: One of :data:`EXPONENTIALS`.
 
     Raises:
-        ConfigError: If the step is not positive.
+        ConfigError: If the step is not positive or the exponential unknown.
     """
 
     kind: ClassVar[str] = "integer_softmax"
-    parameters: ClassVar[tuple[str, ...]] = ("bits", "scale")
+    parameters: ClassVar[tuple[str, ...]] = ("bits", "scale", "exponential")
     scales: ClassVar[tuple[str, ...]] = ("scale",)
 
-    def __init__(self, bits: int, scale: float) -> None:
+    def __init__(self, bits: int, scale: float, exponential: str) -> None:
         if not scale > 0:
             raise ConfigError(f"the score step {scale} of an integer softmax must be positive")
-        self.bits, self.scale = bits, scale
+        if exponential not in EXPONENTIALS:
+            raise ConfigError(f"the exponential {exponential!r} is not one of {', '.join(EXPONENTIALS)}")
+        self.bits, self.scale, self.exponential = bits, scale, exponential
         self._codes = 2**bits
 
     def __call__(self, values: Tensor) -> Tensor:
@@ -95,7 +100,8 @@ class IntegerSoftmaxQuantizer(ProbabilityQuantizer):
             largest = probabilities.amax(dim=-1, keepdim=True)
             scores = torch.log(probabilities / largest).div_(self.scale).round_()
             # A masked row gives 0 / 0; any score will do, since its result is set to 0 below.
-            exponentials = integer_exponential(scores.nan_to_num_(nan=0.0, neginf=-math.inf), self.scale)
+            scores = scores.nan_to_num_(nan=0.0, neginf=-math.inf)
+            exponentials = integer_exponential(scores, self.scale, self.exponential)
             ratio = (exponentials.sum(dim=-1, keepdim=True) / exponentials).round_()
             quantized = _power_of_two(integer_log2(ratio), self._codes)
             # The shifted exponential of a masked score is small but not zero; its code is past the last one
@@ -103,24 +109,33 @@ class IntegerSoftmaxQuantizer(ProbabilityQuantizer):
             return torch.where(values > 0, quantized.to(values.dtype), 0.0)
 
     def __repr__(self) -> str:
-        return f"IntegerSoftmaxQuantizer({self.bits} bits, scale {self.scale:.4g})"
+        return f"IntegerSoftmaxQuantizer({self.bits} bits, scale {self.scale:.4g}, {self.exponential})"
 
 
-def integer_exponential(scores: Tensor, scale: float) -> Tensor:
-    """``exp(scale * scores)`` by integer arithmetic, up to a common factor (I-BERT, algorithm 2).
+def integer_exponential(scores: Tensor, scale: float, form: str) -> Tensor:
+    """``exp(scale * scores)`` by integer arithmetic, up to a common factor.
+
+    With ``l`` the integer for ``ln 2``, a score is ``r - k l`` with ``-l < r <= 0``, and its exponential the
+    polynomial of ``r`` shifted right by ``k``.
 
     Args:
         scores: Integer-valued, none positive, any shape, float64; minus infinity counts as far below.
         scale: Step of the scores.
+        form: One of :data:`EXPONENTIALS`.
 
     Returns:
         Integers, as float64, proportional to the exponentials; none is below 1.
     """
-    ln2 = max(math.floor(math.log(2) / scale), 1)
+    as_paper = form == "paper"
+    ln2 = max(math.floor(math.log(2) / scale), 1) if as_paper else math.ceil(0.6931 / scale)
     scores = scores.clamp(min=-SHIFTS * ln2)
     shift = torch.floor(-scores / ln2)
     rest = scores + shift * ln2
-    polynomial = (rest + math.floor(_B / scale)) ** 2 + math.floor(_C / (_A * scale**2))
+    if as_paper:
+        polynomial = (rest + math.floor(1.353 / scale)) ** 2 + math.floor(0.344 / (0.3585 * scale**2))
+    else:
+        linear = math.floor(0.96963238 / 0.35815147 / scale)
+        polynomial = rest * (rest + linear) + math.floor(1 / 0.35815147 / scale**2)
     return torch.floor(polynomial * 2.0 ** (SHIFTS - shift)).clamp_(min=1)
 
 

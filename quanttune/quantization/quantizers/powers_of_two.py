@@ -7,7 +7,7 @@ paper's notation ``s1 = s / 8`` and ``alpha_c = 3 - k_c``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,12 +20,12 @@ _ROWS = 512  # rows priced at once: what stays in a core's cache
 
 
 def shift_errors(
-    values: Iterable[Tensor], bases: Sequence[UniformQuantizer], largest_shift: int = LARGEST_SHIFT
+    values: Tensor, bases: Sequence[UniformQuantizer], largest_shift: int = LARGEST_SHIFT
 ) -> list[Tensor]:
     """Squared error of each channel under each candidate scale, for several base quantizers at once.
 
     Args:
-        values: Parts of the calibration data, each of shape ``(rows, channels)``.
+        values: Shape ``(rows, channels)``.
         bases: Asymmetric per-tensor quantizers, e.g. one per bit width.
         largest_shift: Number of halvings tried.
 
@@ -34,17 +34,16 @@ def shift_errors(
         ``s / 2**k``.
     """
     totals: list[list[Tensor | float]] = [[0.0] * (largest_shift + 1) for _ in bases]
-    for part in values:
-        for rows in part.split(_ROWS):
-            exact = rows.float()
-            for index, base in enumerate(bases):
-                zero = int(base.zero_point)
-                for shift in range(largest_shift + 1):
-                    step = float(base.scale) / 2**shift
-                    error = (exact * (1 / step)).round_().clamp_(base.code_min - zero, base.code_max - zero)
-                    error.mul_(step).sub_(exact)
-                    totals[index][shift] += error.square_().sum(dim=0, dtype=torch.float64)
-    return [torch.stack([torch.as_tensor(total) for total in row]) for row in totals]
+    for rows in values.float().split(_ROWS):
+        for index, base in enumerate(bases):
+            zero = int(base.zero_point)
+            for shift in range(largest_shift + 1):
+                step = float(base.scale) / 2**shift
+                error = (rows * (1 / step)).round_().clamp_(base.code_min - zero, base.code_max - zero)
+                # Squared in float64: what is far below 1 has no square in float32.
+                error = error.mul_(step).sub_(rows).double()
+                totals[index][shift] += error.square_().sum(dim=0)
+    return [torch.stack([torch.as_tensor(total).cpu() for total in row]) for row in totals]
 
 
 def shifted_quantizer(base: UniformQuantizer, shifts: Tensor, axis: int) -> UniformQuantizer:

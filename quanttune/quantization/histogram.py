@@ -1,0 +1,101 @@
+"""Histograms without a range given in advance: values are counted by their code in a short float format.
+
+The format is float32 with 11 significant bits in place of 24: sign, the whole exponent, 11 bits less the
+leading one. So a bin is at most 2**-10 of a value wide wherever the values lie, from float32's smallest to
+its largest: histograms of ``s x`` are those of ``x`` with every value times ``s``, exactly so for powers of
+two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_DROPPED = 24 - 11
+CODES = 1 << (32 - _DROPPED)
+"""Number of codes of the short format."""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Sorted distinct values with their counts.
+
+    Args:
+        values: Bin centres, ascending, shape ``(bins,)``, float64.
+        counts: Elements per bin, shape ``(bins,)``, float64.
+    """
+
+    values: np.ndarray
+    counts: np.ndarray
+
+    @cached_property
+    def prefix_sums(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Running sums of the counts, of the values and of their squares, each of shape ``(bins + 1,)``."""
+        moments = (self.counts, self.counts * self.values, self.counts * self.values**2)
+        return tuple(np.concatenate([[0.0], np.cumsum(moment)]) for moment in moments)  # type: ignore[return-value]
+
+    @property
+    def count(self) -> float:
+        """Number of elements."""
+        return float(self.counts.sum())
+
+    def magnitudes(self) -> Histogram:
+        """The histogram of absolute values."""
+        values, where = np.unique(np.abs(self.values), return_inverse=True)
+        return Histogram(values, np.bincount(where, weights=self.counts, minlength=len(values)))
+
+    def moment(self, order: int) -> float:
+        """The central moment of ``order``; exactly 0 for a constant."""
+        if self.values[0] == self.values[-1]:
+            return 0.0
+        mean = float(self.counts @ self.values) / self.count
+        return float(self.counts @ (self.values - mean) ** order) / self.count
+
+    def quantile(self, fraction: float) -> float:
+        """The smallest value that at least ``fraction`` of the elements do not exceed."""
+        cumulative = np.cumsum(self.counts)
+        index = int(np.searchsorted(cumulative, fraction * cumulative[-1] * (1 - 1e-12)))
+        return float(self.values[min(index, len(self.values) - 1)])
+
+
+def short_codes(values: Tensor) -> Tensor:
+    """The code of each value, rounded to the nearest, ties to even.
+
+    Args:
+        values: Finite, any shape and floating-point type; what float32 cannot hold counts as its largest.
+
+    Returns:
+        The leading bits of the rounded float32, in ``[0, CODES)``, int32, flat.
+    """
+    bits = values.detach().to(torch.float32).contiguous().view(torch.int32).view(-1)
+    # The bit that decides ties, then half of what is dropped less one: round half to even in integers.
+    codes = torch.bitwise_right_shift(bits, _DROPPED).bitwise_and_(1)
+    codes.add_(bits).add_((1 << (_DROPPED - 1)) - 1)
+    return codes.bitwise_right_shift_(_DROPPED).bitwise_and_(CODES - 1)
+
+
+def values_of_codes(codes: np.ndarray) -> np.ndarray:
+    """The value of each code, float64; infinite for the code that the largest values round up to."""
+    return (codes.astype(np.uint32) << _DROPPED).view(np.float32).astype(np.float64)
+
+
+def counted(codes: Tensor, occupied: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts of codes added to those so far.
+
+    Args:
+        codes: Codes to count, shape ``(values,)``.
+        occupied: Codes that have a count so far, ascending, int64.
+        counts: Their counts, int64, on the CPU.
+
+    Returns:
+        The occupied codes and their counts after that, on the CPU.
+    """
+    # Most codes never occur: dense for the sum, sparse to be kept.
+    dense = torch.bincount(codes, minlength=CODES).cpu()
+    dense[occupied] += counts
+    occupied = dense.nonzero().squeeze(1)
+    return occupied, dense[occupied]
