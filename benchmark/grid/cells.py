@@ -23,7 +23,7 @@ ENGINE_VERSION = 3
 """Part of every cell id: raise it when the engine measures the same settings differently.
 
 2: products on integer codes, everything else in float64 and rounded once, ranges of 16 significant bits.
-3: histograms of calibration that know no limits, in place of float16's. 2 was in no release and no kept table.
+3: histograms of calibration that know no limits, in place of float16's. No kept table is of engine 2.
 """
 
 REFERENCE_METHOD = "fp32"

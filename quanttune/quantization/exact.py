@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quanttune.quantization.byte_product import BYTE, ByteProduct, as_bytes
 from quanttune.quantization.quantizers.grid import Encoded, Grid
 
 ARITHMETIC = 3
@@ -91,6 +92,11 @@ class Operand:
         parts = rows[..., :half].sum(dim=-1), rows[..., half:].sum(dim=-1)
         return tuple(int(sums.max()) for sums in (parts[0] + parts[1], *parts))  # type: ignore[return-value]
 
+    @cached_property
+    def bytes(self) -> Tensor | None:
+        """The codes of a weight in one byte each, where this machine multiplies such without loss."""
+        return None if self.encoded is None else as_bytes(self.encoded)
+
     def along(self, axis: int) -> Encoded | None:
         """The codes with one step along the dimension that is summed over; ``None`` if there are none."""
         return None if self.encoded is None else self.encoded.along(axis)
@@ -125,7 +131,7 @@ def linear(left: Operand, right: Operand, bias: Tensor | None) -> Tensor:
     """``x @ w.T + bias`` for ``x`` of shape ``(..., inputs)`` and ``w`` of shape ``(outputs, inputs)``."""
     w = right.along(-1)
     if w is right.encoded and w is not None and w.grid.factors is None and left.lazy is not None:
-        found = _linear_in_cache(left.lazy, w, right.row_bounds[0], bias)
+        found = _linear_in_cache(left.lazy, right, bias)
         if found is not None:
             return found
     x = left.along(-1)
@@ -139,19 +145,27 @@ def linear(left: Operand, right: Operand, bias: Tensor | None) -> Tensor:
     return _scaled(total, x.grid.step, _of_outputs(w.grid), bias)
 
 
-def _linear_in_cache(left: LazyCodes, w: Encoded, bound: int, bias: Tensor | None) -> Tensor | None:
+def _linear_in_cache(left: LazyCodes, right: Operand, bias: Tensor | None) -> Tensor | None:
     """The same a few rows at a time, so that codes and sums need no trip to memory; ``None`` if it cannot."""
-    x = left.source
-    largest = max(left.grid.largest, w.grid.largest)
-    if not x.is_contiguous() or x.dim() < 2 or not _in_float32(left.grid.largest * bound, largest):
+    x, w = left.source, right.encoded
+    if w is None or not x.is_contiguous() or x.dim() < 2:
+        return None
+    bound = left.grid.largest * right.row_bounds[0]
+    in_bytes = left.grid.largest <= BYTE and x.device.type == "cpu" and right.bytes is not None
+    if not in_bytes and not _in_float32(bound, max(left.grid.largest, w.grid.largest)):
         return None
     rows, outputs = x.flatten(0, -2), w.codes.shape[0]
     result = torch.empty(len(rows), outputs, device=x.device)
-    at_once = max(_PRODUCT_AT_ONCE // max(x.shape[-1], outputs), _FEWEST_ROWS)
-    scratch = torch.empty(min(at_once, len(rows)), x.shape[-1], device=x.device)
+    at_once = min(max(_PRODUCT_AT_ONCE // max(x.shape[-1], outputs), _FEWEST_ROWS), len(rows))
+    scratch = torch.empty(at_once, x.shape[-1], device=x.device)
+    product = ByteProduct(right.bytes, at_once) if in_bytes and right.bytes is not None else None
     with _full_precision(x):
         for part, total in zip(rows.split(at_once), result.split(at_once), strict=True):
-            torch.mm(left.write(part, scratch[: len(part)]), w.codes.T, out=total)
+            codes = left.write(part, scratch[: len(part)])
+            if product is None:
+                torch.mm(codes, w.codes.T, out=total)
+            else:
+                product.write(codes, total)
             _scaled(total, left.grid.step, _of_outputs(w.grid), bias)
     return result.view(*x.shape[:-1], outputs)
 

@@ -1,0 +1,73 @@
+"""Products of bytes: exact, and left alone where the processor would saturate."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from quanttune.quantization import byte_product, exact
+from quanttune.quantization.byte_product import BYTE, ByteProduct, as_bytes, is_exact
+from quanttune.quantization.exact import LazyCodes, Operand
+from quanttune.quantization.quantizers.grid import Encoded, Grid
+
+
+def draw(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-BYTE, BYTE + 1, shape)
+
+
+def in_bytes(outputs: int, inputs: int) -> None:
+    if not is_exact(outputs, inputs):
+        pytest.skip("this processor multiplies no bytes without loss")
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(8, 5), (48, 384), (33, 1537), (4, 60_000)])
+def test_sums_are_numpys_rounded_once(outputs: int, inputs: int) -> None:
+    in_bytes(outputs, inputs)
+    x, w = draw(7, inputs), draw(outputs, inputs, seed=1)
+    x[0], w[0] = BYTE, BYTE
+    total = torch.empty(7, outputs)
+    ByteProduct(torch.from_numpy(w).to(torch.int8), rows=10).write(torch.from_numpy(x).float(), total)
+    assert np.array_equal(total.numpy(), (x @ w.T).astype(np.float32))
+
+
+def test_a_layer_is_the_same_with_and_without_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_bytes(24, 384)
+    x = torch.randn(3000, 384, generator=torch.Generator().manual_seed(2))
+    codes, step = torch.from_numpy(draw(24, 384)).float(), torch.rand(24, 1) + 0.1
+    lazy = LazyCodes(x, Grid(2.0**-5, BYTE), (-BYTE, BYTE))
+    found = []
+    for exact_here in (True, False):
+        monkeypatch.setattr(byte_product, "is_exact", lambda *_, answer=exact_here: answer)
+        weight = Operand(encoded=Encoded(codes, Grid(step, BYTE)))
+        assert (weight.bytes is not None) is exact_here
+        found.append(exact.linear(Operand(lazy=lazy), weight, torch.ones(24)))
+    assert torch.equal(*found)
+
+
+def test_what_does_not_fit_a_byte_is_left_alone() -> None:
+    codes = torch.from_numpy(draw(8, 16)).float()
+    assert as_bytes(Encoded(codes, Grid(1.0, BYTE + 1))) is None
+    assert as_bytes(Encoded(codes.view(8, 4, 4), Grid(1.0, BYTE))) is None
+    assert as_bytes(Encoded(torch.ones(1, 140_000), Grid(1.0, BYTE))) is None
+
+
+def test_saturating_products_are_found_out() -> None:
+    """Without VNNI the kernels saturate; what the probe says must be what the kernel does."""
+    program = (
+        "import torch\n"
+        "from quanttune.quantization.byte_product import is_exact\n"
+        "x = torch.full((64, 384), 127, dtype=torch.int8)\n"
+        "right = bool((torch._int_mm(x, x.T) == 127 * 127 * 384).all())\n"
+        "print(right, is_exact(64, 384))\n"
+    )
+    for isa in ("AVX2", "DEFAULT"):
+        environment = os.environ | {"ONEDNN_MAX_CPU_ISA": isa}
+        told = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        ).stdout.split()
+        assert told[0] == told[1]
