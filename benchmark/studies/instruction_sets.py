@@ -3,7 +3,8 @@
 Run it as ``python -m benchmark.studies.instruction_sets --suite laptop --limit 100``. References and tuned
 weights are taken from the results folder, since training is not exact; everything after them (statistics,
 searches, quantizers, evaluation) is computed anew in each setting: with narrower instructions, with another
-number of threads, with other batches. A setting whose cells are measured already goes on from there.
+number of threads, with other batches, on a GPU where there is one. A setting whose cells are measured already
+goes on from there.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ SETTINGS = (
     Setting("1 thread", ("--threads", "1")),
     Setting("batches of 1", ("--batch", "1")),
     Setting("batches of 32", ("--batch", "32")),
+    Setting("cuda", ("--device", "cuda")),
 )
 
 
@@ -174,9 +176,15 @@ def main(
 
     Any other options choose among the cells, as in `benchmark run`: --model, --method, --profile ...
     """
+    import torch
+
     cells = ["--suite", suite, *(["--limit", str(limit)] if limit else []), *options]
     cells += [] if options else ["--all"]
-    settings = [setting for setting in SETTINGS[1:] if not chosen or setting.name in chosen]
+    settings = [
+        setting
+        for setting in SETTINGS[1:]
+        if (setting.name in chosen if chosen else setting.name != "cuda" or torch.cuda.is_available())
+    ]
     try:
         first, *others = (measure(setting, cells, results, folder) for setting in (SETTINGS[0], *settings))
     except QuantTuneError as error:
