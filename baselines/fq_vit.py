@@ -27,7 +27,7 @@ from quanttune.quantization import (
     weight_quantizer,
 )
 from quanttune.quantization.observation import Bounds
-from quanttune.quantization.quantizers.grid import significant
+from quanttune.quantization.quantizers.grid import quotient, significant
 from quanttune.quantization.quantizers.log2 import EXPONENTIALS, IntegerSoftmaxQuantizer, Log2Quantizer
 from quanttune.quantization.quantizers.powers_of_two import shift_errors, shifted_quantizer
 from quanttune.quantization.scheme import NARROWEST, WIDEST
@@ -151,7 +151,7 @@ class FqVit(Method):
         if self.attention == "log2":
             return Log2Quantizer(width)
         low, high = found[f"{site_id}|scores"]
-        step = significant((high - low).clamp(min=1e-6) / (2**bits - 1))
+        step = significant(quotient((high - low).clamp(min=1e-6), 2**bits - 1))
         return IntegerSoftmaxQuantizer(width, float(step), self.exponential)
 
 

@@ -21,7 +21,7 @@ from baselines.products import ProductData
 from baselines.search_settings import Settings
 from quanttune.quantization import Quantizer, exact
 from quanttune.quantization.exact import Operand
-from quanttune.quantization.quantizers.grid import Encoded, Grid
+from quanttune.quantization.quantizers.grid import Encoded, Grid, quotient
 from quanttune.quantization.quantizers.twin import TwinGeluQuantizer, TwinSoftmaxQuantizer
 
 SPLITS = tuple(2.0**-exponent for exponent in range(20))
@@ -73,7 +73,7 @@ class _Product(Protocol):
 def _symmetric(values: Tensor, limit: Tensor, bits: int) -> Operand:
     """Symmetric uniform codes; ``limit`` broadcasts against ``values``."""
     top = 2 ** (bits - 1) - 1
-    step = limit / top
+    step = quotient(limit, top)
     codes = (values / step).round_().clamp_(-top, top)
     return Operand(encoded=Encoded(codes, Grid(float(step) if step.dim() == 0 else step, top)))
 

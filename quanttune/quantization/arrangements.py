@@ -30,6 +30,19 @@ REARRANGING: frozenset[Any] = frozenset(
 )
 """Operations that only move numbers."""
 
+DIVIDING: frozenset[Any] = frozenset(
+    {
+        *(getattr(torch, name) for name in ("div", "divide", "true_divide")),
+        *(
+            getattr(Tensor, name)
+            for name in ("div", "div_", "divide", "divide_", "true_divide", "true_divide_")
+        ),
+        Tensor.__truediv__,
+        Tensor.__itruediv__,
+    }
+)
+"""Quotients."""
+
 SCALING: frozenset[Any] = frozenset(
     {Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul, Tensor.div, Tensor.__truediv__, torch.div}
 )

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quanttune.quantization import exact, order_free
-from quanttune.quantization.arrangements import REARRANGING, SCALING
+from quanttune.quantization.arrangements import DIVIDING, REARRANGING, SCALING
 from quanttune.quantization.exact import LazyCodes, Operand
 from quanttune.quantization.quantizers import Quantizer, UniformQuantizer
 from quanttune.quantization.quantizers.grid import Grid, on_grid
@@ -132,8 +132,9 @@ class ExactHandlers(SiteHandlers):
             if order_free.written(func, args, kwargs) is None:
                 self._fresh = result
             return result
+        given = order_free.true_quotient(args) if func in DIVIDING else args
         grid = _common_grid(args[0]) if func is torch.cat else _grid_of(args[0]) if args else None
-        result = order_free.of_one_type(func, args, kwargs) if self.wide else func(*args, **kwargs)
+        result = order_free.of_one_type(func, given, kwargs) if self.wide else func(*given, **kwargs)
         if func in _SUMS:
             self._fresh = result
         if grid is None:

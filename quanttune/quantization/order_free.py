@@ -1,6 +1,7 @@
 """Functions whose last digit would depend on the order of a sum or on a processor's instructions.
 
-Additions, products, quotients and square roots of two numbers are rounded the same everywhere (IEEE 754).
+Additions, products, quotients and square roots of two numbers are rounded the same everywhere (IEEE 754),
+but for quotients by one number for a whole tensor, of which CUDA makes products with its reciprocal.
 Sums over a dimension are not, and neither are the polynomials by which libraries compute exponentials and
 error functions. These are computed in float64 and rounded to float32 once: what differs in float64 lies some
 2**-29 below what float32 keeps.
@@ -104,6 +105,19 @@ def of_one_type(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         if {torch.float32, torch.float64} <= types:
             return in_float64(func, args, kwargs, wide=True)
         raise
+
+
+def true_quotient(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a division by a number with the number as a tensor, by which every device divides."""
+    if len(args) < 2 or not isinstance(args[0], Tensor) or args[0].device.type == "cpu":
+        return args
+    numerator, divisor = args[:2]
+    if isinstance(divisor, Tensor) and (divisor.dim() or divisor.device.type != "cpu"):
+        return args
+    if not numerator.is_floating_point() or isinstance(divisor, complex):
+        return args
+    of_device = torch.as_tensor(divisor, dtype=numerator.dtype).to(numerator.device)
+    return (numerator, of_device, *args[2:])
 
 
 def _by_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -237,3 +237,25 @@ def test_an_operand_that_is_zero_throughout_keeps_a_usable_range():
     found = search_scales(data, "", 1, settings_for())
     assert float(found["left"]) > 0
     assert (found["right"] > 0).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("metric", ["hessian", "cosine"])
+@pytest.mark.parametrize("bits", [6, 8])
+def test_a_gpu_finds_the_scales_of_the_cpu(metric, bits):
+    """Thousands of scales, of which some are a near thing."""
+    for data, after in (
+        (linear_case(1, rows=3000, channels=128, outputs=512), ""),
+        (linear_case(2, rows=3000, channels=128, outputs=512), "gelu"),
+        (head_case(softmax=False), ""),
+        (head_case(softmax=True), "softmax"),
+    ):
+        settings = settings_for(metric, bits, exhaustive=False, per_channel=True)
+        expected = search_scales(data, after, 1, settings)
+        there = ProductData(
+            *([part.cuda() for part in side] for side in (data.left, data.right, data.curvature)),
+            None if data.bias is None else data.bias.cuda(),
+        )
+        found = search_scales(there, after, 1, settings)
+        for name, limits in expected.items():
+            assert torch.equal(found[name].cpu(), limits), (after, name)

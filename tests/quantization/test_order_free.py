@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from quanttune.quantization.order_free import ORDER_DEPENDENT, in_float64
+from quanttune.quantization.order_free import ORDER_DEPENDENT, in_float64, true_quotient
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 
@@ -95,3 +95,15 @@ def test_an_rms_norm_keeps_the_epsilon_of_float32(wide: bool) -> None:
     small = 1e-4 * X
     expected = F.rms_norm(small, (6,))
     torch.testing.assert_close(in_float64(F.rms_norm, (small, (6,)), {}, wide).float(), expected)
+
+
+def test_a_number_divides_as_a_tensor_where_the_device_would_multiply() -> None:
+    """No kernel runs on device ``meta``; what a CUDA kernel would be given does."""
+    x = torch.empty(3, 4, device="meta")
+    for divisor in (3.7, 2, torch.tensor(0.7, dtype=torch.float64)):
+        numerator, given = true_quotient((x, divisor))
+        assert numerator is x
+        assert (given.shape, given.dtype, given.device.type) == ((), torch.float32, "meta")
+    matrix = torch.empty(4, device="meta")
+    for args in ((x, matrix), (x.int(), 3.0), (torch.ones(3), 3.0), (3.0,), (x, 1j)):
+        assert true_quotient(args) is args

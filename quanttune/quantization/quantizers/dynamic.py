@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quanttune.quantization.quantizers.grid import Encoded, Grid
+from quanttune.quantization.quantizers.grid import Encoded, Grid, quotient
 from quanttune.quantization.quantizers.quantizer import QUANTIZERS, PlainQuantizer, straight_through
 
 _SHORT = (torch.float16, torch.bfloat16)
@@ -49,13 +49,13 @@ class DynamicQuantizer(PlainQuantizer):
         if self.symmetric:
             top = 2 ** (self.bits - 1) - 1
             limit = values.abs().amax(dim=self.axes, keepdim=True)
-            scale = (torch.where(limit == 0, 1.0, limit) / top).clamp_(min=tiny)
+            scale = quotient(torch.where(limit == 0, 1.0, limit), top).clamp_(min=tiny)
             codes = (values * (1 / scale)).round_().clamp_(-top, top)
         else:
             top = 2**self.bits - 1
             low = values.amin(dim=self.axes, keepdim=True).clamp_(max=0)
             width = values.amax(dim=self.axes, keepdim=True).clamp_(min=0) - low
-            scale = (torch.where(width == 0, 1.0, width) / top).clamp_(min=tiny)
+            scale = quotient(torch.where(width == 0, 1.0, width), top).clamp_(min=tiny)
             zero = (-low / scale).round_()
             codes = (values * (1 / scale)).round_()
             codes = torch.minimum(torch.maximum(codes, -zero), top - zero)

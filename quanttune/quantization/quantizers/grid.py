@@ -91,3 +91,11 @@ def significant(values: Tensor, bits: int = RANGE_BITS) -> Tensor:
     """
     mantissa, exponent = torch.frexp(values)
     return torch.ldexp(torch.round(mantissa * 2.0**bits), exponent - bits)
+
+
+def quotient(values: Tensor, number: float) -> Tensor:
+    """``values / number``, rounded once on every device.
+
+    Of a tensor and a number CUDA makes a product with the number's reciprocal, which is rounded twice.
+    """
+    return values / torch.full((), number, dtype=values.dtype, device=values.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quanttune.errors import ConfigError
-from quanttune.quantization.quantizers.grid import Encoded, Grid
+from quanttune.quantization.quantizers.grid import Encoded, Grid, quotient
 from quanttune.quantization.quantizers.quantizer import QUANTIZERS, ProbabilityQuantizer, straight_through
 
 EXPONENTIALS = ("paper", "reference-code")
@@ -98,7 +98,7 @@ class IntegerSoftmaxQuantizer(ProbabilityQuantizer):
         with torch.no_grad():
             probabilities = values.double()
             largest = probabilities.amax(dim=-1, keepdim=True)
-            scores = torch.log(probabilities / largest).div_(self.scale).round_()
+            scores = quotient(torch.log(probabilities / largest), self.scale).round_()
             # A masked row gives 0 / 0; any score will do, since its result is set to 0 below.
             scores = scores.nan_to_num_(nan=0.0, neginf=-math.inf)
             exponentials = integer_exponential(scores, self.scale, self.exponential)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quanttune.quantization.quantizers.grid import Encoded, Grid, significant
+from quanttune.quantization.quantizers.grid import Encoded, Grid, quotient, significant
 from quanttune.quantization.quantizers.quantizer import QUANTIZERS, Quantizer, State
 
 _SHORT = (torch.float16, torch.bfloat16)
@@ -164,7 +164,7 @@ def symmetric_scale(limit: Tensor, bits: int) -> tuple[Tensor, int]:
     Steps keep :data:`~quanttune.quantization.quantizers.grid.RANGE_BITS` significant bits.
     """
     code_max = 2 ** (bits - 1) - 1
-    return significant(torch.where(limit == 0, 1.0, limit) / code_max), code_max
+    return significant(quotient(torch.where(limit == 0, 1.0, limit), code_max)), code_max
 
 
 def asymmetric_scale(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor, int]:
@@ -175,5 +175,5 @@ def asymmetric_scale(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tens
     low, high = significant(low.clamp(max=0)), significant(high.clamp(min=0))
     code_max = 2**bits - 1
     width = high - low
-    scale = significant(torch.where(width == 0, 1.0, width) / code_max)
+    scale = significant(quotient(torch.where(width == 0, 1.0, width), code_max))
     return scale, torch.round(-low / scale), code_max
