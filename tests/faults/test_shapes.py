@@ -186,8 +186,8 @@ def test_a_configuration_of_any_shape(tries: int, family: str, tmp_path: Path) -
 
     def attempt() -> str:
         entry = get_model(f"folder:{tmp_path}@{task}")
-        # not built: a number of layers may be a number and larger than any memory
         entry.identity()
+        entry.build()
         return "right"
 
     ends = fuzz(tmp_path / "config.json", tries, attempt)
@@ -204,6 +204,9 @@ def test_a_configuration_of_any_shape(tries: int, family: str, tmp_path: Path) -
         ("id2label", {"a": "x"}, "id2label has the key 'a': give the numbers of the classes"),
         ("hidden_size", 7, "does not make a model"),
         ("num_attention_heads", [], "does not make a model"),
+        ("num_hidden_layers", 10**30, f"num_hidden_layers = {10**30}, but the weights are"),
+        ("vocab_size", 10**15, f"vocab_size = {10**15}, but the weights are"),
+        ("hidden_size", 10**6, "describes a network of [0-9]+ parameters, but the weights are"),
     ],
 )
 def test_a_value_of_a_configuration_is_named(tmp_path: Path, key: str, value: Any, told: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,15 @@ from benchmark.subject.models.checkpoint import (
     understood,
     weight_files,
 )
-from benchmark.subject.models.configuration import Pictures, Timm, Transformers, class_names, shaped
+from benchmark.subject.models.configuration import (
+    Pictures,
+    Timm,
+    Transformers,
+    class_names,
+    require_room,
+    require_size,
+    shaped,
+)
 from benchmark.subject.models.entry import (
     ImageEntry,
     ModelEntry,
@@ -92,10 +100,11 @@ def _require_order(folder: Path, task: Task) -> None:
 
 def _read_entry(folder: Path, facts: dict[str, Any]) -> FolderEntry:
     config = read_config(folder)
-    weight_files(folder)
+    weights = weight_files(folder)
     common = {**facts, "folder": folder, "source": str(folder)}
     if "architecture" in config and "pretrained_cfg" in config:
         about = shaped(Timm, config, folder)
+        require_room(config, folder, weights)
         data = shaped(Pictures, about.pretrained_cfg, folder)
         # what the weights fit, where it is not the default
         built = about.model_args.get("img_size") or data.input_size[1:]
@@ -114,6 +123,7 @@ def _read_entry(folder: Path, facts: dict[str, Any]) -> FolderEntry:
         )
     if "model_type" in config:
         told = shaped(Transformers, config, folder)
+        require_room(config, folder, weights)
         length = min(_MAX_LENGTH, told.max_position_embeddings or _MAX_LENGTH)
         return TransformersFolder(**common, family=told.model_type, max_length=length)
     raise ConfigError(
@@ -195,8 +205,10 @@ class TransformersFolder(TextEntry, FolderEntry):
             if config.get_text_config().pad_token_id is None:
                 # A decoder finds the last token of each text by it, and refuses batches without.
                 config.get_text_config().pad_token_id = self.pad_id
+            make = partial(AutoModelForSequenceClassification.from_config, config, dtype="float32")
             with own_random_state(0):
-                model: nn.Module = AutoModelForSequenceClassification.from_config(config, dtype="float32")
+                require_size(make, self.folder, weight_files(self.folder))
+                model: nn.Module = make()
         return model.eval()
 
     def _reference(self, progress: Progress, device: torch.device) -> dict[str, Tensor]:
@@ -236,7 +248,9 @@ class TimmFolder(ImageEntry, FolderEntry):
         self._check_classes(config.num_classes)
         settings = {"num_classes": config.num_classes, **config.model_args}
         with own_random_state(0), understood(self.folder / "config.json"):
-            model: nn.Module = timm.create_model(config.architecture, pretrained=False, **settings)
+            make = partial(timm.create_model, config.architecture, pretrained=False, **settings)
+            require_size(make, self.folder, weight_files(self.folder))
+            model: nn.Module = make()
         return model.eval()
 
     def _reference(self, progress: Progress, device: torch.device) -> dict[str, Tensor]:

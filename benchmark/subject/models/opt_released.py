@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from benchmark.subject.models.checkpoint import (
@@ -12,7 +12,9 @@ from benchmark.subject.models.checkpoint import (
     read_tokenizer,
     read_transformers,
     require_complete,
+    weight_files,
 )
+from benchmark.subject.models.configuration import require_room, require_size
 from benchmark.subject.models.decoder import OUTPUT
 from benchmark.subject.models.entry import MODELS, CausalTextEntry, Progress, own_random_state
 from benchmark.subject.models.hub import OPT_FILES, HubEntry, tokenizer_digest
@@ -107,10 +109,13 @@ class ReleasedOpt(HubEntry, CausalTextEntry):
         kind = read_config(self.folder).get("model_type")
         if kind != "opt":
             raise AssetError(f"{self.folder} holds a model of type {kind}, {self.repo} is of type opt")
+        require_room(read_config(self.folder), self.folder, weight_files(self.folder))
         config = OPTConfig.from_pretrained(self.folder, local_files_only=True)
         config.use_cache = False  # a text is read at once
         with own_random_state(0):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype="float32")
+            make = partial(AutoModelForCausalLM.from_config, config, dtype="float32")
+            require_size(make, self.folder, weight_files(self.folder))
+            model: nn.Module = make()
         return model.eval()
 
     def make_reference(
