@@ -17,7 +17,7 @@ definitions that do mean something:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,7 @@ def output_curvature(
     generator: torch.Generator,
     task_loss: TaskLoss | None = None,
     quantizers: Mapping[str, Quantizer] | None = None,
+    known: Iterable[str] | None = None,
 ) -> dict[str, Tensor]:
     """``g**2`` at each of ``outputs``, for every item of a batch.
 
@@ -56,6 +57,7 @@ def output_curvature(
         generator: Draws labels where the Fisher expectation is sampled.
         task_loss: For ``cross_entropy``; the mean cross-entropy of class ids by default.
         quantizers: For ``minmax_divergence``: the min-max quantizers.
+        known: Ids of all sites of the model, where they are known.
 
     Returns:
         Site id to a tensor of the output's shape. Scales differ between definitions; only ratios matter.
@@ -63,12 +65,12 @@ def output_curvature(
     with torch.enable_grad():
         if gradient == "minmax_divergence":
             with torch.no_grad():
-                reference = F.log_softmax(_run(model, batch, [], {})[1], dim=-1)
-            captured, logits = _run(model, batch, outputs, quantizers or {})
+                reference = F.log_softmax(_run(model, batch, [], {}, known)[1], dim=-1)
+            captured, logits = _run(model, batch, outputs, quantizers or {}, known)
             quantized = F.log_softmax(logits, dim=-1)
             losses = [F.kl_div(quantized, reference, reduction="sum", log_target=True)]
         else:
-            captured, logits = _run(model, batch, outputs, {})
+            captured, logits = _run(model, batch, outputs, {}, known)
             if gradient == "cross_entropy":
                 mean = (task_loss or F.cross_entropy)(logits, batch.targets)
                 losses = [mean * len(batch.targets)]
@@ -93,11 +95,16 @@ def _fisher_losses(logits: Tensor, generator: torch.Generator) -> list[Tensor]:
 
 
 def _run(
-    model: nn.Module, batch: Batch, outputs: Sequence[str], quantizers: Mapping[str, Quantizer]
+    model: nn.Module,
+    batch: Batch,
+    outputs: Sequence[str],
+    quantizers: Mapping[str, Quantizer],
+    known: Iterable[str] | None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Run the model with a graph from the wanted outputs on; its logits are widened to float64."""
     captured: dict[str, Tensor] = {}
-    with Observation(model, {site_id: _Capture(captured, site_id) for site_id in outputs}, quantizers):
+    observers = {site_id: _Capture(captured, site_id) for site_id in outputs}
+    with Observation(model, observers, quantizers, known):
         logits = logits_of(call_model(model, batch.inputs)).double()
     return captured, logits
 

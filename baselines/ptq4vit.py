@@ -179,6 +179,7 @@ class ScaleSearch(Method):
             generator=torch_generator(context.seed, "ptq4vit", "labels"),
             task_loss=None if context.training is None else context.training.loss,
             quantizers=quantizers,
+            known=context.sites.known,
         )
 
     def _own_quantizers(
