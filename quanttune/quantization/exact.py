@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quanttune.quantization.byte_product import BYTE, ByteProduct, as_bytes
-from quanttune.quantization.quantizers.grid import Encoded, Grid
+from quanttune.quantization.quantizers.grid import Encoded, Finish, Grid
 
 ARITHMETIC = 3
 """Part of the keys of what is kept of calibration: raised when it is computed differently."""
@@ -127,11 +127,18 @@ class LazyCodes:
         return codes if self.limits is None else codes.clamp_(*self.limits)
 
 
-def linear(left: Operand, right: Operand, bias: Tensor | None) -> Tensor:
-    """``x @ w.T + bias`` for ``x`` of shape ``(..., inputs)`` and ``w`` of shape ``(outputs, inputs)``."""
+def linear(left: Operand, right: Operand, bias: Tensor | None, finish: Finish | None = None) -> Tensor:
+    """``x @ w.T + bias`` for ``x`` of shape ``(..., inputs)`` and ``w`` of shape ``(outputs, inputs)``.
+
+    Args:
+        left: ``x``.
+        right: ``w``.
+        bias: Of shape ``(outputs,)``.
+        finish: Applied where the product is computed a part at a time.
+    """
     w = right.along(-1)
     if w is right.encoded and w is not None and w.grid.factors is None and left.lazy is not None:
-        found = _linear_in_cache(left.lazy, right, bias)
+        found = _linear_in_cache(left.lazy, right, bias, finish)
         if found is not None:
             return found
     x = left.along(-1)
@@ -145,7 +152,9 @@ def linear(left: Operand, right: Operand, bias: Tensor | None) -> Tensor:
     return _scaled(total, x.grid.step, _of_outputs(w.grid), bias)
 
 
-def _linear_in_cache(left: LazyCodes, right: Operand, bias: Tensor | None) -> Tensor | None:
+def _linear_in_cache(
+    left: LazyCodes, right: Operand, bias: Tensor | None, finish: Finish | None
+) -> Tensor | None:
     """The same a few rows at a time, so that codes and sums need no trip to memory; ``None`` if it cannot."""
     x, w = left.source, right.encoded
     if w is None or not x.is_contiguous() or x.dim() < 2:
@@ -167,6 +176,8 @@ def _linear_in_cache(left: LazyCodes, right: Operand, bias: Tensor | None) -> Te
             else:
                 product.write(codes, total)
             _scaled(total, left.grid.step, _of_outputs(w.grid), bias)
+            if finish is not None:
+                finish(total)
     return result.view(*x.shape[:-1], outputs)
 
 

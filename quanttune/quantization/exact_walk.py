@@ -22,7 +22,7 @@ from quanttune.quantization import exact, order_free
 from quanttune.quantization.arrangements import DIVIDING, REARRANGING, SCALING
 from quanttune.quantization.exact import LazyCodes, Operand
 from quanttune.quantization.quantizers import Quantizer, UniformQuantizer
-from quanttune.quantization.quantizers.grid import Grid, on_grid
+from quanttune.quantization.quantizers.grid import Finish, Grid, on_grid
 from quanttune.quantization.sites import OUTPUT_OPERAND, SiteId
 from quanttune.quantization.tracing import Handler, SiteHandlers
 from quanttune.quantization.walkers import Product, safe_softmax, softmax
@@ -74,6 +74,7 @@ class ExactHandlers(SiteHandlers):
         self.unchecked = True
         self.exact, self.wide = exact, wide
         self._fresh: Tensor | None = None  # a result that nobody but this walk has seen
+        self._finish: Finish | None = None  # what may have quantized it already
 
     @property
     def _computes(self) -> bool:
@@ -95,6 +96,8 @@ class ExactHandlers(SiteHandlers):
             result = handler(seen)
             return tensor if result is seen else result
         fresh = site.operand == OUTPUT_OPERAND and self._fresh is tensor and not _is_tracked(tensor)
+        if fresh and self._finish is not None and self._finish.grid is not None:
+            return _marked(tensor, self._finish.grid)
         if fresh and isinstance(handler, Quantizer) and tensor.dtype == torch.float32:
             grid = handler.quantize_in_place(tensor)
             if grid is not None:
@@ -118,17 +121,21 @@ class ExactHandlers(SiteHandlers):
         tracked = (left.values, right.values, product.bias)
         if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tracked):
             return _TrackedProduct.apply(product, left, right, left.decoded(), right.decoded(), product.bias)
-        self._fresh = _computed(product, left, right)
+        self._finish = self._finish_at(product.call.site(OUTPUT_OPERAND))
+        self._fresh = _computed(product, left, right, self._finish)
         return self._fresh
 
-    def apply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def apply(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: SiteId | None = None
+    ) -> Any:
         """Compute any other operation, and carry marks along."""
-        self._fresh = None
+        self._fresh = self._finish = None
         if not self._computes:
             return func(*args, **kwargs)
         if func in _ORDER_DEPENDENT or kwargs.get("alpha", 1) != 1:
             # A sum with a factor may be one rounding or two.
-            result = order_free.in_float64(func, args, kwargs, self.wide)
+            self._finish = None if output is None or self.wide else self._finish_at(output)
+            result = order_free.in_float64(func, args, kwargs, self.wide, self._finish)
             if order_free.written(func, args, kwargs) is None:
                 self._fresh = result
             return result
@@ -144,6 +151,12 @@ class ExactHandlers(SiteHandlers):
         if func in SCALING and not kwargs and (constant := _constant(args[1])):
             return _marked(result, grid.scaled(1 / constant if "div" in func.__name__ else constant))
         return result
+
+    def _finish_at(self, site: SiteId) -> Finish | None:
+        """What quantizes the result that the site will be visited with next."""
+        handler = self.handler_of(site)
+        in_place = isinstance(handler, UniformQuantizer) and handler.shared_grid is not None
+        return Finish(handler.quantize_in_place) if in_place else None  # type: ignore[union-attr]
 
     def rearranged(self, result: Tensor, source: Tensor) -> Tensor:
         """Carry the mark of ``source`` along."""
@@ -179,11 +192,11 @@ def _handled(handler: Handler, tensor: Tensor) -> Operand:
     return Operand(handler(tensor) if encoded is None or _is_tracked(tensor) else None, encoded)
 
 
-def _computed(product: Product, left: Operand, right: Operand) -> Tensor:
+def _computed(product: Product, left: Operand, right: Operand, finish: Finish | None = None) -> Tensor:
     if product.call.operation == "matmul":
         return exact.matmul(left, right)
     if product.call.operation == "linear":
-        return exact.linear(left, right, product.bias)
+        return exact.linear(left, right, product.bias, finish)
     return exact.convolution(product.func, left, right, product.bias, *product.rest, **product.options)
 
 

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quanttune.quantization.quantizers.grid import Finish
+
 _EVERYWHERE = (
     "addcdiv", "addcmul", "cos", "cosh", "cumsum", "erf", "exp", "exp2", "expm1", "lerp", "log", "log10",
     "log1p", "log2", "logcumsumexp", "logsumexp", "mean", "nansum", "norm", "pow", "prod", "rsqrt",
@@ -61,7 +63,13 @@ _AT_ONCE = 1 << 17  # elements of which float64 copies stay in the cache
 _IN_PLACE_LAST = frozenset({"celu", "elu", "hardsigmoid", "hardswish", "mish", "selu", "silu"})
 
 
-def in_float64(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], wide: bool = False) -> Any:
+def in_float64(
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    wide: bool = False,
+    finish: Finish | None = None,
+) -> Any:
     """Call ``func`` with every float32 tensor in float64, and round what it returns to float32 once.
 
     What ``func`` would write in place is written.
@@ -71,6 +79,7 @@ def in_float64(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], wide: b
         args: Its arguments.
         kwargs: Its arguments by name; a ``dtype`` of float32 is what the result is rounded to.
         wide: Whether the result stays in float64, and float64 may be among the arguments.
+        finish: Applied where the function is computed a part at a time.
     """
     types = {tensor.dtype for tensor in _tensors((*args, *kwargs.values()))}
     if torch.float32 not in types or (torch.float64 in types and not wide):
@@ -78,7 +87,7 @@ def in_float64(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], wide: b
     if (
         not wide
         and getattr(func, "__name__", "") in _BY_ROWS
-        and (found := _by_rows(func, args, kwargs)) is not None
+        and (found := _by_rows(func, args, kwargs, finish)) is not None
     ):
         return found
     if getattr(func, "__name__", "") == "rms_norm" and len(args) < 4:
@@ -120,7 +129,9 @@ def true_quotient(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (numerator, of_device, *args[2:])
 
 
-def _by_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _by_rows(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], finish: Finish | None
+) -> Tensor | None:
     """A function of vectors along the last dimension, some of them at a time while they are in the cache.
 
     Returns:
@@ -152,6 +163,8 @@ def _by_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
     at_once = max(_AT_ONCE // values.shape[-1], 1)
     for part, target in zip(rows.split(at_once), result.split(at_once), strict=True):
         target.copy_(func(part.double(), **named))
+        if finish is not None:
+            finish(target)
     return result.view(values.shape)
 
 

@@ -80,7 +80,9 @@ class SiteVisitor(TorchFunctionMode):
         left, right = product.sites
         return product.of(self.visit(left, product.left), self.visit(right, product.right))
 
-    def apply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def apply(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: SiteId | None = None
+    ) -> Any:
         """Compute an operation that is no product; the model's own kernel by default."""
         return func(*args, **kwargs)
 

@@ -72,8 +72,10 @@ class Walk(Protocol):
     def multiply(self, product: Product) -> Tensor:
         """Visit both operands of a product and compute it."""
 
-    def apply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute an operation that is no product."""
+    def apply(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: SiteId | None = None
+    ) -> Any:
+        """Compute an operation that is no product; its result is visited at ``output`` next."""
 
     def opens_attention(self, path: str) -> bool:
         """Whether a site inside the fused attention of the module at ``path`` is wanted."""
@@ -137,8 +139,9 @@ def _walk_unary(name: str) -> Callable[..., Tensor]:
         if target is not None and target is first and value is not first:
             # In place: what the visitor returned is its own, and whoever else holds the operand reads it.
             value = _written_to(visitor, first, value)
-        result = visitor.apply(func, (value, *args[1:]), options)
-        visited = visitor.visit(call.site("output"), result)
+        output = call.site("output")
+        result = visitor.apply(func, (value, *args[1:]), options, output)
+        visited = visitor.visit(output, result)
         return visited if target is None or visited is target else _written_to(visitor, target, visited)
 
     return walk

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from quanttune.quantization import exact, simulate
+from quanttune.quantization import SiteId, exact, simulate
 from quanttune.quantization.exact import Operand
+from quanttune.quantization.exact_walk import ExactHandlers
 from quanttune.quantization.quantizers import DynamicQuantizer, ScaledQuantizer, UniformQuantizer
-from quanttune.quantization.quantizers.grid import Encoded, Grid, on_grid, significant
+from quanttune.quantization.quantizers.grid import Encoded, Finish, Grid, on_grid, significant
 from quanttune.quantization.quantizers.log2 import Log2Quantizer
 from quanttune.quantization.quantizers.twin import TwinGeluQuantizer, TwinSoftmaxQuantizer
 from tests.quantization import quantizing
@@ -273,3 +274,25 @@ def test_other_types_are_quantized_in_float32_and_keep_their_type(dtype: torch.d
         tracked = model(batch.clone().requires_grad_())
     assert found.dtype == dtype
     assert torch.equal(tracked.detach(), found)
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "opt", "llama"])
+def test_quantizing_results_in_the_cache_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, batch = quantizers(name, EAGER, "full", "W8A8"), inputs(name, 4, 3)
+    made: list[Finish] = []
+    finish_at = ExactHandlers._finish_at
+
+    def noted(self: ExactHandlers, site: SiteId) -> Finish | None:
+        found = finish_at(self, site)
+        made.extend([] if found is None else [found])
+        return found
+
+    logits_of = []
+    for replacement in (noted, lambda *_: None):
+        monkeypatch.setattr(ExactHandlers, "_finish_at", replacement)
+        model = build(name, EAGER)
+        with simulate(model, chosen):
+            logits_of.append(logits(model, batch))
+    assert torch.equal(*logits_of)
+    # The case is not empty: results of layers and of functions were quantized while they were computed.
+    assert sum(each.grid is not None for each in made) >= 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,6 +73,25 @@ class Encoded:
             return None
         largest = self.grid.largest * int(shifts.max())
         return Encoded(self.codes * shifts, replace(self.grid, step=base, largest=largest))
+
+
+@dataclass
+class Finish:
+    """Quantizes a result a part at a time, while the part is in the cache.
+
+    Args:
+        quantize: Writes the quantized values over a part and says their grid.
+
+    Attributes:
+        grid: The grid, once a part has been quantized; ``None`` means that the result is as it was.
+    """
+
+    quantize: Callable[[Tensor], Grid | None]
+    grid: Grid | None = None
+
+    def __call__(self, part: Tensor) -> None:
+        """Quantize a part, in place."""
+        self.grid = self.quantize(part)
 
 
 def on_grid(values: Tensor, grid: Grid) -> Encoded:
