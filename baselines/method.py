@@ -172,12 +172,17 @@ class Context:
         model.load_state_dict(weights)
         return dataclasses.replace(self, model=model.to(self.device).eval(), weights_digest=None)
 
+    @property
+    def weights_key(self) -> str:
+        """Digest of the model's weights, which every stage that is computed from them has in its key."""
+        return self.weights_digest or tensor_digest(self.model.state_dict())
+
     def stage_key(self) -> dict[str, Any]:
         """What decides every stage computed from weights and calibration inputs: digests of both."""
         return {
             **self.identity,
             "arithmetic": ARITHMETIC,
-            "weights": self.weights_digest or tensor_digest(self.model.state_dict()),
+            "weights": self.weights_key,
             "calibration": [_inputs_digest(batch.inputs) for batch in self.calibration],
         }
 

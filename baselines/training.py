@@ -45,7 +45,7 @@ class FineTuning(Method):
             labels.
 
     Raises:
-        ConfigError: If a setting is out of its range.
+        ConfigError: If a setting is out of its range, or the calibrator would fine-tune once more.
         UnknownNameError: If there is no such calibrator.
     """
 
@@ -62,7 +62,11 @@ class FineTuning(Method):
         if not 0 <= self.distillation <= 1:
             raise ConfigError(f"distillation {self.distillation} is not a share between 0 and 1")
         # What would be refused when the weights are tuned is refused now, before any work.
-        METHODS.get(self.calibrator)
+        if METHODS.get(self.calibrator).trains:
+            raise ConfigError(
+                f"calibrator {self.calibrator!r} fine-tunes as well, and one of two trainings would be lost; "
+                "choose a method that does not train"
+            )
         given = {name: value for name in _RECIPE if (value := getattr(self, name, None)) is not None}
         Schedule(**{"steps": 1, "learning_rate": 1.0} | given)
         self.outlier_settings()
@@ -88,6 +92,7 @@ class FineTuning(Method):
         # The schedule tells steps and rate, whoever set them: a search then finds the weights of the recipe.
         key = {
             **context.identity,
+            "weights": context.weights_key,
             "method": self.name,
             "version": self.version,
             "parameters": {
@@ -100,16 +105,21 @@ class FineTuning(Method):
         }
         if context.autocast is not None:
             key["autocast"] = str(context.autocast)
+        if context.processes > 1:
+            # They round otherwise than one, and each draws dropout of its own.
+            key["processes"] = context.processes
         weights = context.stages.tensors("tuning", key, lambda: self._tune(context, schedule, key))
         tuned = context.changed(weights)
         quantized = METHODS.get(self.calibrator)().quantize(tuned)
         details = {"schedule": dataclasses.asdict(schedule), **_outermost(tuned)}
-        return dataclasses.replace(
-            quantized,
-            weights=weights,
-            details={**quantized.details, **details},
-            weights_origin=context.stages.reference("tuning", key),
+        # Training makes another function of the reference, whatever a calibrator says of its own weights.
+        quantized = dataclasses.replace(
+            quantized, details={**quantized.details, **details}, same_function=False
         )
+        if quantized.weights is not None:
+            return quantized
+        origin = context.stages.reference("tuning", key)
+        return dataclasses.replace(quantized, weights=weights, weights_origin=origin)
 
     def _schedule(self, context: Context) -> Schedule:
         given = {name: getattr(self, name, None) for name in _RECIPE}

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from baselines.method import METHODS
+from baselines.method import METHODS, Context, Method
+from quanttune.errors import ConfigError
 from quanttune.inputs import call_model
 from quanttune.outlier_loss import OutlierLossConfig
-from quanttune.quantization import SiteHandlers, SiteKind
+from quanttune.quantization import Quantized, SiteHandlers, SiteKind
 from tests.method_contexts import CountingStages, context_for, made
 from tests.quantization.models import one_thread
 
@@ -48,6 +51,36 @@ class TestTuningIsShared:
         method(norm_rate=5.0).quantize(context_for("vit", stages=stages))
         method().quantize(context_for("vit", stages=stages, seed=1))
         assert stages.made.count("tuning") == 6
+
+
+@dataclass(frozen=True)
+class Halved(Method):
+    """A calibrator that changes weights, and says that the function stays."""
+
+    name: ClassVar[str] = "halved"
+
+    def quantize(self, context: Context) -> Quantized:
+        weights = {name: tensor / 2 for name, tensor in context.model.state_dict().items()}
+        return Quantized({}, weights, same_function=True)
+
+
+def test_what_a_calibrator_makes_of_tuned_weights_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS._items, "halved", Halved)
+    method = METHODS.get("finetune")
+    tuned = method().quantize(context_for("vit")).weights
+    halved = method(calibrator="halved").quantize(context_for("vit"))
+    assert tuned is not None
+    assert halved.weights is not None
+    assert all(torch.equal(halved.weights[name], tuned[name] / 2) for name in tuned)
+    # Of what was tuned; the reference computes another.
+    assert not halved.same_function
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_calibrator_that_trains_is_refused(name: str) -> None:
+    """Its weights would be lost, and its quantizers be those of a model that is not there."""
+    with pytest.raises(ConfigError, match="calibrator 'finetune' fine-tunes as well"):
+        METHODS.get(name)(calibrator="finetune")
 
 
 def test_quanttune_passes_its_settings_on() -> None:
