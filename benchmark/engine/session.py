@@ -33,6 +33,19 @@ class GateError(QuantTuneError):
     """A reference whose metric is not the expected one; nothing is quantized from it."""
 
 
+def stage_scope(model_identity: str, reference: str, task: str, device: str) -> dict[str, Any]:
+    """What is in the key of every stage that is computed from a reference.
+
+    Args:
+        model_identity: Two models may have the same weights and differ in their configuration: in the number
+            of heads, an activation function or how a picture is scaled.
+        reference: Digest of the weights.
+        task: Fingerprint of the data.
+        device: Its kind.
+    """
+    return {"model": model_identity, "reference": reference, "task": task, "device": device}
+
+
 @dataclass(frozen=True)
 class _Changed:
     """A copy of the model with other weights."""
@@ -111,11 +124,9 @@ class Session:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What decides everything a method computes from the reference, apart from its own settings."""
-        return {
-            "reference": self.reference_digest,
-            "task": self.task.fingerprint(),
-            "device": self.device.type,
-        }
+        return stage_scope(
+            self.model_identity, self.reference_digest, self.task.fingerprint(), self.device.type
+        )
 
     @cached_property
     def model(self) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmark.engine.session import Session
+from benchmark.engine.session import Session, stage_scope
 from benchmark.keep.stages import Stages
 from benchmark.keep.store import Store
 from benchmark.report.rows import SuiteRows
@@ -157,10 +157,13 @@ class ModelAnalysis:
     @cached_property
     def _stages(self) -> Stages:
         # Known from the records, so that what is kept can be read without making the model.
-        return Stages(self._store.root / "stages").scoped(
-            reference=self._reference_digest,
-            task=self.cell.task_fingerprint,
-            device=self._device.type,
+        return Stages(self._store.root / "stages", self._scope)
+
+    @property
+    def _scope(self) -> dict[str, Any]:
+        cell = self.cell
+        return stage_scope(
+            cell.model_identity, self._reference_digest, cell.task_fingerprint, self._device.type
         )
 
     def _key(self, weights: WeightSet) -> dict[str, Any]:
@@ -224,9 +227,12 @@ class ModelAnalysis:
 
     def _kept_weights(self, weights: WeightSet) -> dict[str, Tensor] | None:
         """The tuned weights that the record names, if they are still kept."""
-        for key, tensors in self._stages.kept("tuning"):
-            if key.get("method") == weights.cell.method and tensor_digest(tensors) == weights.digest:
-                return tensors
+        # Older versions named no model there; what is kept is known by its content.
+        unnamed = {name: value for name, value in self._scope.items() if name != "model"}
+        for scope in (self._scope, unnamed):
+            for key, tensors in Stages(self._stages.folder, scope).kept("tuning"):
+                if key.get("method") == weights.cell.method and tensor_digest(tensors) == weights.digest:
+                    return tensors
         return None
 
     def _changed(self, what: str) -> StoreError:
