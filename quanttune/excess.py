@@ -12,10 +12,23 @@ _SAMPLE = 1 << 16
 _MARGIN = 0.02
 """Relative margin of the rows that are searched; wider than the rounding of bfloat16."""
 
+_SMALL, _LARGE = 2.0**-24, 2.0**24
+"""Between these the fourth power of a value, and a sum of many, is a normal number of single precision."""
 
-def moments_of(values: Tensor) -> Tensor:
-    """Mean, standard deviation, minimum and maximum, shape ``(4,)``; the moments from a strided sample."""
-    std, mean = torch.std_mean(sample_of(values).float())
+
+def moments_of(values: Tensor, unit: float = 1.0) -> Tensor:
+    """Mean, standard deviation, minimum and maximum, shape ``(4,)``; the moments from a strided sample.
+
+    Args:
+        values: Of any shape.
+        unit: A power of two to compute in, for magnitudes whose squares overflow: a GPU sums them in single
+            precision.
+    """
+    sample = sample_of(values).float()
+    if unit == 1:
+        std, mean = torch.std_mean(sample)
+    else:
+        std, mean = (moment * unit for moment in torch.std_mean(sample / unit))
     low, high = torch.aminmax(values.detach())
     return torch.stack([mean, std, low.float(), high.float()])
 
@@ -91,4 +104,9 @@ def _beyond(values: Tensor, mean: float, reach: float) -> tuple[Tensor, Tensor]:
 def kurtosis_of(values: Tensor) -> Tensor:
     """Fourth standardised moment, a scalar with a gradient; 3 for a Gaussian."""
     centred = values - values.mean()
+    # Fourth powers of single precision overflow from 1e9 on. Ordinary values are multiplied by one.
+    largest = centred.detach().abs().amax()
+    ordinary = (largest > _SMALL) & (largest < _LARGE)
+    exponent = torch.frexp(largest)[1].clamp(-126, 126)
+    centred = centred * torch.where(ordinary, 1.0, 2.0**-exponent)
     return (centred**4).mean() / (centred**2).mean() ** 2

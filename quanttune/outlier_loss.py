@@ -46,97 +46,31 @@ from torch import Tensor, nn
 from quanttune.errors import ConfigError
 from quanttune.excess import MeanExcess, kurtosis_of, moments_of, sample_of
 from quanttune.inputs import ModelInputs
-from quanttune.quantization import SiteHandlers, SiteKind, SiteTable, discover_sites
+from quanttune.quantization import SiteHandlers, SiteTable, discover_sites
 from quanttune.quantization.tracing import Handler
 from quanttune.replicas import Replicas, merged_moments
+from quanttune.thresholds import (
+    PENALTIES,
+    RESIDUAL_STREAM,
+    SCHEDULES,
+    OutlierLossConfig,
+    Running,
+    activation_limit,
+    annealed,
+    final_threshold,
+    streams,
+)
+from quanttune.training_loops import (
+    as_they_are,
+    is_recomputed,
+    refuse_replicated,
+    refuse_without_graph,
+)
 
-PENALTIES = ("outlier", "range", "kurtosis")
-SCHEDULES = ("feedback", "anneal", "fixed")
-RESIDUAL_STREAM = (SiteKind.EMBEDDING_SUM, SiteKind.RESIDUAL_SUM, SiteKind.LINEAR_OUTPUT)
-"""Kinds of site that carry the residual stream, where rounding errors add up over the depth."""
+__all__ = ["PENALTIES", "RESIDUAL_STREAM", "SCHEDULES", "OutlierLoss", "OutlierLossConfig"]
 
 _PROJECT_EVERY = 10
 """Optimizer steps between projections of the matrices, whose entries move slowly."""
-
-
-@dataclass(frozen=True)
-class OutlierLossConfig:
-    """Settings of :class:`OutlierLoss`; the defaults are the suite's one recipe for every model family.
-
-    Args:
-        weight: Balance against the task loss; 0 turns the loss off, projection included.
-        threshold: Distance from the mean, in standard deviations, up to which no activation is an outlier.
-        parameter_threshold: The same for the entries of the model's matrices; ``None`` leaves them alone.
-        schedule: How an activation site's threshold gets there: ``feedback``; for ablations ``anneal``
-            (geometrically over a fraction of the steps) or ``fixed`` (at once).
-        band: With ``feedback``, the fraction of the site's largest distance beyond which values are pulled.
-        anneal: Fraction of the steps over which annealed thresholds fall: those of matrices, or with
-            ``anneal`` all.
-        power: Exponent of the excess, 1 (absolute) or 2 (squared).
-        penalty: ``outlier``; for ablations ``range`` (largest distance of a site) or ``kurtosis`` (arXiv
-            2404.03605).
-        kinds: Kinds of activation site that make the stream; ``None`` for all but softmax outputs, which 1
-            bounds.
-        branch_threshold: The threshold of every other kind but softmax outputs; ``None`` leaves them alone.
-        momentum: Weight of the past in the running moments.
-
-    Raises:
-        ConfigError: If a setting is out of its range.
-    """
-
-    weight: float = 0.1
-    threshold: float = 5.0
-    parameter_threshold: float | None = 8.0
-    schedule: str = "feedback"
-    band: float = 0.7
-    anneal: float = 0.6
-    power: int = 1
-    penalty: str = "outlier"
-    kinds: tuple[SiteKind, ...] | None = RESIDUAL_STREAM
-    branch_threshold: float | None = None
-    momentum: float = 0.9
-
-    def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ConfigError(f"outlier-loss weight {self.weight} is negative; use 0 to turn the loss off")
-        for threshold in (self.threshold, self.parameter_threshold, self.branch_threshold):
-            if threshold is not None and threshold <= 1:
-                raise ConfigError(
-                    f"outlier threshold {threshold} does not exceed 1 standard deviation; 4 to 10 is usual"
-                )
-        for name in ("band", "anneal"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} {getattr(self, name)} is not a fraction between 0 and 1")
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(f"schedule {self.schedule!r} is not one of {', '.join(SCHEDULES)}")
-        if self.power not in (1, 2):
-            raise ConfigError(f"power {self.power} is not 1 (absolute) or 2 (squared)")
-        if self.penalty not in PENALTIES:
-            raise ConfigError(f"penalty {self.penalty!r} is not one of {', '.join(PENALTIES)}")
-
-
-@dataclass
-class _Running:
-    """Running moments of one tensor and its largest distance: at the start, smoothed, and now."""
-
-    mean: float = 0.0
-    std: float = 0.0
-    start: float = 0.0
-    recent: float = 0.0
-    ratio: float = 0.0
-    updates: int = 0
-
-    def update(self, moments: list[float], momentum: float) -> None:
-        mean, std, low, high = moments
-        # A plain average at first, so that the first batch is not given the weight of the whole past.
-        keep = min(momentum, self.updates / (self.updates + 1))
-        self.mean = keep * self.mean + (1 - keep) * mean
-        self.std = keep * self.std + (1 - keep) * std
-        self.updates += 1
-        if self.std > 0:
-            self.ratio = max(high - self.mean, self.mean - low) / self.std
-            self.start = self.start or self.ratio
-            self.recent = keep * self.recent + (1 - keep) * self.ratio
 
 
 class OutlierLoss:
@@ -176,19 +110,20 @@ class OutlierLoss:
         self._final = {
             site.id: threshold
             for site in activations
-            if (threshold := self._final_threshold(site.kind)) is not None
+            if (threshold := final_threshold(self.config, site.kind)) is not None
         }
         if not self._final:
             raise ConfigError(
                 f"no site of profile {profile} is of the kinds {self.config.kinds}; nothing to penalise"
             )
+        self._model = model
         self._share = self._shares(table)
-        self._running = {site_id: _Running() for site_id in self._final}
+        self._running = {site_id: Running() for site_id in self._final}
         self._visitor = SiteHandlers(model, {site_id: self._handler(site_id) for site_id in self._running})
         self._matrices = {
             name: parameter for name, parameter in model.named_parameters() if parameter.dim() > 1
         }
-        self._parameters = {name: _Running() for name in self._matrices}
+        self._parameters = {name: Running() for name in self._matrices}
         self._steps, self._step = steps, 0
         self._terms: list[_Term] = []
         self._pending: dict[str, int] = {}
@@ -208,27 +143,18 @@ class OutlierLoss:
             )
         self._replicas = replicas
 
-    def _streams(self, kind: SiteKind) -> bool:
-        kinds = self.config.kinds
-        return kind is not SiteKind.SOFTMAX if kinds is None else kind in kinds
-
-    def _final_threshold(self, kind: SiteKind) -> float | None:
-        """Where the threshold of a site of this kind ends; ``None`` if it is not penalised."""
-        if self._streams(kind):
-            return self.config.threshold
-        return None if kind is SiteKind.SOFTMAX else self.config.branch_threshold
-
     def _shares(self, table: SiteTable) -> dict[str, float]:
         """Share of each site in the loss.
 
         A mean over the stream and one over the branches: a model with many branch sites does not take weight
         from its stream.
         """
-        streams = {site_id: self._streams(table[site_id].kind) for site_id in self._final}
-        sizes = Counter(streams.values())
-        return {site_id: 1 / sizes[stream] for site_id, stream in streams.items()}
+        carries = {site_id: streams(self.config, table[site_id].kind) for site_id in self._final}
+        sizes = Counter(carries.values())
+        return {site_id: 1 / sizes[stream] for site_id, stream in carries.items()}
 
     def __enter__(self) -> Self:
+        refuse_replicated(self._model, shared=self._replicas is not None)
         self._visitor.__enter__()
         return self
 
@@ -269,7 +195,18 @@ class OutlierLoss:
         ]
 
     def step(self) -> None:
-        """Advance the schedule by one optimizer step; the only point that waits for the device."""
+        """Advance the schedule by one optimizer step; the only point that waits for the device.
+
+        Raises:
+            ConfigError: If the model did not run since the last step.
+        """
+        if not self._visitor.ran and not self._observed:
+            raise ConfigError(
+                "the watched model did not run since the last step, so what is trained is another one; give "
+                "OutlierLoss the very module that the loop calls, uncompiled and not a copy, and call it "
+                "inside `with`"
+            )
+        self._visitor.ran = False
         observed, self._observed = self._observed, []
         if observed:
             rows = torch.stack([row.to(observed[0][1].device) for _, row, _ in observed])
@@ -294,13 +231,16 @@ class OutlierLoss:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         self._step = int(state["step"])
-        self._running |= {name: _Running(**values) for name, values in state["sites"].items()}
-        self._parameters |= {name: _Running(**values) for name, values in state["parameters"].items()}
+        self._running |= {name: Running(**values) for name, values in state["sites"].items()}
+        self._parameters |= {name: Running(**values) for name, values in state["parameters"].items()}
 
     def _handler(self, site_id: str) -> Handler:
         def handle(values: Tensor) -> Tensor:
-            if torch.is_grad_enabled():
-                self._watch(site_id, values)
+            if not torch.is_grad_enabled():
+                refuse_without_graph(site_id)
+            elif not is_recomputed():
+                with as_they_are(values):
+                    self._watch(site_id, values)
             return values
 
         return handle
@@ -311,9 +251,9 @@ class OutlierLoss:
         if not values.numel():
             # An expert without tokens has no outliers.
             return
-        moments = moments_of(values)
-        self._observed.append((site_id, moments, sample_of(values).numel()))
         running = self._running[site_id]
+        moments = moments_of(values, running.unit)
+        self._observed.append((site_id, moments, sample_of(values).numel()))
         if not self.config.weight or not running.std > 0:
             return
         limit = self._activation_limit(running, self._final[site_id])
@@ -327,18 +267,8 @@ class OutlierLoss:
             settings = (running.mean, running.std, limit, self.config.power)
             self._terms.append(_Term(site_id, forward, *MeanExcess.apply(values, *settings)))
 
-    def _activation_limit(self, running: _Running, final: float) -> float:
-        if self.config.schedule == "feedback":
-            return max(final, self.config.band * running.recent)
-        return self._annealed(running, final) if self.config.schedule == "anneal" else final
-
-    def _annealed(self, running: _Running, final: float) -> float:
-        """The threshold of this step: geometric from the tensor's own largest distance to the final one."""
-        if running.start <= final:
-            return final
-        span = self.config.anneal * self._steps
-        progress = 1.0 if span <= 0 else min(self._step / span, 1.0)
-        return float(running.start ** (1 - progress) * final**progress)
+    def _activation_limit(self, running: Running, final: float) -> float:
+        return activation_limit(self.config, running, final, self._step, self._steps)
 
     @torch.no_grad()
     def _project(self, final: float) -> None:
@@ -346,7 +276,7 @@ class OutlierLoss:
             running = self._parameters[name]
             running.update(moments_of(matrix).tolist(), momentum=0.0)
             if running.std > 0:
-                reach = self._annealed(running, final) * running.std
+                reach = annealed(self.config, running, final, self._step, self._steps) * running.std
                 matrix.clamp_(running.mean - reach, running.mean + reach)
 
 
@@ -360,7 +290,7 @@ class _Term:
     count: Tensor | float = 1.0
 
 
-def _reaches(moments: Tensor, running: _Running, limit: float) -> bool:
+def _reaches(moments: Tensor, running: Running, limit: float) -> bool:
     """Whether any value is an outlier; on a CPU the look is free and spares most sites the rest."""
     _, _, low, high = moments.tolist()
     return bool(max(high - running.mean, running.mean - low) > limit * running.std)

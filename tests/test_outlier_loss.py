@@ -156,8 +156,10 @@ def test_projection_clamps_matrices_and_weight_zero_changes_nothing() -> None:
         with torch.no_grad():
             model.inner.weight[3, 5] = 40.0
         config = OutlierLossConfig(weight=weight, parameter_threshold=3.0, anneal=0.5)
-        with OutlierLoss(model, heavy_tailed((4, 5, 16)), steps=20, config=config) as outliers:
+        inputs = heavy_tailed((4, 5, 16))
+        with OutlierLoss(model, inputs, steps=20, config=config) as outliers:
             for _ in range(20):
+                model(inputs)
                 outliers.step()
         return model
 
