@@ -86,6 +86,8 @@ class OutlierLoss:
         steps: Optimizer steps of the whole fine-tuning, which the schedule spans.
         config: Settings.
         profile: Profile whose sites are penalised.
+        only_while_running: For who cannot be sure to leave ``with``: between two forward passes nothing but
+            hooks of the model is left.
 
     Example:
         >>> with OutlierLoss(model, inputs, steps=700) as outliers:  # doctest: +SKIP
@@ -101,6 +103,8 @@ class OutlierLoss:
         steps: int,
         config: OutlierLossConfig | None = None,
         profile: str = "full",
+        *,
+        only_while_running: bool = False,
     ) -> None:
         if steps < 1:
             raise ConfigError(f"the outlier loss needs the number of optimizer steps, got {steps}")
@@ -120,6 +124,7 @@ class OutlierLoss:
         self._share = self._shares(table)
         self._running = {site_id: Running() for site_id in self._final}
         self._visitor = SiteHandlers(model, {site_id: self._handler(site_id) for site_id in self._running})
+        self._visitor.only_while_running = only_while_running
         self._matrices = {
             name: parameter for name, parameter in model.named_parameters() if parameter.dim() > 1
         }
@@ -273,6 +278,9 @@ class OutlierLoss:
     @torch.no_grad()
     def _project(self, final: float) -> None:
         for name, matrix in self._matrices.items():
+            if not matrix.requires_grad:
+                # Frozen, as under an adapter: no training may change it.
+                continue
             running = self._parameters[name]
             running.update(moments_of(matrix).tolist(), momentum=0.0)
             if running.std > 0:

@@ -15,7 +15,7 @@ _ARRANGEMENTS = (
 )  # fmt: skip
 _TENSOR_ARRANGEMENTS = (
     *_ARRANGEMENTS, "__getitem__", "bfloat16", "contiguous", "cpu", "cuda", "double", "expand", "expand_as",
-    "float", "half", "repeat", "reshape_as", "to", "type", "type_as", "view", "view_as",
+    "float", "half", "repeat", "requires_grad_", "reshape_as", "to", "type", "type_as", "view", "view_as",
 )  # fmt: skip
 REARRANGING: frozenset[Any] = frozenset(
     {

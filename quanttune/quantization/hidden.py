@@ -101,6 +101,14 @@ def refuse_opaque(model: nn.Module) -> None:
             )
 
 
+def copy_refusal(path: str) -> QuantTuneError:
+    """The error of a copy that ``nn.DataParallel`` made of a module."""
+    return QuantTuneError(
+        f"module {path!r} runs as a copy that nn.DataParallel made for another device and thread, which no "
+        "walk can reach; use one device (CUDA_VISIBLE_DEVICES=0), or several processes"
+    )
+
+
 def is_of_a_compiler(traceback: TracebackType | None) -> bool:
     """Whether an exception comes out of the compiler, which cannot follow a walk."""
     if "torch._dynamo" not in sys.modules:

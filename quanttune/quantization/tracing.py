@@ -22,7 +22,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from quanttune.errors import QuantTuneError
-from quanttune.quantization.hidden import HiddenProducts, is_of_a_compiler, refusal, refuse_opaque
+from quanttune.quantization.hidden import (
+    HiddenProducts,
+    copy_refusal,
+    is_of_a_compiler,
+    refusal,
+    refuse_opaque,
+)
 from quanttune.quantization.sites import Call, SiteId
 from quanttune.quantization.walkers import Product, walker_of
 
@@ -63,6 +69,7 @@ class SiteVisitor(TorchFunctionMode):
         self._path: list[str] = []
         self._calls: Counter[tuple[str, str]] = Counter()
         self._hooks: list[RemovableHandle] = []
+        self.only_while_running = False  # whether nothing is in force between two runs of the model
         self.ran = False  # whether the whole model was called
         self.outermost = True  # whether no other walk stands around this one
         self.unchecked = False  # whether the next run is searched for products that have no site
@@ -114,22 +121,30 @@ class SiteVisitor(TorchFunctionMode):
             self._remove_hooks()
             raise
         self._refusal = None
+        if not self.only_while_running:
+            self._start()
+        return self
+
+    def _start(self) -> None:
         active = _active()
         self.outermost = not active
         active.append(self)
         super().__enter__()
-        return self
+
+    def _stop(self) -> None:
+        if self in _active():
+            super().__exit__(None, None, None)
+            _active().remove(self)
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._end_search(False)
-        super().__exit__(exc_type, exc, traceback)
-        _active().remove(self)
+        self._stop()
         self._remove_hooks()
         self._path.clear()
-        if self._refusal is not None and not isinstance(exc, QuantTuneError):
-            # Whatever became of it on its way through a scripted function, or a model that went on.
+        if self._refusal is not None and (not isinstance(exc, QuantTuneError) or _is_told_again(exc)):
+            # Whatever became of it in a scripted function, a thread or a model that went on.
             raise self._refusal from exc
         if exc is not None and not isinstance(exc, QuantTuneError) and is_of_a_compiler(traceback):
             raise QuantTuneError(
@@ -144,7 +159,12 @@ class SiteVisitor(TorchFunctionMode):
 
     def _entered(self, name: str) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, args: Any) -> None:
+            if "_is_replica" in vars(module):
+                self._refusal = copy_refusal(name)
+                raise self._refusal
             if not self._path:
+                if self.only_while_running:
+                    self._start()
                 self._calls.clear()
                 if self.unchecked:
                     self._search = HiddenProducts(self._met)
@@ -160,6 +180,8 @@ class SiteVisitor(TorchFunctionMode):
         self._failed = (self._failed or path) if output is None else ""
         if not self._path:
             self._end_search(output is not None)
+            if self.only_while_running:
+                self._stop()
 
     def _end_search(self, done: bool) -> None:
         search, self._search = self._search, None
@@ -203,6 +225,11 @@ class SiteVisitor(TorchFunctionMode):
         key = (self.path, operation)
         self._calls[key] += 1
         return Call(*key, self._calls[key])
+
+
+def _is_told_again(error: BaseException) -> bool:
+    """Whether a thread handed an error on, with its traceback for a message."""
+    return "Original Traceback" in str(error)
 
 
 class SiteHandlers(SiteVisitor):
