@@ -94,6 +94,7 @@ def trained(
     scaler: Any = None,
     between: Callable[[nn.Module], None] = lambda model: None,
     watched: nn.Module | None = None,
+    backward: Callable[[Tensor], None] = Tensor.backward,
 ) -> dict[str, Any]:
     """Three steps of a plain loop: penalties, gradients of the last step, weights and what the loss keeps."""
     settings = OutlierLossConfig(**(EVERYTHING | (config or {})))
@@ -110,7 +111,7 @@ def trained(
             penalties.append(float(penalty.detach()))
             total = loss + penalty
             if scaler is None:
-                total.backward()
+                backward(total)
                 optimizer.step()
             else:
                 scaler.scale(total).backward()
@@ -160,15 +161,23 @@ class TestRecomputation:
 
         assert_same(trained(residual("not reentrant"), whole), trained(residual()))
 
-    def test_of_blocks_of_timm(self) -> None:
-        plain, recomputed = (copy.deepcopy(build("vit")).train() for _ in range(2))
-        recomputed.set_grad_checkpointing(True)
-        assert_same(trained(recomputed), trained(plain))
+    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+    @pytest.mark.parametrize("backward", [Tensor.backward, torch.autograd.backward])
+    def test_of_blocks_of_timm(self, attention: str, backward: Callable[[Tensor], None]) -> None:
+        """Fused attention is taken apart for what is looked at in it, and so it must be once more.
 
-    def test_of_layers_of_transformers(self) -> None:
-        plain, recomputed = (quiet_bert() for _ in range(2))
+        A tensor's own ``backward`` runs outside of every walk, and the function inside of it.
+        """
+        plain, recomputed = (copy.deepcopy(build("vit", attention)).train() for _ in range(2))
+        recomputed.set_grad_checkpointing(True)
+        assert_same(trained(recomputed, backward=backward), trained(plain))
+
+    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+    @pytest.mark.parametrize("backward", [Tensor.backward, torch.autograd.backward])
+    def test_of_layers_of_transformers(self, attention: str, backward: Callable[[Tensor], None]) -> None:
+        plain, recomputed = (quiet_bert(attention) for _ in range(2))
         recomputed.gradient_checkpointing_enable({"use_reentrant": False})
-        assert_same(trained(recomputed), trained(plain))
+        assert_same(trained(recomputed, backward=backward), trained(plain))
 
     def test_of_layers_of_transformers_has_the_same_sites(self) -> None:
         """Found: its hook on the embeddings made their sum a residual one."""
@@ -198,9 +207,9 @@ class TestRecomputation:
         assert "\n" not in str(refused.value)
 
 
-def quiet_bert() -> Any:
+def quiet_bert(attention: str = "eager") -> Any:
     """Without dropout, so that loops can be compared."""
-    model = copy.deepcopy(build("bert")).train()
+    model = copy.deepcopy(build("bert", attention)).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

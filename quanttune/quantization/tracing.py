@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 
 from quanttune.errors import QuantTuneError
@@ -70,6 +70,7 @@ class SiteVisitor(TorchFunctionMode):
         self._calls: Counter[tuple[str, str]] = Counter()
         self._hooks: list[RemovableHandle] = []
         self.only_while_running = False  # whether nothing is in force between two runs of the model
+        self._sleeps: Callable[..., None] | None = None  # ends what holds for the present run alone
         self.ran = False  # whether the whole model was called
         self.outermost = True  # whether no other walk stands around this one
         self.unchecked = False  # whether the next run is searched for products that have no site
@@ -131,16 +132,36 @@ class SiteVisitor(TorchFunctionMode):
         active.append(self)
         super().__enter__()
 
-    def _stop(self) -> None:
+    def _stop(self, *_: Any) -> None:
+        super().__exit__(None, None, None)
+        _active().remove(self)
+
+    def _wake(self) -> None:
+        """Come into force for one run, where this walk is not: between runs, or in a backward pass.
+
+        Every walk steps aside for a backward pass. What that computes again must be what it was before.
+        """
+        if self in _get_current_function_mode_stack():
+            return
         if self in _active():
-            super().__exit__(None, None, None)
-            _active().remove(self)
+            super().__enter__()
+            self._sleeps = super().__exit__
+        else:
+            self._start()
+            self._sleeps = self._stop
+
+    def _sleep(self) -> None:
+        sleep, self._sleeps = self._sleeps, None
+        if sleep is not None:
+            sleep(None, None, None)
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._end_search(False)
-        self._stop()
+        self._sleep()
+        if not self.only_while_running:
+            self._stop()
         self._remove_hooks()
         self._path.clear()
         if self._refusal is not None and (not isinstance(exc, QuantTuneError) or _is_told_again(exc)):
@@ -163,8 +184,7 @@ class SiteVisitor(TorchFunctionMode):
                 self._refusal = copy_refusal(name)
                 raise self._refusal
             if not self._path:
-                if self.only_while_running:
-                    self._start()
+                self._wake()
                 self._calls.clear()
                 if self.unchecked:
                     self._search = HiddenProducts(self._met)
@@ -180,8 +200,7 @@ class SiteVisitor(TorchFunctionMode):
         self._failed = (self._failed or path) if output is None else ""
         if not self._path:
             self._end_search(output is not None)
-            if self.only_while_running:
-                self._stop()
+            self._sleep()
 
     def _end_search(self, done: bool) -> None:
         search, self._search = self._search, None
