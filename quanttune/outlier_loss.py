@@ -63,6 +63,7 @@ from quanttune.thresholds import (
 from quanttune.training_loops import (
     as_they_are,
     is_recomputed,
+    refuse_other_recomputation,
     refuse_replicated,
     refuse_without_graph,
 )
@@ -167,6 +168,7 @@ class OutlierLoss:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._visitor.__exit__(exc_type, exc, traceback)
+        refuse_other_recomputation(exc)
 
     @property
     def ratios(self) -> dict[str, float]:

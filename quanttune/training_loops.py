@@ -11,6 +11,7 @@ import sys
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import CheckpointError
 
 from quanttune.errors import ConfigError
 
@@ -67,6 +68,20 @@ def refuse_without_graph(site_id: str) -> None:
                 "gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         frame = frame.f_back  # type: ignore[assignment]
+
+
+def refuse_other_recomputation(error: BaseException | None) -> None:
+    """Say what a checkpoint says in a page: that it computed something else than before.
+
+    Raises:
+        ConfigError: If the error is a checkpoint's.
+    """
+    if isinstance(error, CheckpointError):
+        raise ConfigError(
+            "a checkpoint computed again other tensors than before: fused attention is taken apart where the "
+            "outlier loss looks into it, and a checkpoint around a function hides it the second time; put "
+            "the checkpoint around a module, or choose eager attention"
+        ) from error
 
 
 def as_they_are(values: Tensor) -> saved_tensors_hooks:

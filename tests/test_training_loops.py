@@ -17,7 +17,7 @@ from quanttune import OutlierLoss, OutlierLossConfig
 from quanttune.errors import ConfigError, QuantTuneError
 from quanttune.excess import MeanExcess, kurtosis_of, moments_of
 from quanttune.inputs import call_model, logits_of
-from quanttune.quantization import discover_sites
+from quanttune.quantization import SiteKind, discover_sites
 from quanttune.replicas import Replicas
 from quanttune.seeds import torch_generator
 from quanttune.thresholds import Running
@@ -178,6 +178,21 @@ class TestRecomputation:
         plain, recomputed = (quiet_bert(attention) for _ in range(2))
         recomputed.gradient_checkpointing_enable({"use_reentrant": False})
         assert_same(trained(recomputed, backward=backward), trained(plain))
+
+    def test_of_fused_attention_in_a_function_is_refused_in_a_line(self) -> None:
+        class Attention(Residual):
+            def branch(self, values: Tensor) -> Tensor:
+                return values + nn.functional.scaled_dot_product_attention(values, values, values)
+
+        plain, hidden = Attention(), Attention("not reentrant")
+        trained(plain)
+        with pytest.raises(ConfigError, match="around a module, or choose eager attention") as refused:
+            trained(hidden)
+        assert "\n" not in str(refused.value)
+        # Nothing in it is looked at, and nothing taken apart.
+        stream = {"kinds": (SiteKind.RESIDUAL_SUM,)}
+        hidden.load_state_dict(plain.state_dict())
+        assert_same(trained(hidden, config=stream), trained(plain, config=stream))
 
     def test_of_layers_of_transformers_has_the_same_sites(self) -> None:
         """Found: its hook on the embeddings made their sum a residual one."""
