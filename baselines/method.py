@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -116,6 +117,25 @@ def silent(stage: str, done: int, total: int) -> None:
     """Report nothing."""
 
 
+@dataclass(frozen=True)
+class Origin:
+    """How another process makes the same context again, from plain values alone.
+
+    Args:
+        maker: ``module:function``; called with the device, the progress and the arguments by name.
+        arguments: JSON values.
+    """
+
+    maker: str
+    arguments: Mapping[str, Any]
+
+    def make(self, device: torch.device, progress: Progress) -> Context:
+        """The context, of the reference."""
+        module, _, function = self.maker.partition(":")
+        made: Context = getattr(importlib.import_module(module), function)(device, progress, **self.arguments)
+        return made
+
+
 @dataclass
 class Context:
     """Everything a method may use for one cell.
@@ -136,6 +156,7 @@ class Context:
         progress: Report of long work.
         weights_digest: Digest of the model's weights if it is known; computed when it is asked for otherwise.
         copies: Gives a model with other weights, and their digest; keeps the last one.
+        origin: How another process makes it again; needed where several share a fine-tuning.
     """
 
     model: nn.Module
@@ -153,6 +174,7 @@ class Context:
     progress: Progress = silent
     weights_digest: str | None = None
     copies: Callable[[Mapping[str, Tensor]], tuple[nn.Module, str]] | None = None
+    origin: Origin | None = None
 
     @property
     def profile_sites(self) -> SiteTable:

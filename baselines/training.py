@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from baselines.method import METHODS, Context, Method, silent
+from baselines.method import METHODS, Context, Method, Origin
 from quanttune.errors import ConfigError
 from quanttune.inputs import ModelInputs, call_model, logits_of, to_device
 from quanttune.outlier_loss import OutlierLoss, OutlierLossConfig
@@ -134,14 +134,23 @@ class FineTuning(Method):
     def _tune(self, context: Context, schedule: Schedule, key: dict[str, Any]) -> dict[str, Tensor]:
         if context.processes == 1:
             return self.tuned(context, schedule, key)
-        model = copy.deepcopy(context.model).cpu()
-        given = dataclasses.replace(context, model=model, calibration=[], progress=silent, copies=None)
+        if context.origin is None:
+            raise ConfigError(
+                f"{self.name}: several processes can share a fine-tuning only if the context has an origin"
+            )
         return run_replicated(
             _replica,
-            (self, given, schedule, key),
+            {
+                "method": self.name,
+                "parameters": self.parameters(),
+                "origin": dataclasses.asdict(context.origin),
+                "schedule": dataclasses.asdict(schedule),
+                "key": key,
+            },
             context.processes,
             context.device,
             lambda done: context.progress(f"{self.name} fine-tuning", done, schedule.steps),
+            context.model.state_dict(),
         )
 
     def tuned(
@@ -238,17 +247,16 @@ class _Taught:
 def _replica(
     accelerator: Accelerator,
     report: Callable[[int], None],
-    method: FineTuning,
-    context: Context,
-    schedule: Schedule,
+    weights: dict[str, Tensor],
+    method: str,
+    parameters: dict[str, Any],
+    origin: dict[str, Any],
+    schedule: dict[str, Any],
     key: dict[str, Any],
 ) -> dict[str, Tensor]:
     """What each of several processes does."""
-    device = accelerator.device
-    here = dataclasses.replace(
-        context,
-        model=context.model.to(device),
-        device=device,
-        progress=lambda _, done, __: report(done),
-    )
-    return method.tuned(here, schedule, key, accelerator)
+    context = Origin(**origin).make(accelerator.device, lambda _, done, __: report(done))
+    # the ones of the context that is tuned, which may be a changed one
+    context.model.load_state_dict(weights)
+    tuning: FineTuning = METHODS.get(method)(**parameters)  # type: ignore[assignment]
+    return tuning.tuned(context, Schedule(**schedule), key, accelerator)

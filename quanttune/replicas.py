@@ -3,15 +3,23 @@
 Every process goes through the same batches and computes its part of each: an equal share of the items, in
 their order. Gradients, the task loss, outlier counts and moments are added over the processes, so that all of
 them see the same numbers and take the same steps.
+
+What they are told travels as JSON, tensors as safetensors in a folder of this user alone; they find each
+other through a file there and talk over the loopback interface.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import multiprocessing
 import os
-import pickle
 import socket
 import tempfile
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +33,7 @@ from quanttune.inputs import ModelInputs, batch_size_of
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_RESULT = "result.safetensors"
+_GIVEN, _RESULT = "given.safetensors", "result.safetensors"
 
 
 class Replicas:
@@ -107,27 +115,28 @@ def merged_moments(rows: Tensor, sizes: Tensor) -> Tensor:
 
 def run_replicated(
     work: Callable[..., dict[str, Tensor]],
-    arguments: tuple[Any, ...],
+    arguments: Mapping[str, Any],
     processes: int,
     device: torch.device | str,
     progress: Callable[[int], None] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Call ``work(accelerator, report, *arguments)`` in new processes on this machine.
+    """Call ``work(accelerator, report, tensors, **arguments)`` in new processes on this machine.
 
     Args:
         work: A function of a module; ``report`` takes the steps done. What the main process's call returns
             is returned.
-        arguments: Further arguments; they are copied to each process.
+        arguments: Plain JSON values by name, and nothing else.
         processes: How many; each takes a GPU of its own if ``device`` is one.
         device: ``cpu`` or ``cuda``.
         progress: Called with the steps done, about once a second.
+        tensors: Given to each process, on the CPU.
 
     Raises:
         ConfigError: If there are fewer GPUs than processes, or ``accelerate`` is not installed.
         QuantTuneError: What a process raised.
+        TypeError: If an argument is not JSON.
     """
-    from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, get_context, spawn
-
     kind = torch.device(device).type
     if kind == "cuda" and torch.cuda.device_count() < processes:
         raise ConfigError(f"{processes} processes need as many GPUs; there are {torch.cuda.device_count()}")
@@ -144,74 +153,122 @@ def run_replicated(
         "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
-    steps = get_context("spawn").Value("i", 0)
+    job = json.dumps(dict(arguments))
+    context = multiprocessing.get_context("spawn")
+    steps = context.Value("i", 0)
     with tempfile.TemporaryDirectory() as folder:
-        # As bytes: tensors would go through shared memory, which containers keep small.
-        job = pickle.dumps((work, arguments))
-        given = (processes, kind, _free_port(), settings, job, folder, steps)
-        running = spawn(_replica, given, nprocs=processes, join=False, daemon=True)
-        try:
-            while not running.join(timeout=1):
+        _save(tensors or {}, Path(folder) / _GIVEN)
+        given = (processes, kind, settings, work, job, folder, steps)
+        replicas = [
+            context.Process(target=_replica, args=(rank, *given), daemon=True) for rank in range(processes)
+        ]
+        with _running(replicas):
+            while any(replica.exitcode is None for replica in replicas):
+                wait([replica.sentinel for replica in replicas if replica.exitcode is None], timeout=1)
+                for rank, replica in enumerate(replicas):
+                    if replica.exitcode:
+                        raise _told(Path(folder), f"process {rank} ended with code {replica.exitcode}")
                 if progress is not None:
                     progress(steps.value)
-        except (ProcessRaisedException, ProcessExitedException) as error:
-            raise _told(Path(folder), error) from error
         return dict(load_file(Path(folder) / _RESULT))
+
+
+@contextlib.contextmanager
+def _running(processes: Sequence[BaseProcess]) -> Iterator[None]:
+    """Start processes, and leave none of them behind."""
+    try:
+        for process in processes:
+            process.start()
+        yield
+    finally:
+        started = [process for process in processes if process.pid is not None]
+        for process in started:
+            process.kill()
+        for process in started:
+            process.join()
 
 
 def _replica(
     rank: int,
     processes: int,
     kind: str,
-    port: int,
     settings: Mapping[str, Any],
-    job: bytes,
+    work: Callable[..., dict[str, Tensor]],
+    job: str,
     folder: str,
     steps: Any,
 ) -> None:
     """One process: join the others, work, and leave the main process's result in ``folder``."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(settings["threads"])
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = settings["tf32"]
+    torch.use_deterministic_algorithms(settings["deterministic"], warn_only=True)
+    from safetensors.torch import load_file
+
+    def report(done: int) -> None:
+        steps.value = done
+
+    accelerator = _accelerator(rank, processes, kind, folder)
+    try:
+        result = work(accelerator, report, load_file(Path(folder) / _GIVEN), **json.loads(job))
+        if accelerator.is_main_process:
+            _save(result, Path(folder) / _RESULT)
+        accelerator.wait_for_everyone()
+    except QuantTuneError as error:
+        (Path(folder) / f"error-{rank}").write_text(f"{type(error).__name__}\n{error}", encoding="utf-8")
+        # what is meant for the user is told by the parent, once
+        raise SystemExit(1) from None
+    finally:
+        accelerator.end_training()
+
+
+def _accelerator(rank: int, processes: int, kind: str, folder: str) -> Accelerator:
+    """Join the other processes; nobody else on the network can.
+
+    By an address, PyTorch would listen on every interface of the machine; a file listens on none.
+    """
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": loopback,
+        "NCCL_SOCKET_IFNAME": loopback,
     }
-    torch.set_num_threads(settings["threads"])
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = settings["tf32"]
-    torch.use_deterministic_algorithms(settings["deterministic"], warn_only=True)
     from accelerate import Accelerator
+
+    if kind == "cuda":
+        torch.cuda.set_device(rank)
+    torch.distributed.init_process_group(
+        "nccl" if kind == "cuda" else "gloo",
+        init_method=(Path(folder) / "met").as_uri(),
+        rank=rank,
+        world_size=processes,
+    )
+    return Accelerator(cpu=kind == "cpu")
+
+
+def _end_with_parent() -> None:
+    """Wait for the parent to end: a fine-tuning that nobody waits for must not go on."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
-    work, arguments = pickle.loads(job)  # noqa: S301 - made by the parent process
-    accelerator = Accelerator(cpu=kind == "cpu")
-
-    def report(done: int) -> None:
-        steps.value = done
-
-    try:
-        result = work(accelerator, report, *arguments)
-        if accelerator.is_main_process:
-            save_file({name: tensor.contiguous() for name, tensor in result.items()}, f"{folder}/{_RESULT}")
-        accelerator.wait_for_everyone()
-    except QuantTuneError as error:
-        (Path(folder) / f"error-{rank}").write_text(f"{type(error).__name__}\n{error}", encoding="utf-8")
-        raise
-    finally:
-        accelerator.end_training()
+    # safetensors takes no views of one another, which tied weights are
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(plain, path)
 
 
-def _told(folder: Path, error: Exception) -> QuantTuneError:
+def _told(folder: Path, how: str) -> QuantTuneError:
     """The error that a process meant for the user, else one that says how it ended."""
     for path in sorted(folder.glob("error-*")):
         name, _, message = path.read_text(encoding="utf-8").partition("\n")
         kind = getattr(errors, name, QuantTuneError)
         return kind(message) if kind in (ConfigError, errors.TuningDivergedError) else QuantTuneError(message)
-    return QuantTuneError(f"a process of the fine-tuning ended: {error}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return QuantTuneError(f"a process of the fine-tuning failed: {how}; what it printed says more")

@@ -126,6 +126,9 @@ def tune(
     replicas = None if accelerator is None else Replicas(accelerator)
     device = torch.device(device) if replicas is None else replicas.device
     model.to(device).train()
+    if replicas is not None:
+        # before the checkpoint is looked for, which belongs to the weights that a run begins with
+        replicas.copy_from_main(model)
     optimizer = _optimizer(model, schedule)
     state = _Progress()
     purpose = [asdict(schedule), seed, None if outliers is None else asdict(outliers.config)]
@@ -137,7 +140,7 @@ def tune(
         if outliers is not None:
             outliers.load_state_dict(saved["outliers"])
     if replicas is not None:
-        _join(replicas, model, outliers, state.step)
+        _join(replicas, outliers, state.step)
     if not state.step:
         refuse_not_finite(model)
     remaining = itertools.islice(batches, state.step * schedule.accumulation, None)
@@ -184,8 +187,8 @@ def tune(
     return {"first_loss": state.first, "last_loss": state.smoothed}
 
 
-def _join(replicas: Replicas, model: nn.Module, outliers: OutlierLoss | None, step: int) -> None:
-    """Begin together, with the same weights and at the same step.
+def _join(replicas: Replicas, outliers: OutlierLoss | None, step: int) -> None:
+    """Begin together, at the same step.
 
     Raises:
         ConfigError: If the processes do not see the same checkpoint.
@@ -195,7 +198,6 @@ def _join(replicas: Replicas, model: nn.Module, outliers: OutlierLoss | None, st
         raise ConfigError(
             f"the processes would go on from steps {steps}; they must see the same checkpoint file"
         )
-    replicas.copy_from_main(model)
     if outliers is not None:
         outliers.share_over(replicas)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -65,7 +68,8 @@ class Alone:
 def tuned(
     accelerator: Any = None,
     report: Callable[[int], None] = lambda done: None,
-    checkpoint: Path | None = None,
+    tensors: dict[str, Tensor] | None = None,
+    checkpoint: str | None = None,
     stop: int | None = None,
     size: int = 5,
     penalty: str = "outlier",
@@ -87,7 +91,7 @@ def tuned(
         cross_entropy,
         SCHEDULE,
         outliers=outliers,
-        checkpoint=checkpoint,
+        checkpoint=None if checkpoint is None else Path(checkpoint),
         checkpoint_every=2,
         progress=progress,
         accelerator=accelerator,
@@ -115,7 +119,7 @@ def assert_like_one_process(found: dict[str, Tensor]) -> None:
 
 def test_two_processes_take_the_steps_of_one() -> None:
     steps: list[int] = []
-    assert_like_one_process(run_replicated(tuned, (), 2, "cpu", steps.append))
+    assert_like_one_process(run_replicated(tuned, {}, 2, "cpu", steps.append))
     before = network().state_dict()
     plain = {name.removeprefix("weight "): tensor for name, tensor in tuned().items() if "weight " in name}
     assert all(not torch.equal(before[name], tensor) for name, tensor in plain.items())
@@ -125,28 +129,69 @@ def test_two_processes_take_the_steps_of_one() -> None:
 def test_an_interrupted_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     checkpoint = tmp_path / "run.safetensors"
     with pytest.raises(QuantTuneError, match="stopped"):
-        run_replicated(tuned, (checkpoint, 5), 2, "cpu")
+        run_replicated(tuned, {"checkpoint": str(checkpoint), "stop": 5}, 2, "cpu")
     assert checkpoint.is_file()
     steps: list[int] = []
-    alone = tuned(report=steps.append, checkpoint=checkpoint)
+    alone = tuned(report=steps.append, checkpoint=str(checkpoint))
     assert steps == [5, 6]  # four steps were kept
     alone["apart"] = torch.zeros(())
     assert_like_one_process(alone)
     assert not checkpoint.exists()
     with pytest.raises(QuantTuneError, match="stopped"):
-        tuned(checkpoint=checkpoint, stop=5)
-    assert_like_one_process(run_replicated(tuned, (checkpoint,), 2, "cpu"))
+        tuned(checkpoint=str(checkpoint), stop=5)
+    assert_like_one_process(run_replicated(tuned, {"checkpoint": str(checkpoint)}, 2, "cpu"))
     assert not checkpoint.exists()
 
 
 def test_errors_come_back_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a batch of 1 items cannot be shared by 2 processes"):
-        run_replicated(tuned, (None, None, 1), 2, "cpu")
-    unknown = _told(tmp_path, RuntimeError("killed by signal 9"))
-    assert (type(unknown), str(unknown)) == (
-        QuantTuneError,
-        "a process of the fine-tuning ended: killed by signal 9",
-    )
+        run_replicated(tuned, {"size": 1}, 2, "cpu")
+    unknown = _told(tmp_path, "process 1 ended with code -9")
+    assert type(unknown) is QuantTuneError
+    assert str(unknown).startswith("a process of the fine-tuning failed: process 1 ended with code -9")
+
+
+def listening() -> list[str]:
+    """The TCP addresses, as /proc has them, on which children of this process listen."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    links = [link for child in children for link in Path(f"/proc/{child}/fd").iterdir()]
+    sockets = {str(link.readlink()) for link in links if link.is_symlink()}
+    tables = [Path(f"/proc/self/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
+    rows = [line.split() for table in tables for line in table]
+    return [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
+
+
+def talk(accelerator: Any, report: Callable[[int], None], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    replicas = Replicas(accelerator)
+    for step in range(1, 40):
+        report(step)
+        replicas.sum(tensors["a"])
+        time.sleep(0.1)
+    return {"sum": replicas.sum(tensors["a"]), "tied": tensors["b"]}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_nobody_else_on_the_network_can_join() -> None:
+    """Found: the main process listened on every interface, for whoever came first."""
+    found: list[str] = []
+    steps: list[int] = []
+
+    def look(step: int) -> None:
+        steps.append(step)
+        found.extend(listening())
+
+    shared = torch.arange(3.0)
+    made = run_replicated(talk, {}, 2, "cpu", look, {"a": shared, "b": shared})
+    assert torch.equal(made["sum"], 2 * shared)
+    assert torch.equal(made["tied"], shared)
+    assert max(steps) > 1
+    assert found
+    assert all(address.startswith("0100007F:") for address in found), found
+
+
+def test_only_plain_values_travel() -> None:
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        run_replicated(talk, {"x": Path()}, 2, "cpu")
 
 
 @pytest.mark.parametrize("penalty", ["range", "kurtosis"])
@@ -160,7 +205,7 @@ def test_penalties_that_do_not_add_up_are_refused(penalty: str) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")
 def test_more_processes_than_gpus_are_refused() -> None:
     with pytest.raises(ConfigError, match="2 processes need as many GPUs; there are 0"):
-        run_replicated(tuned, (), 2, "cuda")
+        run_replicated(tuned, {}, 2, "cuda")
 
 
 @pytest.mark.parametrize("sizes", [[(40, 40)], [(40, 7), (3, 1000)]])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,6 +213,8 @@ class CellRunner:
         return self._session
 
     def _measure(self, cell: Cell, started: float) -> tuple[Record, Items | None, Quantized | None]:
+        from benchmark.engine.again import origin_of
+
         session = self._open(cell)
         method = cell.make_method()
         reference = session.fp32_items(
@@ -233,7 +235,8 @@ class CellRunner:
                 provenance=self.settings.provenance(),
             )
             return record, None, None
-        quantized = method.quantize(session.context(cell))
+        origin = origin_of(cell, self.store.root / "stages", self.settings.includes)
+        quantized = method.quantize(replace(session.context(cell), origin=origin))
         self._check(quantized, cell, session)
         if quantized.extra_operations:
             quantized.details["extra_operations"] = quantized.extra_operations

@@ -1,17 +1,18 @@
 """A pool of processes on this machine.
 
 Own processes in place of a library pool: a worker that dies (out of memory) must cost one cell, not the pool,
-and an interrupted run must end at once.
+and an interrupted run must end at once. Cells, outcomes and progress go to and fro as JSON.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -43,7 +44,7 @@ def local(cells: Sequence[Cell], settings: Settings, jobs: int, events: Events) 
         while busy := [worker for worker in workers if worker.cell is not None]:
             for connection in wait([worker.connection for worker in busy]):
                 worker = next(worker for worker in busy if worker.connection is connection)
-                outcome = _receive(worker, events, settings)
+                outcome = _outcome_of(worker, events, settings)
                 if outcome is None:
                     continue
                 yield outcome
@@ -72,12 +73,12 @@ class _Worker:
     def give(self, cell: Cell, events: Events) -> None:
         self.cell, self.model = cell, cell.model
         events.started(self.number, cell)
-        self.connection.send(cell)
+        _send(self.connection, cell.identity())
 
     def stop(self) -> None:
         # The store survives a kill at any moment, so there is nothing to wait for.
         if self.cell is None and self.process.is_alive():
-            self.connection.send(None)
+            _send(self.connection, None)
         else:
             self.process.terminate()
         self.process.join(timeout=10)
@@ -116,12 +117,12 @@ def _next(pending: list[Cell], worker: _Worker, workers: list[_Worker]) -> Cell:
     return chosen
 
 
-def _receive(worker: _Worker, events: Events, settings: Settings) -> Outcome | None:
+def _outcome_of(worker: _Worker, events: Events, settings: Settings) -> Outcome | None:
     """The outcome of a worker's cell, or ``None`` if its message was a report of progress."""
     if worker.cell is None:
         raise RuntimeError(f"worker {worker.number} spoke without a cell")
     try:
-        kind, *content = worker.connection.recv()
+        kind, *content = _receive(worker.connection)
     except (EOFError, ConnectionResetError):
         worker.process.join()
         code = worker.process.exitcode
@@ -140,8 +141,15 @@ def _receive(worker: _Worker, events: Events, settings: Settings) -> Outcome | N
         return None
     if kind == "stop":
         raise StoreError(content[0])
-    outcome: Outcome = content[0]
-    return outcome
+    return Outcome(worker.cell, **content[0])
+
+
+def _send(connection: Connection, message: Any) -> None:
+    connection.send_bytes(json.dumps(message).encode())
+
+
+def _receive(connection: Connection) -> Any:
+    return json.loads(connection.recv_bytes())
 
 
 def _work(connection: Connection, settings: Settings) -> None:
@@ -151,7 +159,7 @@ def _work(connection: Connection, settings: Settings) -> None:
 
     def send(*message: Any) -> None:
         try:
-            connection.send(message)
+            _send(connection, message)
         except OSError:  # the parent is gone; a half-done cell must not be recorded as failed
             os._exit(1)
 
@@ -164,8 +172,11 @@ def _work(connection: Connection, settings: Settings) -> None:
 
     try:
         runner = CellRunner(settings, report)
-        while (cell := connection.recv()) is not None:
-            send("outcome", runner.run(cell))
+        while (identity := _receive(connection)) is not None:
+            outcome = asdict(runner.run(Cell.from_identity(identity)))
+            # the parent has the cell itself
+            del outcome["cell"]
+            send("outcome", outcome)
     except EOFError:
         return
     except QuantTuneError as error:
