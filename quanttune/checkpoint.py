@@ -7,7 +7,7 @@ another run costs time, never correctness: the run starts over.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from quanttune.digests import json_digest, tensor_digest
 from quanttune.files import disk_error, whole_file
 
 _MODEL, _OPTIMIZER = "model|", "optimizer|"
+_STEP = "step"
+_MOMENTS = {_STEP, "exp_avg", "exp_avg_sq"}
 
 
 class Checkpoint:
@@ -64,32 +66,63 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise disk_error(self._path, error) or error from error
 
-    def load(self) -> dict[str, Any] | None:
-        """Restore everything and return the JSON state; ``None`` if there is nothing usable to go on from."""
+    def load(self, restore: Callable[[dict[str, Any]], None]) -> bool:
+        """Restore everything; nothing at all if there is nothing usable to go on from.
+
+        Args:
+            restore: Takes over the JSON state, or raises ``KeyError``, ``TypeError`` or ``ValueError`` and
+                leaves everything as it was if that is not what it saved.
+
+        Returns:
+            Whether the run goes on from the file.
+        """
         if self._path is None or not self._path.is_file():
-            return None
+            return False
         try:
             with safe_open(self._path, framework="pt") as stream:
                 metadata = stream.metadata() or {}
                 tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
         except (SafetensorError, OSError):
-            return None
+            return False
         text = metadata.get("state", "")
         if metadata.get("digest") != self._digest(text, tensors):
-            return None
-        current = self._tensors()
-        moments: dict[int, dict[str, Tensor]] = {}
+            return False
+        # A digest tells that nobody touched the file since, not that it was a checkpoint of ours then.
+        try:
+            moments = self._moments(tensors)
+            restore(json.loads(text))
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+            return False
         with torch.no_grad():
-            for name, tensor in tensors.items():
-                if name.startswith(_MODEL):
-                    current[name.removeprefix(_MODEL)].copy_(tensor)
-                else:
-                    _, index, moment = name.split("|")
-                    moments.setdefault(int(index), {})[moment] = tensor
+            for name, current in self._tensors().items():
+                current.copy_(tensors[_MODEL + name])
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        state: dict[str, Any] = json.loads(text)
-        return state
+        return True
+
+    def _moments(self, tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+        """The optimizer's state among the tensors of a file.
+
+        Raises:
+            KeyError: If the model's are not all there.
+            ValueError: If there is one that has no place, or another shape than its place.
+        """
+        for name, current in self._tensors().items():
+            _require(tensors[_MODEL + name], current)
+        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith(_MODEL):
+                continue
+            kind, index, moment = name.split("|")
+            if f"{kind}|" != _OPTIMIZER or moment not in _MOMENTS or not 0 <= int(index) < len(parameters):
+                raise ValueError(f"no place for {name}")
+            if moment != _STEP:
+                _require(tensor, parameters[int(index)])
+            moments.setdefault(int(index), {})[moment] = tensor
+        if any(found.keys() != _MOMENTS or found[_STEP].numel() != 1 for found in moments.values()):
+            raise ValueError("moments that are not AdamW's")
+        return moments
 
     def remove(self) -> None:
         """Delete the file of a finished run."""
@@ -102,3 +135,8 @@ class Checkpoint:
 
     def _digest(self, state: str, tensors: Mapping[str, Tensor]) -> str:
         return json_digest([self._run, state, tensor_digest(tensors)])
+
+
+def _require(found: Tensor, place: Tensor) -> None:
+    if found.shape != place.shape or found.dtype != place.dtype:
+        raise ValueError(f"{found.dtype} of shape {tuple(found.shape)} where {tuple(place.shape)} belongs")

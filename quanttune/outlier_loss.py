@@ -45,6 +45,7 @@ from torch import Tensor, nn
 
 from quanttune.errors import ConfigError
 from quanttune.excess import MeanExcess, kurtosis_of, moments_of, sample_of
+from quanttune.fields import fitting
 from quanttune.inputs import ModelInputs
 from quanttune.quantization import SiteHandlers, SiteTable, discover_sites
 from quanttune.quantization.tracing import Handler
@@ -236,10 +237,12 @@ class OutlierLoss:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self._step = int(state["step"])
-        self._running |= {name: Running(**values) for name, values in state["sites"].items()}
-        self._parameters |= {name: Running(**values) for name, values in state["parameters"].items()}
+        """Go on from :meth:`state_dict`; a state of another model is a ``KeyError`` and changes nothing."""
+        running, parameters = (
+            {name: Running(**fitting(Running, state[kind][name])) for name in known}
+            for kind, known in (("sites", self._running), ("parameters", self._parameters))
+        )
+        self._step, self._running, self._parameters = int(state["step"]), running, parameters
 
     def _handler(self, site_id: str) -> Handler:
         def handle(values: Tensor) -> Tensor:

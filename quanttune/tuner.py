@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from quanttune.checkpoint import Checkpoint
 from quanttune.digests import json_digest
 from quanttune.errors import ConfigError, TuningDivergedError
+from quanttune.fields import fitting
 from quanttune.finite import refuse_not_finite
 from quanttune.inputs import ModelInputs, call_model, logits_of, to_device
 from quanttune.outlier_loss import OutlierLoss
@@ -134,11 +135,17 @@ def tune(
     purpose = [asdict(schedule), seed, None if outliers is None else asdict(outliers.config)]
     keeper = Checkpoint(checkpoint, model, optimizer, json_digest(purpose))
     is_main = replicas is None or replicas.is_main
-    saved = keeper.load()
-    if saved is not None:
-        state = _Progress(**saved["progress"])
+
+    def go_on(saved: dict[str, Any]) -> None:
+        nonlocal state
+        progress = _Progress(**fitting(_Progress, saved["progress"]))
+        if not 0 < progress.step < schedule.steps:
+            raise ValueError(f"step {progress.step} of {schedule.steps}")
         if outliers is not None:
             outliers.load_state_dict(saved["outliers"])
+        state = progress
+
+    keeper.load(go_on)
     if replicas is not None:
         _join(replicas, outliers, state.step)
     if not state.step:

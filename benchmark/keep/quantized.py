@@ -60,15 +60,18 @@ def read_quantized(path: Path, sha256: str, stages: Stages, weights: str | None)
     Raises:
         StoreError: If the file or the weights are absent or damaged.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     from quanttune.quantization import Quantized
 
     if not path.is_file() or sha256_file(path) != sha256:
         raise StoreError(f"{path} is absent or not what the record names")
-    with safe_open(path, framework="pt") as file:
-        document: dict[str, Any] = json.loads(file.metadata()[_HEADER])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    try:
+        with safe_open(path, framework="pt") as file:
+            document: dict[str, Any] = json.loads(file.metadata()[_HEADER])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise StoreError(f"{path} holds no quantized model: {error}") from error
     kept = None if weights is None else stages.open(weights)
     if weights is not None and kept is None:
         raise StoreError(f"the weights {weights} are no longer kept in {stages.folder}")

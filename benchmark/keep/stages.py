@@ -155,9 +155,13 @@ def _load(path: Path) -> dict[str, Tensor] | None:
         return None
     except OSError as error:
         raise unreadable(path, error) from error
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return dict(load_file(path))
+    try:
+        return dict(load_file(path))
+    except SafetensorError:  # what was sealed was no such file
+        return None
 
 
 def _read(sidecar: Path) -> dict[str, Any]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +20,9 @@ from benchmark.keep.status import status_of
 from benchmark.keep.store import Store
 from benchmark.subject.lookup import get_model
 from quanttune.digests import json_digest
-from quanttune.errors import AssetError, QuantTuneError, StoreError
-from tests.faults.mutations import damaged, mutated
+from quanttune.errors import AssetError, StoreError
+from tests.faults.fuzzing import TRIES, fuzz
 from tests.parts.test_folders import save_image_model, save_text_model
-
-TRIES = pytest.mark.parametrize("tries", [60, pytest.param(1500, marks=pytest.mark.slow)])
-
-
-def fuzz(path: Path, tries: int, attempt: Callable[[], str], reseal: bool = False) -> Counter[str]:
-    """Change a file again and again; what became of each attempt."""
-    rng, whole, ends = random.Random(0), path.read_bytes(), Counter[str]()
-    for _ in range(tries):
-        changed = mutated(json.loads(whole), rng)
-        if reseal and isinstance(changed, dict):
-            body = {key: value for key, value in changed.items() if key != "digest"}
-            try:
-                changed = body | {"digest": json_digest(body)}
-            except ValueError:
-                continue
-        content = json.dumps(changed).encode()
-        path.write_bytes(content if rng.random() < 0.8 else damaged(content, rng))
-        try:
-            ends[attempt()] += 1
-        except QuantTuneError:
-            ends["refused"] += 1
-    path.write_bytes(whole)
-    return ends
 
 
 @pytest.fixture
