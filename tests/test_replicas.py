@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from quanttune import OutlierLoss, OutlierLossConfig, Schedule, tune
 from quanttune.errors import ConfigError, QuantTuneError
 from quanttune.replicas import Replicas, _told, merged_moments, run_replicated
 from quanttune.seeds import numpy_generator, torch_generator
+from tests.sockets import LOOPBACK, listening
 
 SCHEDULE = Schedule(steps=6, learning_rate=1e-2, batch_size=5, accumulation=2)
 LOSS = OutlierLossConfig(weight=1.0, threshold=1.5, parameter_threshold=2.0)
@@ -151,16 +151,6 @@ def test_errors_come_back_as_they_are(tmp_path: Path) -> None:
     assert str(unknown).startswith("a process of the fine-tuning failed: process 1 ended with code -9")
 
 
-def listening() -> list[str]:
-    """The TCP addresses, as /proc has them, on which children of this process listen."""
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    links = [link for child in children for link in Path(f"/proc/{child}/fd").iterdir()]
-    sockets = {str(link.readlink()) for link in links if link.is_symlink()}
-    tables = [Path(f"/proc/self/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
-    rows = [line.split() for table in tables for line in table]
-    return [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
-
-
 def talk(accelerator: Any, report: Callable[[int], None], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     replicas = Replicas(accelerator)
     for step in range(1, 40):
@@ -186,7 +176,7 @@ def test_nobody_else_on_the_network_can_join() -> None:
     assert torch.equal(made["tied"], shared)
     assert max(steps) > 1
     assert found
-    assert all(address.startswith("0100007F:") for address in found), found
+    assert all(address.startswith(LOOPBACK) for address in found), found
 
 
 def test_only_plain_values_travel() -> None:

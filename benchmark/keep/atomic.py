@@ -75,7 +75,10 @@ def file_lock(path: Path) -> Iterator[None]:
     about = path.with_suffix(_HOLDER)
     try:
         with contextlib.suppress(OSError):  # the lock holds without it
-            about.write_text(f"{os.getpid()} {platform.node()} {time.time():.0f}", encoding="utf-8")
+            about.unlink(missing_ok=True)
+            # made anew: a link that lies there would have us write where it points
+            with about.open("x", encoding="utf-8") as stream:
+                stream.write(f"{os.getpid()} {platform.node()} {time.time():.0f}")
         yield
     finally:
         with contextlib.suppress(OSError):

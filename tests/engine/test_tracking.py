@@ -21,9 +21,10 @@ from benchmark.grid.expand import expand
 from benchmark.grid.suite import load_suite
 from benchmark.keep.store import Store
 from benchmark.report.ranges import save_range_plot
-from benchmark.tracking.backend import EXPERIMENT, tracking_uri
+from benchmark.tracking.backend import EXPERIMENT, serve_ui, tracking_uri
 from benchmark.tracking.runs import find_runs
 from benchmark.tracking.tracker import sync_store
+from tests.sockets import LOOPBACK, listening
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -183,6 +184,14 @@ def test_the_range_plot_is_an_image(store: Store, suite_file: str, cells: list[C
     assert (tmp_path / "ranges.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_ui_is_asked_to_serve_on_this_machine_only(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
+    serve_ui(store, 5000)
+    ((*_, host, address, _, _, _, _),) = commands
+    assert (host, address) == ("--host", "127.0.0.1")
+
+
 @pytest.mark.slow
 def test_the_ui_serves_on_this_machine_only(results: Path) -> None:
     with socket.socket() as free:
@@ -199,7 +208,11 @@ def test_the_ui_serves_on_this_machine_only(results: Path) -> None:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
                     assert answer.status == 200
                     assert b"mlflow" in answer.read().lower()
-                    return
+                if sys.platform == "linux":
+                    found = listening()
+                    assert found
+                    assert all(address.startswith(LOOPBACK) for address in found), found
+                return
             except OSError:
                 time.sleep(0.5)
         raise AssertionError("the UI did not answer within 90 s")

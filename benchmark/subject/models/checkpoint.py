@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 _PICKLED = ("*.bin", "*.pt", "*.pth")
+
+OWN_CODE_ALONE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""For ``from_pretrained``: nothing from the network, and no code that a checkpoint brings; where that is left
+open, the library asks on the terminal."""
 
 
 def read_transformers(kind: Any, folder: Path, **settings: Any) -> tuple[nn.Module, set[str], set[str]]:
@@ -41,7 +45,7 @@ def read_transformers(kind: Any, folder: Path, **settings: Any) -> tuple[nn.Modu
         with told, own_random_state(0), _no_report():
             model, found = kind.from_pretrained(
                 folder,
-                local_files_only=True,
+                **OWN_CODE_ALONE,
                 use_safetensors=True,
                 dtype="float32",
                 output_loading_info=True,
@@ -109,7 +113,7 @@ def read_tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in _TOKENIZERS):  # else an empty one would be made
         raise AssetError(f"{folder} has no tokenizer ({', '.join(_TOKENIZERS)}); save it there as well")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **OWN_CODE_ALONE)
     # of every kind: what a file may say is checked where it is used
     except Exception as error:
         what = str(error) or type(error).__name__

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmark.subject.assets.cache import known_sha256
 from benchmark.subject.models.checkpoint import (
+    OWN_CODE_ALONE,
     read_config,
     read_tokenizer,
     read_transformers,
@@ -200,7 +201,7 @@ class TransformersFolder(TextEntry, FolderEntry):
         from transformers import AutoConfig, AutoModelForSequenceClassification
 
         with understood(self.folder / "config.json"):
-            config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(self.folder, **OWN_CODE_ALONE)
             self._check_classes(config.num_labels)
             if config.get_text_config().pad_token_id is None:
                 # A decoder finds the last token of each text by it, and refuses batches without.
@@ -215,7 +216,7 @@ class TransformersFolder(TextEntry, FolderEntry):
         from transformers import AutoConfig, AutoModelForSequenceClassification
 
         with understood(self.folder / "config.json"):
-            self._check_classes(AutoConfig.from_pretrained(self.folder, local_files_only=True).num_labels)
+            self._check_classes(AutoConfig.from_pretrained(self.folder, **OWN_CODE_ALONE).num_labels)
         progress("reading weights", 0, 1)
         model, absent, unknown = read_transformers(AutoModelForSequenceClassification, self.folder)
         require_complete(self.folder, absent, unknown)
