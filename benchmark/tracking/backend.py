@@ -89,6 +89,8 @@ def connect(store: Store, moved: bool = False) -> tuple[MlflowClient, str]:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     with file_lock(store.root / "locks" / "mlflow.lock"):
+        if is_local():
+            _require_openable(database(store))
         import mlflow
 
         for name in ("mlflow", "alembic"):
@@ -99,6 +101,18 @@ def connect(store: Store, moved: bool = False) -> tuple[MlflowClient, str]:
             return client, str(experiment.experiment_id)
         location = (store.root / "mlartifacts").as_uri() if is_local() else None
         return client, str(client.create_experiment(EXPERIMENT, artifact_location=location))
+
+
+def _require_openable(path: Path) -> None:
+    """Refuse what cannot be opened at all, such as a folder: MLflow would try it for 100 seconds.
+
+    Raises:
+        StoreError: Naming it. What can be opened may still be no database.
+    """
+    try:
+        sqlite3.connect(path).close()
+    except sqlite3.OperationalError as error:
+        raise StoreError(f"cannot open MLflow's database {path}: {error}; move it away") from error
 
 
 def move_aside(store: Store) -> Path | None:

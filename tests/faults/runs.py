@@ -70,10 +70,12 @@ def words(suite: Path, results: Path) -> list[str]:
 
 
 def finished(results: Path) -> dict[str, bytes]:
-    """The records that are whole, by cell id, as they lie on the disk."""
+    """The records that count, by cell id, as they lie on the disk."""
+    store = Store(results)
     return {
         record.cell.cell_id: (results / "cells" / f"{record.cell.cell_id}.json").read_bytes()
-        for record in Store(results).records()
+        for record in store.records()
+        if store.load(record.cell) is not None
     }
 
 

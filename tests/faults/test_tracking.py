@@ -59,6 +59,19 @@ def test_sync_rebuilds_over_a_database_that_cannot_be_used(
     assert f"it is kept as {aside.name}" in capfd.readouterr().err
 
 
+def test_what_cannot_be_opened_is_said_at_once(store: Store, suite_file: str) -> None:
+    """Found: 100 seconds of silent tries, before the first cell."""
+    (store.root / "mlflow.db").mkdir(parents=True)
+    started = time.monotonic()
+    result = call("run", "--all", "--suite", suite_file, "--results", str(store.root))
+    assert result.exit_code == 0
+    assert "warning: MLflow does not log this run (cannot open MLflow's database" in result.stderr
+    refused = call("sync", "--results", str(store.root))
+    assert refused.exit_code == 2
+    assert len(refused.stderr.splitlines()) == 1
+    assert time.monotonic() - started < 20
+
+
 def test_a_database_with_runs_is_never_moved(results: Path, suite_file: str) -> None:
     """One of another version of MLflow: there is a way to use it."""
     assert call("run", "--method", "fp32", "--suite", suite_file, "--results", str(results)).exit_code == 0
