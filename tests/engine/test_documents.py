@@ -74,6 +74,13 @@ def test_what_the_documents_name_exists() -> None:
             assert (ROOT / path).exists(), f"{document} names {path}"
 
 
+def test_the_tests_that_count_faults_exist() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+\.py)`", page))
+    assert len(named) >= 8
+    assert {path.name for path in (ROOT / "tests" / "faults").glob("test_*.py")} >= named
+
+
 def test_versions_agree() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert f"version: {version}" in (ROOT / "CITATION.cff").read_text()

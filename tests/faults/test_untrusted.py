@@ -20,9 +20,9 @@ from benchmark.keep.store import Store
 from benchmark.subject.assets.catalogue import ASSETS
 from benchmark.subject.assets.sources import unpack
 from benchmark.subject.lookup import get_model
-from quanttune.errors import StoreError
+from quanttune.errors import AssetError, StoreError
 from tests.faults import tally
-from tests.parts.test_folders import save_text_model
+from tests.parts.test_folders import save_image_model, save_text_model
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("benchmark", "baselines", "quanttune")
@@ -180,3 +180,27 @@ def test_code_that_a_checkpoint_brings_is_not_run(
     end, said = tally.end_of(use)
     assert end in ("refused", "used"), said
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("architecture", "hf-hub:others/model"),
+        ("architecture", "local-dir:/elsewhere"),
+        ("model_args", {"img_size": 32, "checkpoint_path": "/elsewhere/model.pth"}),
+        ("model_args", {"img_size": 32, "pretrained_cfg": {"url": "http://elsewhere"}}),
+    ],
+)
+def test_a_checkpoint_sends_nobody_elsewhere(
+    place: str, value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found: timm opened the file that the configuration named."""
+    import timm
+
+    save_image_model(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {place: value}))
+    entry = get_model(f"folder:{tmp_path}@fashion_mnist")
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("timm was asked"))
+    with pytest.raises(AssetError, match="outside of the folder"):
+        entry.build()

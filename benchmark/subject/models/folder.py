@@ -224,6 +224,10 @@ class TransformersFolder(TextEntry, FolderEntry):
         return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
+_ELSEWHERE = frozenset({"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"})
+"""Arguments by which timm reads a file that the folder chooses, which may be pickled, or asks the network."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TimmFolder(ImageEntry, FolderEntry):
     """An image classifier that timm wrote: ``config.json`` and ``model.safetensors``."""
@@ -247,6 +251,12 @@ class TimmFolder(ImageEntry, FolderEntry):
 
         config = shaped(Timm, read_config(self.folder), self.folder)
         self._check_classes(config.num_classes)
+        if ":" in config.architecture or _ELSEWHERE & config.model_args.keys():
+            raise AssetError(
+                f"{self.folder / 'config.json'} would have timm read something outside of the folder "
+                f"({', '.join([config.architecture, *sorted(_ELSEWHERE & config.model_args.keys())])}); "
+                "save the model itself there"
+            )
         settings = {"num_classes": config.num_classes, **config.model_args}
         with own_random_state(0), understood(self.folder / "config.json"):
             make = partial(timm.create_model, config.architecture, pretrained=False, **settings)
