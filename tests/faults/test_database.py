@@ -16,9 +16,9 @@ from benchmark.tracking.tracker import sync_store
 from tests.faults import runs, tally
 from tests.faults.corruptions import HARMS, precious
 from tests.faults.killing import several
-from tests.faults.test_kills import AT_ONCE, Disturbed, disturbed, empty_database, warm
+from tests.faults.test_kills import AT_ONCE, Disturbed, disturbed, warm
 
-__all__ = ["disturbed", "empty_database", "warm"]
+__all__ = ["disturbed", "warm"]
 
 
 def harmed(harm: str, seed: int, whole: Path, suite: Path, folder: Path) -> dict[str, Any]:

@@ -21,11 +21,8 @@ from safetensors.torch import load_file
 from benchmark.keep import atomic, stages
 from benchmark.report import ranges
 from benchmark.subject.models.entry import MODELS
-from tests.engine.test_tracking import empty_database
 from tests.faults import runs, tally
 from tests.faults.killing import Kill, Point, killed, several, spread, undisturbed
-
-__all__ = ["empty_database"]
 
 AT_ONCE = min(4, os.cpu_count() or 1)
 

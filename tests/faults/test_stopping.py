@@ -24,14 +24,15 @@ class Slow(Method):
     name = "slow"
 
     def quantize(self, context):
-        print("begun", flush=True)
-        end = time.monotonic() + 60
-        while time.monotonic() < end:
-            try:
+        # whoever reads it may send a signal at once
+        try:
+            print("begun", flush=True)
+            end = time.monotonic() + 60
+            while time.monotonic() < end:
                 time.sleep(0.1)
-            except BaseException:
-                STUBBORN
-                raise
+        except BaseException:
+            STUBBORN
+            raise
 """
 SUITE = (
     'models = ["tiny_bert"]\nprecisions = ["W8A8", "W4A4"]\ncalibration_items = 8\nlimit = 16\n'

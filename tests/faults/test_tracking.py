@@ -20,9 +20,9 @@ from benchmark.tracking.backend import EXPERIMENT, database, tracking_uri
 from benchmark.tracking.runs import parent_lock
 from benchmark.tracking.tracker import Tracker, sync_store
 from quanttune.errors import StoreError
-from tests.engine.test_tracking import call, cell_runs, client, empty_database, parents, results
+from tests.engine.test_tracking import call, cell_runs, client, parents, results
 
-__all__ = ["client", "empty_database", "results"]
+__all__ = ["client", "results"]
 
 mlflow = pytest.importorskip("mlflow")
 
