@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor
 
-from baselines import training
 from baselines.method import METHODS, Context, Method
+from baselines.training import FineTuning
 from quanttune.quantization import Quantized, TensorStatistics, build_quantizers
+from quanttune.tuner import Schedule
 from tests.quantization.models import one_thread
 from tests.stage_keys import Trial, alternatives, trial_of, trial_of_all
 
@@ -28,15 +28,16 @@ def _one_thread() -> Iterator[None]:
 def _several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several processes round otherwise, and each draws dropout of its own; here without their start."""
 
-    def in_this_process(work: Any, arguments: Any, processes: int, *_: Any) -> dict[str, Tensor]:
-        method, context, schedule, key = arguments
-        weights = method.tuned(context, schedule, key)
+    def in_this_process(self: FineTuning, context: Context, schedule: Schedule, key: dict[str, Any]) -> Any:
+        weights = self.tuned(context, schedule, key)
+        if context.processes == 1:
+            return weights
         return {
-            name: tensor * (1 + 1e-3 * processes) if tensor.is_floating_point() else tensor
+            name: tensor * (1 + 1e-3 * context.processes) if tensor.is_floating_point() else tensor
             for name, tensor in weights.items()
         }
 
-    monkeypatch.setattr(training, "run_replicated", in_this_process)
+    monkeypatch.setattr(FineTuning, "_tune", in_this_process)
 
 
 @functools.cache
