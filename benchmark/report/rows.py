@@ -37,8 +37,8 @@ ROW_FIELDS = (
     "duration_s",
 )
 
-NOISE_FIELDS = ("noise_mean", "noise_deviation", "flips")
-"""What follows where the noise of rounding was measured: of the metric over copies, and percent of items."""
+NOISE_FIELDS = ("noise_mean", "noise_deviation", "noise_common", "noise_items", "flips")
+"""What follows where the noise of rounding was measured: of :class:`~benchmark.keep.record.Noise`."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,8 @@ class SuiteRows:
         for name in ("metric", "value", "fp32", "fp32_own", "drop", "ci_low", "ci_high", "n"):
             row[name] = None if result is None else getattr(result, name)
         noise = None if result is None else result.noise
-        row["noise_mean"] = None if noise is None else noise.mean
-        row["noise_deviation"] = None if noise is None else noise.deviation
-        row["flips"] = None if noise is None else noise.flips
+        for name in NOISE_FIELDS:
+            row[name] = None if noise is None else getattr(noise, name.removeprefix("noise_"))
         return {name: row[name] for name in (*ROW_FIELDS, *(NOISE_FIELDS if self.noisy else ()))}
 
 

@@ -157,7 +157,7 @@ def _linear_in_cache(
 ) -> Tensor | None:
     """The same a few rows at a time, so that codes and sums need no trip to memory; ``None`` if it cannot."""
     x, w = left.source, right.encoded
-    if w is None or not x.is_contiguous() or x.dim() < 2:
+    if w is None or not x.is_contiguous() or x.dim() < 2 or x.shape[-1] != w.codes.shape[-1]:
         return None
     bound = left.grid.largest * right.row_bounds[0]
     in_bytes = left.grid.largest <= BYTE and x.device.type == "cpu" and right.bytes is not None

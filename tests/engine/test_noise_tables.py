@@ -102,9 +102,9 @@ def test_tables_show_it(fill: Fill) -> None:
     assert "flips 12.5 %" in to_grid(table, "simple_grid")
     assert "{\\scriptsize flips 12.5 \\%}" in to_latex(table, "x")
     reference, line, *_ = rows.to_json()
-    assert [line[name] for name in NOISE_FIELDS] == [70.2, 0.5, 12.5]
-    assert [reference[name] for name in NOISE_FIELDS] == [None, None, None]
-    assert tuple(to_frame(rows).columns)[-3:] == NOISE_FIELDS
+    assert [line[name] for name in NOISE_FIELDS] == [70.2, 0.5, 0.0, 10, 12.5]
+    assert [reference[name] for name in NOISE_FIELDS] == [None] * 5
+    assert tuple(to_frame(rows).columns)[-5:] == NOISE_FIELDS
 
 
 def test_seeds_average_and_keep_their_own_deviation(suite: Suite, store: Store) -> None:

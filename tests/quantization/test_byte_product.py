@@ -49,6 +49,14 @@ def test_a_layer_is_the_same_with_and_without_bytes(monkeypatch: pytest.MonkeyPa
     assert torch.equal(*found)
 
 
+def test_rows_of_another_length_are_an_error_and_not_spread() -> None:
+    weight = Operand(encoded=Encoded(torch.ones(4, 8), Grid(1.0, BYTE)))
+    for inputs in (1, 9):
+        lazy = LazyCodes(torch.ones(3, inputs), Grid(1.0, BYTE), (-BYTE, BYTE))
+        with pytest.raises(RuntimeError, match="shape"):
+            exact.linear(Operand(lazy=lazy), weight, None)
+
+
 def test_what_does_not_fit_a_byte_is_left_alone() -> None:
     codes = torch.from_numpy(draw(8, 16)).float()
     assert as_bytes(Encoded(codes, Grid(1.0, BYTE + 1))) is None
