@@ -43,6 +43,8 @@ def side_by_side(before: Iterable[_Row], after: Iterable[_Row]) -> pd.DataFrame:
         frame["profile"] = frame["profile"].fillna("")
         # An interval over seeds is narrower than the mean of theirs, so fewer rows would count as unmoved.
         sides.append(frame.groupby(list(KEYS), sort=False)[numbers].mean(numeric_only=True))
+    # A cell that was not measured has nothing to compare.
+    sides[1] = sides[1][sides[1]["value"].notna()]
     joined = sides[0].reset_index().merge(sides[1].reset_index(), on=list(KEYS), suffixes=(" before", ""))
     outside = (joined["drop"] < joined["ci_low before"]) | (joined["drop"] > joined["ci_high before"])
     names = {"value before": "before", "value": "after", "ci_low before": "low", "ci_high before": "high"}
