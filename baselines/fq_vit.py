@@ -31,12 +31,13 @@ from quanttune.quantization.quantizers.grid import quotient, significant
 from quanttune.quantization.quantizers.log2 import EXPONENTIALS, IntegerSoftmaxQuantizer, Log2Quantizer
 from quanttune.quantization.quantizers.powers_of_two import shift_errors, shifted_quantizer
 from quanttune.quantization.scheme import NARROWEST, WIDEST
+from quanttune.quantization.statistics import no_value
 
 ATTENTION = ("uniform", "log2", "integer")
 _WIDTHS = (8, 7, 6)  # searched together, so that a table's widths share one pass
 _MASKED = -1e30
-_WEIGHTLESS = 745.2
-"""Scores further below their row's largest have probability 0 in float64: masks, whatever number they use."""
+_WEIGHTLESS = 60.0
+"""Scores further below their row's largest weigh less than ``1e-26``: masks, also those of -100 (Swin)."""
 
 
 @METHODS.register("fq_vit")
@@ -171,6 +172,9 @@ def calibrate(context: Context, widths: tuple[int, ...]) -> dict[str, Tensor]:
     scores = {site.id: _Scores() for site in activations.values() if site.kind is SiteKind.SOFTMAX}
     readers = {context.sites[site_id].sibling("input"): observer for site_id, observer in scores.items()}
     _observe(context, {**bounds, **readers}, "FQ-ViT ranges")
+    for site_id, seen in bounds.items():
+        if not seen.seen:
+            raise no_value(site_id)
     found = {f"{site_id}|range": observer.range for site_id, observer in bounds.items()}
     found |= {f"{site_id}|scores": observer.range for site_id, observer in scores.items() if observer.seen}
     errors = {

@@ -43,7 +43,8 @@ class Candidates:
         """
         if self.exhaustive or start is None:
             step = 1 if self.exhaustive else STRIDE
-            first = torch.arange(self.count - 1, -1, -step)  # from wide to narrow: ties go to the wider range
+            # From wide to narrow: ties go to the wider range.
+            first = torch.arange(self.count - 1, -1, -step)
             candidates = [torch.full((groups,), int(index)) for index in first]
         else:
             candidates = [start, start - STRIDE, start + STRIDE]

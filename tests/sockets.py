@@ -16,7 +16,8 @@ def listening() -> list[str]:
     for link in links:
         try:
             sockets.add(str(link.readlink()))
-        except OSError:  # closed meanwhile
+        except OSError:
+            # Closed meanwhile.
             continue
     tables = [Path(f"/proc/self/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
     rows = [line.split() for table in tables for line in table]
@@ -26,7 +27,8 @@ def listening() -> list[str]:
 def _handles(process: int) -> list[Path]:
     try:
         return list(Path(f"/proc/{process}/fd").iterdir())
-    except OSError:  # ended meanwhile
+    except OSError:
+        # Ended meanwhile.
         return []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from baselines import METHODS
-from baselines.fq_vit import FqVit
+from baselines.fq_vit import FqVit, _Scores
+from baselines.method import Batch
 from quanttune.errors import ConfigError, QuantTuneError
 from quanttune.inputs import call_model, logits_of
 from quanttune.quantization import Scheme, SiteKind, UniformQuantizer, discover_sites, simulate
@@ -297,3 +299,26 @@ def test_what_cannot_be_done_is_said():
 
 def test_it_is_registered_under_its_name():
     assert METHODS.get("fq_vit") is FqVit
+
+
+def test_masks_of_any_kind_are_no_scores():
+    scores = torch.rand(4, 2, 16, 16, generator=torch.Generator().manual_seed(0)) * 16 - 8
+    expected = _Scores()
+    expected.update(scores, (0.0, 0.0))
+    masked = torch.rand(16, 16, generator=torch.Generator().manual_seed(1)) < 0.5
+    masked.fill_diagonal_(False)
+    # Swin's, BERT's of old, and those of today.
+    for mask in (-100.0, -1e4, torch.finfo(torch.float32).min, -math.inf):
+        found = _Scores()
+        found.update(torch.where(masked, scores + mask, scores), (0.0, 0.0))
+        assert found.seen
+        low, high = found.range.tolist()
+        assert expected.range[0] <= low < -7.5
+        assert 7.5 < high <= expected.range[1]
+
+
+def test_a_tensor_without_a_value_is_named():
+    context = context_for("vit")
+    empty = [Batch(batch.inputs[:0], batch.targets[:0]) for batch in context.calibration]
+    with pytest.raises(QuantTuneError, match="held no value in calibration"):
+        FqVit().quantize(dataclasses.replace(context, calibration=empty))

@@ -160,7 +160,8 @@ def _load(path: Path) -> dict[str, Tensor] | None:
 
     try:
         return dict(load_file(path))
-    except SafetensorError:  # what was sealed was no such file
+    except SafetensorError:
+        # What was sealed was no such file.
         return None
 
 

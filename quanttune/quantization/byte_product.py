@@ -7,6 +7,7 @@ used.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
@@ -17,7 +18,9 @@ from quanttune.quantization.quantizers.grid import Encoded
 BYTE = 127
 """Codes up to this magnitude fit a signed byte."""
 _LONGEST = (2**31 - 1) // BYTE**2
-_PROBED_ROWS = (1, 48, 512)  # kernels are chosen by it
+_PROBED_ROWS = (1, 48, 512)
+"""Numbers of rows that a product is tried with: kernels are chosen by it."""
+_WEIGHTS_AT_ONCE = 1 << 22
 
 
 class ByteProduct:
@@ -38,9 +41,13 @@ class ByteProduct:
         """Write the exact sums, each rounded once to float32.
 
         Args:
-            codes: Integers up to :data:`BYTE` in magnitude as float32, shape ``(rows, inputs)``.
+            codes: Integers up to :data:`BYTE` in magnitude, or not finite; float32, ``(rows, inputs)``.
             total: Where to write, shape ``(rows, outputs)``, float32.
         """
+        if not math.isfinite(float(codes.sum())):
+            # No byte is NaN or infinite: what a cast would make of it differs between processors.
+            total.copy_(codes.double() @ self._weight.double())
+            return
         in_bytes, sums = self._codes[: len(codes)], self._sums[: len(codes)]
         in_bytes.copy_(codes)
         torch._int_mm(in_bytes, self._weight, out=sums)
@@ -76,6 +83,9 @@ def is_exact(outputs: int, inputs: int) -> bool:
             found = torch._int_mm(rows, weight.T)
         except (RuntimeError, NotImplementedError):
             return False
-        if not torch.equal(found.double(), rows.double() @ weight.double().T):
-            return False
+        # A few outputs at a time: in float64 a large weight is eight times itself.
+        at_once = max(_WEIGHTS_AT_ONCE // inputs, 1)
+        for sums, part in zip(found.split(at_once, dim=1), weight.split(at_once), strict=True):
+            if not torch.equal(sums.double(), rows.double() @ part.double().T):
+                return False
     return True

@@ -93,7 +93,7 @@ class Operand:
         return tuple(int(sums.max()) for sums in (parts[0] + parts[1], *parts))  # type: ignore[return-value]
 
     @cached_property
-    def bytes(self) -> Tensor | None:
+    def in_bytes(self) -> Tensor | None:
         """The codes of a weight in one byte each, where this machine multiplies such without loss."""
         return None if self.encoded is None else as_bytes(self.encoded)
 
@@ -135,6 +135,9 @@ def linear(left: Operand, right: Operand, bias: Tensor | None, finish: Finish | 
         right: ``w``.
         bias: Of shape ``(outputs,)``.
         finish: Applied where the product is computed a part at a time.
+
+    Returns:
+        Shape ``(..., outputs)``, float32.
     """
     w = right.along(-1)
     if w is right.encoded and w is not None and w.grid.factors is None and left.lazy is not None:
@@ -160,14 +163,15 @@ def _linear_in_cache(
     if w is None or not x.is_contiguous() or x.dim() < 2 or x.shape[-1] != w.codes.shape[-1]:
         return None
     bound = left.grid.largest * right.row_bounds[0]
-    in_bytes = left.grid.largest <= BYTE and x.device.type == "cpu" and right.bytes is not None
-    if not in_bytes and not _in_float32(bound, max(left.grid.largest, w.grid.largest)):
+    fits = left.grid.largest <= BYTE and x.device.type == "cpu"
+    in_bytes = right.in_bytes if fits else None
+    if in_bytes is None and not _in_float32(bound, max(left.grid.largest, w.grid.largest)):
         return None
     rows, outputs = x.flatten(0, -2), w.codes.shape[0]
     result = torch.empty(len(rows), outputs, device=x.device)
     at_once = min(max(_PRODUCT_AT_ONCE // max(x.shape[-1], outputs), _FEWEST_ROWS), len(rows))
     scratch = torch.empty(at_once, x.shape[-1], device=x.device)
-    product = ByteProduct(right.bytes, at_once) if in_bytes and right.bytes is not None else None
+    product = None if in_bytes is None else ByteProduct(in_bytes, at_once)
     with _full_precision(x):
         for part, total in zip(rows.split(at_once), result.split(at_once), strict=True):
             codes = left.write(part, scratch[: len(part)])

@@ -18,9 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quanttune.quantization import exact, order_free
+from quanttune.quantization import order_free
 from quanttune.quantization.arrangements import DIVIDING, REARRANGING, SCALING
 from quanttune.quantization.exact import LazyCodes, Operand
+from quanttune.quantization.exact_operands import (
+    TrackedProduct,
+    WeightHandler,
+    computed,
+    handled,
+    is_tracked,
+)
 from quanttune.quantization.quantizers import Quantizer, UniformQuantizer
 from quanttune.quantization.quantizers.grid import Finish, Grid, on_grid
 from quanttune.quantization.sites import OUTPUT_OPERAND, SiteId
@@ -73,8 +80,9 @@ class ExactHandlers(SiteHandlers):
         )
         self.unchecked = True
         self.exact, self.wide = exact, wide
-        self._fresh: Tensor | None = None  # a result that nobody but this walk has seen
-        self._finish: Finish | None = None  # what may have quantized it already
+        # A result that nobody but this walk has seen, and what may have quantized it already.
+        self._fresh: Tensor | None = None
+        self._finish: Finish | None = None
 
     @property
     def _computes(self) -> bool:
@@ -95,22 +103,22 @@ class ExactHandlers(SiteHandlers):
             seen = tensor.float()
             result = handler(seen)
             return tensor if result is seen else result
-        fresh = site.operand == OUTPUT_OPERAND and self._fresh is tensor and not _is_tracked(tensor)
+        fresh = site.operand == OUTPUT_OPERAND and self._fresh is tensor and not is_tracked(tensor)
         if fresh and self._finish is not None and self._finish.grid is not None:
             return _marked(tensor, self._finish.grid)
         if fresh and isinstance(handler, Quantizer) and tensor.dtype == torch.float32:
             grid = handler.quantize_in_place(tensor)
             if grid is not None:
                 return _marked(tensor, grid)
-        operand = _handled(handler, tensor)
+        operand = handled(handler, tensor)
         # Codes that no product asks for need not be kept.
         values = operand.decoded() if operand.lazy is None else handler(tensor)
         return values if operand.grid is None else _marked(values, operand.grid)
 
     def multiply(self, product: Product) -> Tensor:
         """Compute a product from codes, or in float64."""
-        computed = {torch.float32, torch.float64} if self.wide else {torch.float32}
-        if not self._computes or not {product.left.dtype, product.right.dtype} <= computed:
+        kinds = {torch.float32, torch.float64} if self.wide else {torch.float32}
+        if not self._computes or not {product.left.dtype, product.right.dtype} <= kinds:
             return super().multiply(product)
         sites = product.sites
         left = self._operand(sites[0], product.left)
@@ -120,9 +128,9 @@ class ExactHandlers(SiteHandlers):
             return replace(product, bias=bias).of(left.decoded().double(), right.decoded().double())
         tracked = (left.values, right.values, product.bias)
         if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tracked):
-            return _TrackedProduct.apply(product, left, right, left.decoded(), right.decoded(), product.bias)
+            return TrackedProduct.apply(product, left, right, left.decoded(), right.decoded(), product.bias)
         self._finish = self._finish_at(product.call.site(OUTPUT_OPERAND))
-        self._fresh = _computed(product, left, right, self._finish)
+        self._fresh = computed(product, left, right, self._finish)
         return self._fresh
 
     def apply(
@@ -139,9 +147,9 @@ class ExactHandlers(SiteHandlers):
             if order_free.written(func, args, kwargs) is None:
                 self._fresh = result
             return result
-        given = order_free.true_quotient(args) if func in DIVIDING else args
+        given, named = order_free.true_quotient(args, kwargs) if func in DIVIDING else (args, kwargs)
         grid = _common_grid(args[0]) if func is torch.cat else _grid_of(args[0]) if args else None
-        result = order_free.of_one_type(func, given, kwargs) if self.wide else func(*given, **kwargs)
+        result = order_free.of_one_type(func, given, named) if self.wide else func(*given, **named)
         if func in _SUMS:
             self._fresh = result
         if grid is None:
@@ -167,102 +175,16 @@ class ExactHandlers(SiteHandlers):
         handler = self.handler_of(site)
         if handler is not None and self.wide and tensor.dtype == torch.float64:
             seen = tensor.float()
-            handled = _handled(handler, seen)
-            return Operand(tensor) if handled.values is seen else handled
+            found = handled(handler, seen)
+            return Operand(tensor) if found.values is seen else found
         if handler is not None:
-            return _handled(handler, tensor)
+            return handled(handler, tensor)
         grid = _grid_of(tensor)
         if grid is None:
             return Operand(tensor)
         if grid.is_shared:
             return Operand(tensor, lazy=LazyCodes(tensor.detach(), grid))
         return Operand(tensor, on_grid(tensor.detach(), grid))
-
-
-def _handled(handler: Handler, tensor: Tensor) -> Operand:
-    """What a handler makes of a tensor: codes if it has any, and values with a graph if one is kept."""
-    if isinstance(handler, WeightHandler):
-        return handler.operand(tensor)
-    encoded = None
-    if isinstance(handler, UniformQuantizer) and tensor.dtype == torch.float32 and handler.shared_grid:
-        lazy = LazyCodes(tensor.detach(), handler.shared_grid, handler.shared_limits)
-        return Operand(handler(tensor) if _is_tracked(tensor) else None, lazy=lazy)
-    if isinstance(handler, Quantizer) and tensor.dtype == torch.float32:
-        encoded = handler.encode(tensor.detach())
-    return Operand(handler(tensor) if encoded is None or _is_tracked(tensor) else None, encoded)
-
-
-def _computed(product: Product, left: Operand, right: Operand, finish: Finish | None = None) -> Tensor:
-    if product.call.operation == "matmul":
-        return exact.matmul(left, right)
-    if product.call.operation == "linear":
-        return exact.linear(left, right, product.bias, finish)
-    return exact.convolution(product.func, left, right, product.bias, *product.rest, **product.options)
-
-
-class _TrackedProduct(torch.autograd.Function):
-    """The exact product, with the gradient of the product of the values."""
-
-    @staticmethod
-    def forward(ctx: Any, product: Product, left: Operand, right: Operand, *tracked: Tensor | None) -> Tensor:
-        ctx.product = product
-        ctx.save_for_backward(*tracked)
-        bias = tracked[2]
-        return _computed(replace(product, bias=None if bias is None else bias.detach()), left, right)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.enable_grad():
-            wide = [
-                None if each is None else each.detach().double().requires_grad_()
-                for each in ctx.saved_tensors
-            ]
-            left, right, bias = wide
-            result = replace(ctx.product, bias=bias).of(left, right)
-            found = torch.autograd.grad(
-                result, [each for each in wide if each is not None], gradient.double()
-            )
-        of_inputs = iter(found)
-        narrow = [None if each is None else next(of_inputs).float() for each in wide]
-        return (None, None, None, *narrow)
-
-
-class WeightHandler:
-    """Quantizes a weight when it is another tensor, or holds other numbers, than the last time.
-
-    The weight itself is kept beside its quantized form: the address of a freed tensor is soon used again.
-
-    Args:
-        handler: What to apply.
-    """
-
-    def __init__(self, handler: Handler) -> None:
-        self.handler = handler
-        self._weight: Tensor | None = None
-        self._state: tuple[int, int, bool] | None = None
-        self._operand = Operand()
-
-    def __call__(self, weight: Tensor) -> Tensor:
-        """The quantized weight."""
-        operand = self.operand(weight)
-        if operand.values is None:
-            operand.values = operand.decoded()
-        return operand.values
-
-    def operand(self, weight: Tensor) -> Operand:
-        """The quantized weight as one side of a product; with codes if it has any."""
-        if _is_tracked(weight) or weight.is_inference():
-            return _handled(self.handler, weight)  # inference tensors do not say when they change
-        # What inference mode made cannot take part in a gradient later, so the modes do not share.
-        state = (weight.data_ptr(), weight._version, torch.is_inference_mode_enabled())
-        if weight is not self._weight or state != self._state:
-            self._weight, self._state = weight, state
-            self._operand = _handled(self.handler, weight)
-        return self._operand
-
-
-def _is_tracked(tensor: Tensor) -> bool:
-    return torch.is_grad_enabled() and tensor.requires_grad
 
 
 def _marked(tensor: Tensor, grid: Grid) -> Tensor:

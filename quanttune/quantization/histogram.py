@@ -1,9 +1,9 @@
 """Histograms without a range given in advance: values are counted by their code in a short float format.
 
 The format is float32 with 11 significant bits in place of 24: sign, the whole exponent, 11 bits less the
-leading one. So a bin is at most 2**-10 of a value wide wherever the values lie, from float32's smallest to
-its largest: histograms of ``s x`` are those of ``x`` with every value times ``s``, exactly so for powers of
-two.
+leading one. So a bin is at most 2**-10 of a value wide wherever the values lie, from float32's smallest
+normal number to its largest: histograms of ``s x`` are those of ``x`` with every value times ``s``, exactly
+so for powers of two.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def short_codes(values: Tensor) -> Tensor:
 
 
 def values_of_codes(codes: np.ndarray) -> np.ndarray:
-    """The value of each code, float64; infinite for the code that the largest values round up to."""
+    """The value of each code, float64 of the same shape; infinite for what the largest values round up to."""
     return (codes.astype(np.uint32) << _DROPPED).view(np.float32).astype(np.float64)
 
 

@@ -116,17 +116,32 @@ def of_one_type(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         raise
 
 
-def true_quotient(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of a division by a number with the number as a tensor, by which every device divides."""
-    if len(args) < 2 or not isinstance(args[0], Tensor) or args[0].device.type == "cpu":
-        return args
-    numerator, divisor = args[:2]
+def true_quotient(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a division by a number with the number as a tensor, by which every device divides.
+
+    Args:
+        args: What is divided, and by what.
+        kwargs: Or by name (``other``), and further arguments.
+
+    Returns:
+        Both again; as they are on a CPU, for other types than float32 and float64, and between tensors.
+    """
+    numerator = args[0] if args else None
+    divisor = args[1] if len(args) > 1 else kwargs.get("other")
+    if not isinstance(numerator, Tensor) or numerator.device.type == "cpu":
+        return args, kwargs
+    if (
+        numerator.dtype not in (torch.float32, torch.float64)
+        or divisor is None
+        or isinstance(divisor, complex)
+    ):
+        return args, kwargs
     if isinstance(divisor, Tensor) and (divisor.dim() or divisor.device.type != "cpu"):
-        return args
-    if not numerator.is_floating_point() or isinstance(divisor, complex):
-        return args
+        return args, kwargs
     of_device = torch.as_tensor(divisor, dtype=numerator.dtype).to(numerator.device)
-    return (numerator, of_device, *args[2:])
+    if len(args) > 1:
+        return (numerator, of_device, *args[2:]), kwargs
+    return args, {**kwargs, "other": of_device}
 
 
 def _by_rows(
@@ -163,7 +178,7 @@ def _by_rows(
     at_once = max(_AT_ONCE // values.shape[-1], 1)
     for part, target in zip(rows.split(at_once), result.split(at_once), strict=True):
         target.copy_(func(part.double(), **named))
-        if finish is not None:
+        if finish is not None and target.dtype == torch.float32:
             finish(target)
     return result.view(values.shape)
 

@@ -1,8 +1,8 @@
 """Mergeable summaries of activations: one pass over the calibration data serves every range rule and width.
 
 Values are counted in a histogram that needs no range in advance, see :mod:`quanttune.quantization.histogram`,
-so it can be filled in one pass and merged by addition. Its bins are about a thirtieth of an 8-bit step wide
-at the end of the range, finer towards zero. Minimum and maximum are kept exactly.
+so it can be filled in one pass and merged by addition. Its bins are at most an eighth of an 8-bit step wide,
+and finer towards zero. Minimum and maximum are kept exactly.
 """
 
 from __future__ import annotations
@@ -185,11 +185,16 @@ def collect_statistics(
     observe(model, batches, observers, progress=progress, known=sites.known)
     unseen = [site_id for site_id, observer in observers.items() if not observer.statistics.batches]
     if unseen:
-        raise QuantTuneError(
-            f"site {unseen[0]} held no value in calibration; give batches that fill it, such as tokens for "
-            "every expert"
-        )
+        raise no_value(unseen[0])
     return {site_id: observer.statistics for site_id, observer in observers.items()}
+
+
+def no_value(site_id: str) -> QuantTuneError:
+    """The error of a site that was reached with empty tensors alone."""
+    return QuantTuneError(
+        f"site {site_id} held no value in calibration; give batches that fill it, such as tokens for "
+        "every expert"
+    )
 
 
 class StatisticsObserver(Observer):

@@ -69,8 +69,10 @@ class SiteVisitor(TorchFunctionMode):
         self._path: list[str] = []
         self._calls: Counter[tuple[str, str]] = Counter()
         self._hooks: list[RemovableHandle] = []
-        self.only_while_running = False  # whether nothing is in force between two runs of the model
-        self._sleeps: Callable[..., None] | None = None  # ends what holds for the present run alone
+        # Whether nothing is in force between two runs of the model.
+        self.only_while_running = False
+        # Ends what holds for the present run alone.
+        self._sleeps: Callable[..., None] | None = None
         self.ran = False  # whether the whole model was called
         self.outermost = True  # whether no other walk stands around this one
         self.unchecked = False  # whether the next run is searched for products that have no site

@@ -19,6 +19,8 @@ from benchmark.keep.stages import Stages
 from benchmark.keep.status import status_of
 from benchmark.keep.store import Store
 from benchmark.subject.lookup import get_model
+from benchmark.subject.models.checkpoint import weight_files
+from benchmark.subject.models.configuration import require_room
 from quanttune.digests import json_digest
 from quanttune.errors import AssetError, StoreError
 from tests.faults.fuzzing import TRIES, fuzz
@@ -222,3 +224,14 @@ def test_nothing_of_a_folder_is_json(store: Store, cells: list[Cell], kept: list
     assert [status_of(Store(store.root), cell).word for cell in cells] == ["missing"] * len(cells)
     store.prepare()
     assert json.loads((store.root / "store.json").read_text())["schema"]
+
+
+def test_names_of_classes_are_no_numbers_of_layers(tmp_path: Path) -> None:
+    save_text_model(tmp_path, "bert")
+    path = tmp_path / "config.json"
+    labels = {"label2id": {"negative_layers": 10**9, "positive": 1}, "head_dim": 4, "rope_theta": 10**7}
+    path.write_text(json.dumps(json.loads(path.read_text()) | labels))
+    config = json.loads(path.read_text())
+    require_room(config, tmp_path, weight_files(tmp_path))
+    with pytest.raises(AssetError, match="num_hidden_layers = 100000"):
+        require_room(config | {"num_hidden_layers": 100_000}, tmp_path, weight_files(tmp_path))

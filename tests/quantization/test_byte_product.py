@@ -44,9 +44,21 @@ def test_a_layer_is_the_same_with_and_without_bytes(monkeypatch: pytest.MonkeyPa
     for exact_here in (True, False):
         monkeypatch.setattr(byte_product, "is_exact", lambda *_, answer=exact_here: answer)
         weight = Operand(encoded=Encoded(codes, Grid(step, BYTE)))
-        assert (weight.bytes is not None) is exact_here
+        assert (weight.in_bytes is not None) is exact_here
         found.append(exact.linear(Operand(lazy=lazy), weight, torch.ones(24)))
     assert torch.equal(*found)
+
+
+def test_what_is_not_a_number_stays_none() -> None:
+    in_bytes(24, 64)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(3))
+    x[1, 7] = torch.nan
+    weight = Operand(encoded=Encoded(torch.from_numpy(draw(24, 64)).float(), Grid(1.0, BYTE)))
+    lazy = LazyCodes(x, Grid(2.0**-5, BYTE), (-BYTE, BYTE))
+    found = exact.linear(Operand(lazy=lazy), weight, None)
+    assert found.isnan().all(dim=1).tolist() == [False, True, False, False, False]
+    others = LazyCodes(x[2:], Grid(2.0**-5, BYTE), (-BYTE, BYTE))
+    assert torch.equal(found[2:], exact.linear(Operand(lazy=others), weight, None))
 
 
 def test_rows_of_another_length_are_an_error_and_not_spread() -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from quanttune.quantization.order_free import ORDER_DEPENDENT, in_float64, true_quotient
+from quanttune.quantization.quantizers.grid import Finish
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 
@@ -101,9 +102,28 @@ def test_a_number_divides_as_a_tensor_where_the_device_would_multiply() -> None:
     """No kernel runs on device ``meta``; what a CUDA kernel would be given does."""
     x = torch.empty(3, 4, device="meta")
     for divisor in (3.7, 2, torch.tensor(0.7, dtype=torch.float64)):
-        numerator, given = true_quotient((x, divisor))
+        (numerator, given), _ = true_quotient((x, divisor), {})
+        _, by_name = true_quotient((x,), {"other": divisor})
         assert numerator is x
-        assert (given.shape, given.dtype, given.device.type) == ((), torch.float32, "meta")
+        for each in (given, by_name["other"]):
+            assert (each.shape, each.dtype, each.device.type) == ((), torch.float32, "meta")
     matrix = torch.empty(4, device="meta")
-    for args in ((x, matrix), (x.int(), 3.0), (torch.ones(3), 3.0), (3.0,), (x, 1j)):
-        assert true_quotient(args) is args
+    for args in (
+        (x, matrix),
+        (x.int(), 3.0),
+        (x.bfloat16(), 3.0),
+        (torch.ones(3), 3.0),
+        (3.0,),
+        (x, 1j),
+        (x,),
+    ):
+        assert true_quotient(args, {})[0] is args
+
+
+def test_short_types_are_not_quantized_on_the_way() -> None:
+    """Their quantizers compute in float32, on the whole result."""
+    finish = Finish(lambda part: pytest.fail("called"))
+    x = X.bfloat16()
+    found = in_float64(F.rms_norm, (x, (6,), torch.ones(6)), {}, finish=finish)
+    assert finish.grid is None
+    assert found.dtype == torch.bfloat16

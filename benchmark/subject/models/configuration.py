@@ -94,7 +94,8 @@ def shaped(kind: type[_Shape], values: Mapping[str, Any], folder: Path) -> _Shap
         ) from None
 
 
-_COUNTS = re.compile(r"layers?$|depths?$|experts$|blocks$|num_hidden")
+_COUNTS = re.compile(r"(^|_)(layers?|depths?|experts|blocks)$")
+_NAMES = frozenset({"id2label", "label2id", "label_names"})
 _SIZES = re.compile(
     r"(size|dim|heads|width|channels|labels|classes|position_embeddings|^d_[a-z]+|^n_[a-z]+)$"
 )
@@ -142,7 +143,8 @@ def require_size(build: Callable[[], nn.Module], folder: Path, weights: Iterable
     try:
         with torch.device("meta"):
             parameters = sum(parameter.numel() for parameter in build().parameters())
-    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+    except Exception:
+        # Whatever it is, the network itself is built next and says it.
         return
     _, elements = _counted(weights)
     if parameters > _ROOM * elements:
@@ -169,6 +171,8 @@ def _counted(weights: Iterable[Path]) -> tuple[int, int]:
 def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """Every whole number of a configuration with its name, those of parts and lists included."""
     for name, value in config.items():
+        if name in _NAMES:
+            continue
         if isinstance(value, Mapping):
             yield from _numbers(value)
             continue

@@ -117,5 +117,9 @@ def quotient(values: Tensor, number: float) -> Tensor:
     """``values / number``, rounded once on every device.
 
     Of a tensor and a number CUDA makes a product with the number's reciprocal, which is rounded twice.
+
+    Args:
+        values: Of any shape and floating-point type, which the result has.
+        number: What to divide by.
     """
     return values / torch.full((), number, dtype=values.dtype, device=values.device)
