@@ -5,230 +5,36 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from quanttune import OutlierLoss, OutlierLossConfig
 from quanttune.errors import ConfigError, QuantTuneError
 from quanttune.excess import MeanExcess, kurtosis_of, moments_of
-from quanttune.inputs import call_model, logits_of
-from quanttune.quantization import SiteKind, discover_sites
 from quanttune.replicas import Replicas
-from quanttune.seeds import torch_generator
 from quanttune.thresholds import Running
 from quanttune.training_loops import as_they_are
-from tests.quantization.models import build, inputs, one_thread
-
-STEPS = 3
-EVERYTHING: dict[str, Any] = {"kinds": None, "threshold": 1.5, "weight": 1.0, "schedule": "fixed"}
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")),
-]
-Calls = Callable[[nn.Module], Callable[[Any], Tensor]]
+from tests.quantization.models import one_thread
+from tests.training_loops import (
+    DEVICES,
+    EVERYTHING,
+    assert_same,
+    batch,
+    called,
+    data,
+    quiet_bert,
+    residual,
+    trained,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     with one_thread():
         yield
-
-
-class Residual(nn.Module):
-    """A residual branch in one function, which a checkpoint may be put around."""
-
-    def __init__(self, way: str = "plain") -> None:
-        super().__init__()
-        self.way = way
-        self.up, self.down, self.head = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 3)
-        self.calls = 0
-
-    def branch(self, values: Tensor) -> Tensor:
-        self.calls += 1
-        return values + self.down(nn.functional.gelu(self.up(values)))
-
-    def forward(self, values: Tensor) -> Tensor:
-        for _ in range(2):
-            if self.way == "plain":
-                values = self.branch(values)
-            else:
-                values = checkpoint(self.branch, values, use_reentrant=self.way == "reentrant")
-        return self.head(values)
-
-
-def residual(way: str = "plain") -> Residual:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Residual(way)
-
-
-def batch(seed: int, items: int = 8) -> Tensor:
-    values = torch.randn(items, 5, 16, generator=torch_generator(seed, "loop"))
-    values.view(-1)[::97] *= 9
-    return values.requires_grad_()
-
-
-def data(model: nn.Module, step: int) -> Any:
-    if isinstance(model, Residual):
-        return batch(step)
-    name = "vit" if hasattr(model, "blocks") else "bert"
-    return inputs(name, 4, step)
-
-
-def called(model: nn.Module) -> Callable[[Any], Tensor]:
-    """The plain way to run a model."""
-    return lambda given: logits_of(call_model(model, given))
-
-
-def trained(
-    model: nn.Module,
-    calls: Calls = called,
-    *,
-    config: dict[str, Any] | None = None,
-    around: Callable[[], Any] = nullcontext,
-    scaler: Any = None,
-    between: Callable[[nn.Module], None] = lambda model: None,
-    watched: nn.Module | None = None,
-    backward: Callable[[Tensor], None] = Tensor.backward,
-) -> dict[str, Any]:
-    """Three steps of a plain loop: penalties, gradients of the last step, weights and what the loss keeps."""
-    settings = OutlierLossConfig(**(EVERYTHING | (config or {})))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    run, penalties = calls(model), []
-    watched = model if watched is None else watched
-    with OutlierLoss(watched, data(model, 0), STEPS, settings) as outliers:
-        for step in range(STEPS):
-            optimizer.zero_grad()
-            between(model)
-            with around():
-                loss = run(data(model, step)).float().square().mean()
-            penalty = outliers.penalty()
-            penalties.append(float(penalty.detach()))
-            total = loss + penalty
-            if scaler is None:
-                backward(total)
-                optimizer.step()
-            else:
-                scaler.scale(total).backward()
-                scaler.unscale_(optimizer)
-                scaler.step(optimizer)
-                scaler.update()
-            outliers.step()
-            between(model)
-    assert penalties[0] == 0 < penalties[-1]
-    parameters = dict(model.named_parameters())
-    return {
-        "penalties": torch.tensor(penalties),
-        "gradients": torch.cat(
-            [each.grad.flatten() for each in parameters.values() if each.grad is not None]
-        ),
-        "weights": torch.cat([each.detach().flatten() for each in parameters.values()]),
-        "state": outliers.state_dict(),
-    }
-
-
-def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    for name in ("penalties", "gradients", "weights"):
-        assert torch.equal(found[name], expected[name]), name
-    assert found["state"] == expected["state"]
-
-
-class TestRecomputation:
-    """Counted once, and its gradient arrives."""
-
-    @pytest.mark.parametrize("penalty", ["outlier", "range", "kurtosis"])
-    def test_of_a_function(self, penalty: str) -> None:
-        expected = trained(residual(), config={"penalty": penalty})
-        recomputed = residual("not reentrant")
-        assert_same(trained(recomputed, config={"penalty": penalty}), expected)
-        # Each branch twice, but for the discovery of the sites.
-        assert recomputed.calls >= 2 * 2 * STEPS
-
-    def test_of_the_whole_model(self) -> None:
-        def whole(model: nn.Module) -> Callable[[Any], Tensor]:
-            return lambda given: checkpoint(model, given, use_reentrant=False)
-
-        assert_same(trained(residual(), whole), trained(residual()))
-
-    def test_of_recomputed_parts(self) -> None:
-        def whole(model: nn.Module) -> Callable[[Any], Tensor]:
-            return lambda given: checkpoint(model, given, use_reentrant=False)
-
-        assert_same(trained(residual("not reentrant"), whole), trained(residual()))
-
-    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-    @pytest.mark.parametrize("backward", [Tensor.backward, torch.autograd.backward])
-    def test_of_blocks_of_timm(self, attention: str, backward: Callable[[Tensor], None]) -> None:
-        """Fused attention is taken apart for what is looked at in it, and so it must be once more.
-
-        A tensor's own ``backward`` runs outside of every walk, and the function inside of it.
-        """
-        plain, recomputed = (copy.deepcopy(build("vit", attention)).train() for _ in range(2))
-        recomputed.set_grad_checkpointing(True)
-        assert_same(trained(recomputed, backward=backward), trained(plain))
-
-    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-    @pytest.mark.parametrize("backward", [Tensor.backward, torch.autograd.backward])
-    def test_of_layers_of_transformers(self, attention: str, backward: Callable[[Tensor], None]) -> None:
-        plain, recomputed = (quiet_bert(attention) for _ in range(2))
-        recomputed.gradient_checkpointing_enable({"use_reentrant": False})
-        assert_same(trained(recomputed, backward=backward), trained(plain))
-
-    def test_of_fused_attention_in_a_function_is_refused_in_a_line(self) -> None:
-        class Attention(Residual):
-            def branch(self, values: Tensor) -> Tensor:
-                return values + nn.functional.scaled_dot_product_attention(values, values, values)
-
-        plain, hidden = Attention(), Attention("not reentrant")
-        trained(plain)
-        with pytest.raises(ConfigError, match="around a module, or choose eager attention") as refused:
-            trained(hidden)
-        assert "\n" not in str(refused.value)
-        # Nothing in it is looked at, and nothing taken apart.
-        stream = {"kinds": (SiteKind.RESIDUAL_SUM,)}
-        hidden.load_state_dict(plain.state_dict())
-        assert_same(trained(hidden, config=stream), trained(plain, config=stream))
-
-    def test_of_layers_of_transformers_has_the_same_sites(self) -> None:
-        """Found: its hook on the embeddings made their sum a residual one."""
-        plain, recomputed = (quiet_bert() for _ in range(2))
-        recomputed.gradient_checkpointing_enable({"use_reentrant": False})
-        kinds = [
-            [(site.id, site.kind) for site in discover_sites(model, data(model, 0)).values()]
-            for model in (plain, recomputed)
-        ]
-        assert kinds[0] == kinds[1]
-
-    @pytest.mark.parametrize("name", ["function", "transformers", "model"])
-    def test_without_a_graph_is_refused_in_the_first_forward_pass(self, name: str) -> None:
-        model: Any = quiet_bert() if name == "transformers" else residual()
-        calls = called
-        if name == "function":
-            model.way = "reentrant"
-        elif name == "transformers":
-            model.gradient_checkpointing_enable({"use_reentrant": True})
-        else:
-
-            def calls(model: nn.Module) -> Callable[[Any], Tensor]:
-                return lambda given: checkpoint(model, given, use_reentrant=True)
-
-        with pytest.raises(ConfigError, match="use_reentrant=False") as refused:
-            trained(model, calls)
-        assert "\n" not in str(refused.value)
-
-
-def quiet_bert(attention: str = "eager") -> Any:
-    """Without dropout, so that loops can be compared."""
-    model = copy.deepcopy(build("bert", attention)).train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
 
 
 class TestMixedPrecision:
