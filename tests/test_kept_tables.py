@@ -23,7 +23,7 @@ from benchmark.report.rows import SuiteRows
 from benchmark.report.tables import make_table, to_frame, to_grid
 from quanttune.digests import json_digest
 
-ENGINE_OF = {"laptop": 3}
+ENGINE_OF = {"laptop": 3, "rivals": 3}
 """What measured them, where it was not the first engine; raised when they are measured again."""
 RAISED_SINCE = frozenset({"base_ptq", "fq_vit", "ptq4vit"})
 """Methods whose versions are others than when the first engine measured."""
