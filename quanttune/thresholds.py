@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from quanttune.errors import ConfigError
+from quanttune.fields import FieldError
 from quanttune.quantization import SiteKind
 
 PENALTIES = ("outlier", "range", "kurtosis")
@@ -76,6 +77,9 @@ class Running:
 
     Attributes:
         unit: A power of two near the tensor's magnitude if moments in single precision would overflow.
+
+    Raises:
+        FieldError: If a number is one that no training gives, such as a negative count of updates.
     """
 
     mean: float = 0.0
@@ -85,6 +89,13 @@ class Running:
     ratio: float = 0.0
     updates: int = 0
     unit: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("std", "start", "recent", "ratio", "updates"):
+            if getattr(self, name) < 0:
+                raise FieldError(f"{name} = {getattr(self, name)}: give at least 0")
+        if self.unit <= 0:
+            raise FieldError(f"unit = {self.unit}: give a positive number")
 
     def update(self, moments: list[float], momentum: float) -> None:
         """Take a step's mean, standard deviation, minimum and maximum into account.
