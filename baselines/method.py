@@ -257,6 +257,11 @@ class Method(ABC):
         version: Raised whenever a change of the code changes results; part of a cell's identity.
         role: One of :data:`ROLES`.
         trains: Whether the method fine-tunes weights.
+        per_width: Whether it trains, or optimises, anew for each precision; one training serves all if not.
+        changes: What it changes of a model, in a few words, for the table of methods.
+        source: The paper, or what else defines it.
+        licence: That of the authors' code as its repository states it; ``none`` where there is no code, or
+            code without a licence. Nothing of it is copied here.
     """
 
     name: ClassVar[str]
@@ -264,6 +269,10 @@ class Method(ABC):
     version: ClassVar[int] = 1
     role: ClassVar[str] = "rival"
     trains: ClassVar[bool] = False
+    per_width: ClassVar[bool] = False
+    changes: ClassVar[str] = "ranges"
+    source: ClassVar[str] = "common practice"
+    licence: ClassVar[str] = "none"
 
     def parameters(self) -> dict[str, Any]:
         """The method's parameters as plain JSON values."""
@@ -286,6 +295,17 @@ class Method(ABC):
     @abstractmethod
     def quantize(self, context: Context) -> Quantized:
         """Quantize the reference of ``context``."""
+
+
+class FoldingMethod(Method):
+    """A method that can change weights such that the model computes what it did and is easier to quantize."""
+
+    @abstractmethod
+    def folded(self, context: Context) -> dict[str, Tensor]:
+        """A whole state dict that computes the same function; what the model has where nothing can be folded.
+
+        Training may go on from it: see ``before`` of :class:`baselines.training.FineTuning`.
+        """
 
 
 METHODS: Registry[type[Method]] = Registry("method", packages=("baselines",))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from baselines.method import METHODS, Context, Method, Origin
+from baselines.method import METHODS, Context, FoldingMethod, Method, Origin
 from quanttune.errors import ConfigError
 from quanttune.inputs import ModelInputs, call_model, logits_of, to_device
 from quanttune.outlier_loss import OutlierLoss, OutlierLossConfig
@@ -36,7 +36,9 @@ class FineTuning(Method):
     same data.
 
     Args:
-        calibrator: Registered name of the calibrator that quantizes the tuned weights.
+        calibrator: Registered name of the method that quantizes the tuned weights.
+        before: Registered name of a method that changes the weights, without changing the function, before
+            they are tuned; empty for none.
         steps: Optimizer steps; ``None`` for the entry's.
         learning_rate: Peak learning rate; ``None`` for the entry's.
         norm_rate: Factor on the learning rate of normalisation parameters and biases; ``None`` for the
@@ -46,13 +48,14 @@ class FineTuning(Method):
 
     Raises:
         ConfigError: If a setting is out of its range, or the calibrator would fine-tune once more.
-        UnknownNameError: If there is no such calibrator.
+        UnknownNameError: If there is no such calibrator or no such method before.
     """
 
     role: ClassVar[str] = "trained"
     trains: ClassVar[bool] = True
     version: ClassVar[int] = 2
     calibrator: str = "minmax"
+    before: str = ""
     steps: int | None = None
     learning_rate: float | None = None
     norm_rate: float | None = None
@@ -66,6 +69,11 @@ class FineTuning(Method):
             raise ConfigError(
                 f"calibrator {self.calibrator!r} fine-tunes as well, and one of two trainings would be lost; "
                 "choose a method that does not train"
+            )
+        if self.before and not issubclass(METHODS.get(self.before), FoldingMethod):
+            raise ConfigError(
+                f"{self.before!r} cannot go before a fine-tuning: it does not give other weights that compute "
+                "the same function"
             )
         given = {name: value for name in _RECIPE if (value := getattr(self, name, None)) is not None}
         Schedule(**{"steps": 1, "learning_rate": 1.0} | given)
@@ -89,6 +97,9 @@ class FineTuning(Method):
     def quantize(self, context: Context) -> Quantized:
         """Tune once for all widths, profiles and calibrators; then calibrate the tuned weights."""
         schedule = self._schedule(context)
+        if self.before:
+            before: FoldingMethod = METHODS.get(self.before)()  # type: ignore[assignment]
+            context = context.changed(before.folded(context))
         # The schedule tells steps and rate, whoever set them: a search then finds the weights of the recipe.
         key = {
             **context.identity,
