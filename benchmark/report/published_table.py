@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from benchmark.grid.cells import Cell
 from benchmark.report.latex import escape_latex
-from benchmark.report.published_values import REMARKS, Published, published_values
+from benchmark.report.published.value import Published
+from benchmark.report.published.values import REMARKS, published_values
 from benchmark.report.rows import SuiteRows
 from benchmark.report.tables import escape_markdown
 from benchmark.subject.lookup import get_model, get_task
@@ -82,7 +83,7 @@ def make_published_table(rows: SuiteRows) -> PublishedTable:
 def _line(value: Published, rows: SuiteRows) -> Line:
     names = list(dict.fromkeys(cell.model for cell in rows.cells))
     wanted = value.family or value.model
-    same = [name for name in names if get_model(name).checkpoint == wanted]
+    same = [name for name in names if wanted in (get_model(name).checkpoint, get_model(name).source)]
     # a checkpoint may be measured on several tasks, each a model of the suite
     ours = next((name for name in same if _benchmark(name) == value.data), same[0] if same else None)
     measured = drop = None

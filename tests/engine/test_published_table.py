@@ -19,6 +19,8 @@ from benchmark.grid.suite import Suite, load_suite, parse_suite
 from benchmark.keep.record import Record, Result
 from benchmark.keep.store import Store
 from benchmark.report.published.reader import load_published, published_names
+from benchmark.report.published.value import IMAGENET
+from benchmark.report.published.values import published_values
 from benchmark.report.published_table import (
     Line,
     PublishedTable,
@@ -27,7 +29,6 @@ from benchmark.report.published_table import (
     published_grid,
     published_latex,
 )
-from benchmark.report.published_values import IMAGENET, published_values
 from benchmark.report.rows import collect_rows
 from benchmark.subject.models.entry import MODELS
 from benchmark.subject.tasks.task import TASKS
@@ -95,11 +96,12 @@ def make(store: Store) -> Make:
 def line(
     table: PublishedTable, method: str, precision: str = "W8A8", source: str = "", bits: int | None = 0
 ) -> Line:
+    own = source or ("PTQ4ViT" if "ptq" in method else "FQ-ViT")
     (found,) = (
         line
         for line in table.shown
         if (line.method, line.precision) == (method, precision)
-        and source in line.source
+        and line.source.startswith(own)
         and bits in (0, line.attention_bits)
     )
     return found
@@ -116,8 +118,13 @@ def test_every_published_number_is_read() -> None:
     opt = {(value.model, value.precision): value for value in read if value.source.startswith("optimum")}
     assert opt["facebook/opt-125m", "W8A8"].value == 5.0
     assert opt["facebook/opt-125m", "W8A8"].drop == 58.0
-    (vit,) = (v for v in read if (v.model, v.method, v.precision) == (VIT_B, "ptq4vit", "W6A6"))
+    vits = [v for v in read if (v.model, v.method, v.precision) == (VIT_B, "ptq4vit", "W6A6")]
+    (vit,) = (v for v in vits if v.source == "PTQ4ViT README")
     assert (vit.value, vit.drop) == (81.65, pytest.approx(84.54 - 81.65))
+    (rep,) = (v for v in read if (v.model, v.source, v.precision) == (VIT_B, "RepQ-ViT README", "W6A6"))
+    assert (rep.method, rep.value, rep.drop) == ("repq_vit", 83.62, pytest.approx(84.54 - 83.62))
+    (mnli,) = (v for v in read if v.metric == "mnli accuracy")
+    assert (mnli.value, mnli.drop) == (84.69, pytest.approx(84.94 - 84.69))
     for value in read:
         assert (value.setting is None) == bool(value.why)
 
@@ -195,7 +202,12 @@ def test_unfinished_cells_are_no_measurement(make: Make) -> None:
 
 def test_other_data_and_other_weights(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODELS.get("toy"), "checkpoint", VIT_B)
-    assert {found.why for found in make().shown} == {"other data: ImageNet-1k, here toy_task"}
+    of_methods_here = {
+        found.why for found in make().shown if found.source in ("FQ-ViT README", "RepQ-ViT README")
+    }
+    assert of_methods_here == {"other data: ImageNet-1k, here toy_task"}
+    others = {found.why for found in make().shown if found.method == "apq_vit"}
+    assert others == {"no method here is this one"}
     monkeypatch.setattr(MODELS.get("toy"), "checkpoint", "facebook/opt-125m")
     whys = {(found.source[:5], found.method, found.why) for found in make().shown}
     assert ("optim", "quanto", "another method: quanto's own calibration") in whys

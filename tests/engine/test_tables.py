@@ -296,7 +296,7 @@ def test_published_values_name_their_source(name: str) -> None:
 
 
 def test_published_values_are_the_known_ones() -> None:
-    assert len(published_names()) == 5
+    assert len(published_names()) == 18
     fq_vit = load_published("imagenet_fqvit")
     base = fq_vit[fq_vit["timm_model"].str.startswith("vit_base") & (fq_vit["method"] == "fp32")]
     assert base["top1"].tolist() == [84.53]

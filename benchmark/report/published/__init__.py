@@ -1,1 +1,1 @@
-"""Values others published, as CSV; the first column is the source. See :mod:`.reader`."""
+"""Values others published, as CSV whose first column is the source, and what they are comparable with."""

@@ -103,4 +103,10 @@ for _name, _kind in (
     ("glue_qnli", GlueClasses),
     ("glue_stsb", GlueValues),
 ):
-    TASKS.register(_name)(_kind(name=_name, title=f"GLUE {get_external(_name).title}"))
+    TASKS.register(_name)(
+        _kind(
+            name=_name,
+            title=f"GLUE {get_external(_name).title}",
+            benchmark=f"GLUE {_name.removeprefix('glue_')}",
+        )
+    )
