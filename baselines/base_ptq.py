@@ -18,6 +18,7 @@ class BasePtq(ScaleSearch):
     role: ClassVar[str] = "calibrator"
     variant: ClassVar[str] = "paper"
     version: ClassVar[int] = 2
+    source: ClassVar[str] = "arXiv 2111.12293, ECCV 2022"
     metric: str = "cosine"
     twin_softmax: bool = False
     twin_gelu: bool = False

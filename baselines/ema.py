@@ -16,3 +16,4 @@ class RunningMinMax(Calibrator):
 
     name: ClassVar[str] = "ema"
     rule: ClassVar[str] = "ema"
+    source: ClassVar[str] = "FQ-ViT's code"

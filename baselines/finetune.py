@@ -16,3 +16,4 @@ class PlainFineTuning(FineTuning):
 
     name: ClassVar[str] = "finetune"
     role: ClassVar[str] = "control"
+    changes: ClassVar[str] = "weights by training"

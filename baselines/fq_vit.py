@@ -86,6 +86,9 @@ class FqVit(Method):
     name: ClassVar[str] = "fq_vit"
     variant: ClassVar[str] = "paper"
     version: ClassVar[int] = 2
+    changes: ClassVar[str] = "quantizers"
+    source: ClassVar[str] = "arXiv 2111.13824, IJCAI 2022"
+    licence: ClassVar[str] = "Apache-2.0"
     factor: bool = True
     attention: str = "uniform"
     attention_bits: int = 0

@@ -16,3 +16,4 @@ class ShrunkMeanSquaredError(Calibrator):
 
     name: ClassVar[str] = "omse"
     rule: ClassVar[str] = "omse"
+    source: ClassVar[str] = "arXiv 1902.06822; grid of FQ-ViT's code"

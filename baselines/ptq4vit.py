@@ -238,6 +238,8 @@ class Ptq4Vit(ScaleSearch):
     name: ClassVar[str] = "ptq4vit"
     variant: ClassVar[str] = "paper"
     version: ClassVar[int] = 2
+    changes: ClassVar[str] = "quantizers"
+    source: ClassVar[str] = "arXiv 2111.12293, ECCV 2022"
 
 
 def first_items(batches: Sequence[Batch], count: int) -> Iterator[Batch]:

@@ -37,6 +37,8 @@ class QuantTune(FineTuning):
     """
 
     name: ClassVar[str] = "quanttune"
+    changes: ClassVar[str] = "weights by training"
+    source: ClassVar[str] = "arXiv 2403.06497, reconstructed"
     weight: float = _DEFAULT.weight
     threshold: float = _DEFAULT.threshold
     parameter_threshold: float = _DEFAULT.parameter_threshold or 0.0
