@@ -14,7 +14,7 @@ from benchmark.engine.plan import Plan, Request, make_plan
 from benchmark.engine.runner import Outcome, Settings
 from benchmark.grid.expand import Selection
 from benchmark.grid.suite import DEFAULT_SUITE, load_suite
-from benchmark.keep.store import Store
+from benchmark.keep.reference_store import open_store
 from quanttune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def table(
     from benchmark.report.rows import collect_rows
     from benchmark.report.tables import to_frame
 
-    rows = collect_rows(Store(Path(results)), load_suite(os.fspath(suite)), allow_partial)
+    rows = collect_rows(open_store(Path(results)), load_suite(os.fspath(suite)), allow_partial)
     return to_frame(rows if metric is None else in_metric(rows, metric, allow_partial))
 
 
@@ -158,7 +158,7 @@ def load(cell_id_prefix: str, *, results: StrPath = "results") -> Quantized:
 
     if not isinstance(cell_id_prefix, str):
         raise ConfigError(f"{cell_id_prefix!r} is no cell id; give the start of one as text, e.g. '3f9a'")
-    return load_quantized(Store(Path(results)), cell_id_prefix)
+    return load_quantized(open_store(Path(results)), cell_id_prefix)
 
 
 def reference(model: str, *, results: StrPath = "results") -> nn.Module:
@@ -174,7 +174,7 @@ def reference(model: str, *, results: StrPath = "results") -> nn.Module:
     """
     from benchmark.engine.reopen import load_reference
 
-    return load_reference(Store(Path(results)), model)
+    return load_reference(open_store(Path(results)), model)
 
 
 def _several(name: str, given: Sequence[_T] | _T, kind: type[_T]) -> tuple[_T, ...]:

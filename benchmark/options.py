@@ -60,7 +60,7 @@ def results_option(function: _Function) -> _Function:
         default=Path("results"),
         metavar="DIR",
         show_default=True,
-        help="Folder of the store.",
+        help="Folder of the store; `reference` is the published one.",
     )(function)
 
 

@@ -118,12 +118,12 @@ def open_suite(
     from benchmark.engine.environment import DEFAULT_THREADS, prepare_torch
     from benchmark.engine.progress import Display
     from benchmark.grid.suite import load_suite
-    from benchmark.keep.store import Store
+    from benchmark.keep.reference_store import open_store
     from benchmark.report.analyses import analyses_of
     from benchmark.report.rows import collect_rows
     from quanttune.errors import ConfigError
 
-    store = Store(results)
+    store = open_store(results)
     rows = collect_rows(store, load_suite(suite), allow_partial)
     if not any(record.result and not record.cell.is_reference for record in rows.records.values()):
         raise ConfigError(

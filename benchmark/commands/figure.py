@@ -33,5 +33,5 @@ def figure(
     figures = choose(only)
     rows, analyses = open_suite(suite, results, device, allow_partial)
     frames = make_frames(figures, rows, analyses, items)
-    for path in write_figures(figures, frames, results / "figures", rows.suite.name):
+    for path in write_figures(figures, frames, rows.store.views / "figures", rows.suite.name):
         click.echo(str(path))

@@ -32,10 +32,10 @@ def list_command(kind: str, suite: str, as_json: bool, results: Path) -> None:
     """List what there is to measure and to measure with, or the cells of a suite with their status."""
     if kind == "cells":
         from benchmark.engine.plan import Request
-        from benchmark.keep.store import Store
+        from benchmark.keep.reference_store import open_store
         from benchmark.views import echo_cells
 
-        echo_cells(Store(results), Request(suite).cells(), as_json)
+        echo_cells(open_store(results), Request(suite).cells(), as_json)
         return
     from benchmark.views import echo_rows
 
@@ -66,9 +66,9 @@ def show(cell_id_prefix: str, results: Path) -> None:
 
     Standard error has the lines of Python that give its quantized model back.
     """
-    from benchmark.keep.store import Store
+    from benchmark.keep.reference_store import open_store
 
-    record = Store(results).find(cell_id_prefix)
+    record = open_store(results).find(cell_id_prefix)
     click.echo(json.dumps(record.to_json(), indent=2))
     for line in _reopening(record, results):
         click.echo(line, err=True)

@@ -25,7 +25,6 @@ def report(suite: str, items: int, device: str, allow_partial: bool, results: Pa
     and kept, as in `figure`.
     """
     from benchmark.keep.atomic import write_text_atomically
-    from benchmark.keep.store import Store
     from benchmark.report.figures.figure import choose
     from benchmark.report.gallery import make_frames
     from benchmark.report.html import make_report
@@ -33,6 +32,6 @@ def report(suite: str, items: int, device: str, allow_partial: bool, results: Pa
 
     rows, analyses = open_suite(suite, results, device, allow_partial)
     frames = make_frames(choose(), rows, analyses, items)
-    path = results / "report" / f"{rows.suite.name}.html"
-    write_text_atomically(path, make_report(rows, Store(results), frames))
+    path = rows.store.views / "report" / f"{rows.suite.name}.html"
+    write_text_atomically(path, make_report(rows, rows.store, frames))
     click.echo(str(path))

@@ -47,11 +47,11 @@ def table(
 ) -> None:
     """Print the table of a suite; every form but `terminal` is also written to RESULTS/tables/."""
     from benchmark.grid.suite import load_suite
-    from benchmark.keep.store import Store
+    from benchmark.keep.reference_store import open_store
     from benchmark.report.other_metric import in_metric
     from benchmark.report.rows import collect_rows
 
-    store = Store(results)
+    store = open_store(results)
     if published and metric:
         raise ConfigError("--published shows the metrics of the sources; leave out --metric")
     rows = collect_rows(store, load_suite(suite), allow_partial)
@@ -63,7 +63,7 @@ def table(
         from benchmark.keep.atomic import write_text_atomically
 
         name = "-".join([rows.suite.name, *["published"] * published, *(metric or "").split()])
-        path = store.root / "tables" / f"{name}.{_ENDINGS[form]}"
+        path = store.views / "tables" / f"{name}.{_ENDINGS[form]}"
         try:
             write_text_atomically(path, text)
             click.echo(f"written to {path}", err=True)

@@ -14,6 +14,7 @@ from benchmark.engine.runner import OVERWRITE, Outcome, Settings, stored_outcome
 from benchmark.grid.cells import Cell
 from benchmark.grid.expand import Selection, expand
 from benchmark.grid.suite import DEFAULT_SUITE, load_suite
+from benchmark.keep.reference_store import open_store
 from benchmark.keep.store import Store
 from benchmark.subject.tasks.data import commit_splits
 from benchmark.subject.tasks.task import get_task
@@ -62,7 +63,7 @@ class Plan:
     @property
     def store(self) -> Store:
         """Where results are kept."""
-        return Store(self.settings.results)
+        return open_store(self.settings.results)
 
     def known(self) -> dict[str, Outcome]:
         """The outcomes that the store already has, by cell id; the other cells have to run."""

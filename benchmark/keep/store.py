@@ -154,6 +154,11 @@ class Store:
         )
 
     @property
+    def views(self) -> Path:
+        """The folder of tables, figures and reports."""
+        return self.root
+
+    @property
     def stages(self) -> Stages:
         """The folder's stages."""
         return Stages(self.root / "stages")
@@ -196,11 +201,10 @@ class Store:
 
     def records(self) -> Iterator[Record]:
         """Every intact record, in order of cell id."""
-        for path in sorted((self.root / "cells").glob("*.json")):
-            if _DIGEST.fullmatch(path.stem):
-                record = self._read(path.stem)
-                if record is not None:
-                    yield record
+        for cell_id in self._ids():
+            record = self._read(cell_id)
+            if record is not None:
+                yield record
 
     def find(self, prefix: str) -> Record:
         """The one record whose cell id starts with ``prefix``.
@@ -212,8 +216,7 @@ class Store:
             raise StoreError(
                 f"{prefix!r} is not the start of a cell id; ids are hexadecimal, see `list cells`"
             )
-        found = (path.stem for path in (self.root / "cells").glob(f"{prefix}*.json"))
-        matches = sorted(filter(_DIGEST.fullmatch, found))
+        matches = [cell_id for cell_id in self._ids() if cell_id.startswith(prefix)]
         if len(matches) > 1:
             raise StoreError(
                 f"{prefix!r} starts {len(matches)} cell ids; give more digits, e.g. {matches[0][:16]}"
@@ -251,6 +254,11 @@ class Store:
         path = self._file("locks", cell_id, ".lock")
         # one that is held is being measured right now
         return path.exists() and is_free(path)
+
+    def _ids(self) -> list[str]:
+        """Ids of the cells that have a record, intact or not, sorted."""
+        names = (path.stem for path in (self.root / "cells").glob("*.json"))
+        return sorted(filter(_DIGEST.fullmatch, names))
 
     def _file(self, folder: str, digest: str, ending: str) -> Path:
         if not _DIGEST.fullmatch(digest):  # what comes from outside must not become a path

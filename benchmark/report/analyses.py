@@ -157,7 +157,7 @@ class ModelAnalysis:
     @cached_property
     def _stages(self) -> Stages:
         # Known from the records, so that what is kept can be read without making the model.
-        return Stages(self._store.root / "stages", self._scope)
+        return self._store.stages.scoped(**self._scope)
 
     @property
     def _scope(self) -> dict[str, Any]:
@@ -243,7 +243,7 @@ class ModelAnalysis:
 
     @cached_property
     def _session(self) -> Session:
-        session = Session(self.model, Stages(self._store.root / "stages"), self._device, self._progress)
+        session = Session(self.model, self._store.stages, self._device, self._progress)
         if session.reference_digest != self._reference_digest:
             raise self._changed(REFERENCE)
         return session

@@ -11,9 +11,10 @@ from benchmark.grid.expand import expand
 from benchmark.grid.schemes import scheme_of
 from benchmark.grid.suite import Suite
 from benchmark.keep.record import Record
+from benchmark.keep.reference_store import ReferenceStore, reference_folder
 from benchmark.keep.status import status_of
 from benchmark.keep.store import Store
-from quanttune.errors import ConfigError
+from quanttune.errors import ConfigError, StoreError
 
 ROW_FIELDS = (
     "suite",
@@ -139,6 +140,11 @@ def collect_rows(store: Store, suite: Suite, allow_partial: bool = False) -> Sui
 def _refusal(store: Store, rows: SuiteRows) -> str:
     name, missing = rows.suite.name, [cell for cell in rows.cells if cell.cell_id not in rows.records]
     text = f"{rows.finished} of {len(rows.cells)} cells of suite {name} are finished"
+    if not rows.finished and _is_published(name):
+        return (
+            f"{text} in {store.root}; --results reference shows what came with the code, and "
+            f"`python -m benchmark run --all --suite {rows.suite.origin}` measures them"
+        )
     failed = list(rows.unfinished.values()).count("failed")
     if failed:
         text += f", {failed} failed"
@@ -151,3 +157,12 @@ def _refusal(store: Store, rows: SuiteRows) -> str:
     if limited:
         text += f"; {limited} measured with --limit are not used"
     return f"{text}; run `python -m benchmark run --all --suite {rows.suite.origin}`, or give --allow-partial"
+
+
+def _is_published(suite: str) -> bool:
+    """Whether results of a suite came with the code, whole or in part."""
+    folder = reference_folder()
+    try:
+        return folder is not None and suite in ReferenceStore(folder).suites
+    except StoreError:
+        return False

@@ -1,4 +1,6 @@
-"""The table of docs/methods.md, made from the registered methods: ``python -m benchmark.studies.methods_table``.
+"""The table of docs/methods.md, made from the registered methods.
+
+Run it as ``python -m benchmark.studies.methods_table``.
 
 Where a method fits is what its ``skip`` says of small models of every family; what integer inference has to
 compute beside the network's own operations is read off a quantized ViT and a quantized BERT.
@@ -28,7 +30,7 @@ HEADS = ("method", "changes", "trains", "extra operations", "fits", "source", "a
 
 
 def rows() -> Iterator[tuple[str, ...]]:
-    """One row for every registered method but the reference, in the order of their roles, under :data:`HEADS`."""
+    """One row, under :data:`HEADS`, for every method but the reference, in the order of roles."""
     from baselines.method import METHODS, ROLES
 
     methods = [METHODS.get(name) for name in METHODS.names()]

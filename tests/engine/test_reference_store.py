@@ -1,0 +1,240 @@
+"""Published results: written from a store, read like one, refused when they are not what was written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from benchmark.cli import cli
+from benchmark.grid.cells import Cell
+from benchmark.grid.expand import expand
+from benchmark.grid.suite import load_suite, parse_suite
+from benchmark.keep import publishing
+from benchmark.keep.publishing import publish
+from benchmark.keep.record import Record, Result
+from benchmark.keep.reference_store import MANIFEST, RECORDS, ReferenceStore, open_store
+from benchmark.keep.store import Store
+from quanttune.errors import StoreError
+
+SUITE = """
+models = ["toy"]
+precisions = ["W8A8", "W6A6"]
+calibration_items = 8
+[[methods]]
+name = "fp32"
+[[methods]]
+name = "minmax"
+"""
+OTHER = SUITE.replace("minmax", "mse")
+
+
+def arrays(cell: Cell, n: int = 40) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(len(cell.cell_id) + int(cell.cell_id[:6], 16))
+    targets = np.arange(n) % 3
+    predictions = np.where(generator.random(n) < 0.8, targets, (targets + 1) % 3)
+    scores = (predictions == targets).astype(np.float64)
+    likelihoods = generator.random(n)
+    return {
+        "ids": np.arange(n, dtype=np.int64) * 1000,
+        "targets": targets,
+        "scores": scores,
+        "predictions": predictions,
+        "likelihoods": likelihoods,
+    }
+
+
+def measure(store: Store, text: str, name: str) -> list[Record]:
+    records = []
+    for cell in expand(parse_suite(name, text, name)):
+        items = arrays(cell)
+        value = float(100 * items["scores"].mean())
+        result = Result("accuracy", True, value, 90.0, None, 90.0 - value, -1.25, 1.5, 40)
+        site = {"id": "head/linear.weight", "low": -0.1, "high": 1 / 3, "shape": [3, 8], "source": None}
+        record = Record(
+            cell, "done", "2026-01-01T00:00:00+00:00", 1.25, result, sites=[site] * (not cell.is_reference)
+        )
+        records.append(store.save(record, items))
+    return records
+
+
+@pytest.fixture
+def published(store: Store, tmp_path: Path) -> ReferenceStore:
+    records = {"first": measure(store, SUITE, "first"), "second": measure(store, OTHER, "second")}
+    publish(tmp_path / "reference", records, store.items)
+    return ReferenceStore(tmp_path / "reference")
+
+
+def test_records_come_back_to_the_bit(published: ReferenceStore, store: Store) -> None:
+    kept = list(store.records())
+    assert len(kept) == 5  # the reference is in both suites
+    assert list(published.records()) == kept
+    for record in kept:
+        assert published.load(record.cell) == record
+        assert published.find(record.cell.cell_id[:20]) == record
+
+
+def test_so_do_the_arrays_that_are_published(published: ReferenceStore, store: Store) -> None:
+    for record in store.records():
+        own, found = store.items(record.cell.cell_id), published.items(record.cell.cell_id)
+        assert set(found) == set(own) - {"likelihoods"}
+        for name, array in found.items():
+            assert array.dtype == own[name].dtype
+            np.testing.assert_array_equal(array, own[name])
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.array([0.0, 1.0, -0.0]),
+        np.array([1 / 3, 2e300]),
+        np.array([[1.5, 2.25], [3.0, -1e10]]),
+        np.array([2**40, -1]),
+        np.array([300, -7]),
+        np.array([], dtype=np.int64),
+        np.array([[1.0], [255.0]], dtype=np.float32),
+    ],
+)
+def test_packing_loses_nothing(array: np.ndarray, store: Store, tmp_path: Path) -> None:
+    (record, *_) = measure(store, SUITE, "first")
+    publish(tmp_path / "to", {"first": [record]}, lambda _: {"scores": array})
+    found = ReferenceStore(tmp_path / "to").items(record.cell.cell_id)["scores"]
+    assert found.dtype == array.dtype
+    assert found.shape == array.shape
+    assert found.tobytes() == (array + 0).tobytes() or np.array_equal(found, array)
+
+
+def test_a_suite_is_replaced_and_the_others_stay(
+    published: ReferenceStore, store: Store, tmp_path: Path
+) -> None:
+    assert published.suites == {"first": 3, "second": 3}
+    records = measure(store, SUITE.replace('"W8A8", "W6A6"', '"W5A5"'), "first")
+    made = publish(published.root, {"first": records}, store.items)
+    again = ReferenceStore(published.root)
+    assert again.suites == made.suites == {"first": 2, "second": 3}
+    ids = {record.cell.cell_id for record in again.records()}
+    expected = {cell.cell_id for cell in expand(parse_suite("second", OTHER, "second"))}
+    assert ids == expected | {record.cell.cell_id for record in records}
+    for cell_id in ids:
+        assert set(again.items(cell_id)) == {"ids", "targets", "scores", "predictions"}
+
+
+def test_the_same_results_give_the_same_files(
+    published: ReferenceStore, store: Store, tmp_path: Path
+) -> None:
+    records = {"second": measure(store, OTHER, "second"), "first": measure(store, SUITE, "first")}
+    publish(tmp_path / "again", records, store.items)
+    for path in published.root.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def test_too_much_is_refused_and_changes_nothing(published: ReferenceStore, store: Store) -> None:
+    before = {path.name: path.read_bytes() for path in published.root.iterdir()}
+    with pytest.raises(StoreError, match=r"would have 0\.0 MiB, more than 0\.0; publish fewer suites"):
+        publish(published.root, {"first": measure(store, SUITE, "first")}, store.items, largest=100)
+    assert {path.name: path.read_bytes() for path in published.root.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", [MANIFEST, RECORDS, "items.parquet"])
+@pytest.mark.parametrize("how", ["gone", "cut", "edited"])
+def test_a_damaged_folder_is_refused_in_one_line(published: ReferenceStore, name: str, how: str) -> None:
+    path = published.root / name
+    content = path.read_bytes()
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-20] if how == "cut" else content.replace(b"first", b"furst") + b" ")
+    if how == "gone" and name == MANIFEST:
+        assert not isinstance(open_store(published.root), ReferenceStore)
+        return
+    with pytest.raises(StoreError) as raised:
+        open_store(published.root)
+    assert str(path) in str(raised.value)
+    assert "get" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_newer_folder_is_refused(published: ReferenceStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publishing, "SCHEMA", 7)
+    publish(published.root, {}, published.items)
+    with pytest.raises(StoreError, match="has schema 7, this version reads up to 1; upgrade"):
+        open_store(published.root)
+
+
+def test_nothing_is_measured_into_it(published: ReferenceStore) -> None:
+    with pytest.raises(StoreError, match="cannot be measured into; choose another --results"):
+        published.prepare()
+    (record, *_) = published.records()
+    with pytest.raises(StoreError, match="make it with `python -m benchmark run --model 'toy'"):
+        published.quantized(record)
+
+
+Command = Callable[..., Any]
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    for name, text in (("first", SUITE), ("second", OTHER)):
+        (tmp_path / f"{name}.toml").write_text(text)
+
+    def run(*arguments: str, code: int = 0) -> str:
+        done = CliRunner().invoke(cli, arguments)
+        assert done.exit_code == code, done.output
+        return done.output
+
+    return run
+
+
+def test_the_commands_publish_and_show(command: Command, store: Store, tmp_path: Path) -> None:
+    first, second, folder = str(tmp_path / "first.toml"), str(tmp_path / "second.toml"), tmp_path / "to"
+    measure(store, SUITE, "first")
+    where = ("--results", str(store.root))
+    refused = command("publish", "--suite", first, "--suite", second, *where, code=2)
+    assert "1 of 3 cells of suite second are finished" in refused
+    assert not folder.exists()
+    said = command("publish", "--suite", first, "--to", str(folder / "reference"), *where)
+    assert "first: 3 cells" in said
+    own = json.loads(command("table", "--suite", first, "--format", "json", *where).partition("written")[0])
+    shown = command("table", "--suite", first, "--format", "json", "--results", str(folder / "reference"))
+    assert json.loads(shown.partition("written")[0]) == own
+    # Views go beside the folder, which stays as it was published.
+    assert (folder / "tables" / "first.json").is_file()
+    assert len(list((folder / "reference").iterdir())) == 3
+    (cell_id,) = {row["cell_id"] for row in own if row["precision"] == "W6A6"}
+    assert cell_id in command("show", cell_id[:12], "--results", str(folder / "reference"))
+    into = ("--suite", first, "--results", str(folder / "reference"))
+    assert "3 cached" in command("run", "--all", *into)
+    assert "holds published results" in command("run", "--precision", "W5A5", *into, code=2)
+    assert len(list((folder / "reference").iterdir())) == 3
+
+
+def test_what_came_with_the_code_is_named_where_nothing_was_measured(
+    command: Command, published: ReferenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmark.keep.reference_store._CHECKOUT", published.root)
+    monkeypatch.chdir(tmp_path)
+    empty = ("--results", str(tmp_path / "none"))
+    assert "--results reference shows what came" in command("table", "--suite", "first.toml", *empty, code=2)
+    (tmp_path / "third.toml").write_text(SUITE)
+    assert "--results reference" not in command("table", "--suite", "third.toml", *empty, code=2)
+    (published.root.parent / "elsewhere").mkdir()
+    monkeypatch.chdir(published.root.parent / "elsewhere")
+    assert "toy" in command("table", "--suite", str(tmp_path / "first.toml"), "--results", "reference")
+
+
+def test_every_suite_that_came_with_the_code_is_one_that_is_known() -> None:
+    from benchmark.keep.reference_store import reference_folder
+
+    folder = reference_folder()
+    if folder is None:
+        pytest.skip("nothing is published yet")
+    store = ReferenceStore(folder)
+    for name in store.suites:
+        cells = expand(load_suite(name))
+        assert sum(name in suites for suites in store.suites_of.values()) == len(cells)
+        assert all(store.load(cell) is not None for cell in cells)
