@@ -24,6 +24,7 @@ from quanttune.quantization import (
     Transform,
     collect_statistics,
 )
+from quanttune.quantization.equivalence import changed_apart, load_weights, sites_of_untied
 from quanttune.quantization.exact import ARITHMETIC
 from quanttune.quantization.statistics import statistics_from_tensors, statistics_to_tensors
 from quanttune.registry import Registry
@@ -185,14 +186,15 @@ class Context:
         """The context of the same model with other weights; their statistics are collected anew.
 
         Args:
-            weights: A whole state dict.
+            weights: A whole state dict. Where it holds tied weights apart, the model has both.
         """
+        sites = sites_of_untied(self.sites, changed_apart(self.model, weights))
         if self.copies is not None:
             model, digest = self.copies(weights)
-            return dataclasses.replace(self, model=model, weights_digest=digest)
+            return dataclasses.replace(self, model=model, sites=sites, weights_digest=digest)
         model = copy.deepcopy(self.model)
-        model.load_state_dict(weights)
-        return dataclasses.replace(self, model=model.to(self.device).eval(), weights_digest=None)
+        load_weights(model, weights)
+        return dataclasses.replace(self, model=model.to(self.device).eval(), sites=sites, weights_digest=None)
 
     @property
     def weights_key(self) -> str:

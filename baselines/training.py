@@ -17,6 +17,7 @@ from quanttune.errors import ConfigError
 from quanttune.inputs import ModelInputs, call_model, logits_of, to_device
 from quanttune.outlier_loss import OutlierLoss, OutlierLossConfig
 from quanttune.quantization import Quantized, Scheme, SiteKind, SiteTable
+from quanttune.quantization.equivalence import changed_apart, load_weights
 from quanttune.replicas import run_replicated
 from quanttune.seeds import derive_seed, torch_generator
 from quanttune.tuner import Schedule, tune
@@ -97,6 +98,7 @@ class FineTuning(Method):
     def quantize(self, context: Context) -> Quantized:
         """Tune once for all widths, profiles and calibrators; then calibrate the tuned weights."""
         schedule = self._schedule(context)
+        reference = context.model
         if self.before:
             before: FoldingMethod = METHODS.get(self.before)()  # type: ignore[assignment]
             context = context.changed(before.folded(context))
@@ -124,8 +126,12 @@ class FineTuning(Method):
         quantized = METHODS.get(self.calibrator)().quantize(tuned)
         details = {"schedule": dataclasses.asdict(schedule), **_outermost(tuned)}
         # Training makes another function of the reference, whatever a calibrator says of its own weights.
+        final = weights if quantized.weights is None else quantized.weights
         quantized = dataclasses.replace(
-            quantized, details={**quantized.details, **details}, same_function=False
+            quantized,
+            details={**quantized.details, **details},
+            same_function=False,
+            untied=changed_apart(reference, final) if self.before or quantized.untied else (),
         )
         if quantized.weights is not None:
             return quantized
@@ -268,6 +274,6 @@ def _replica(
     """What each of several processes does."""
     context = Origin(**origin).make(accelerator.device, lambda _, done, __: report(done))
     # the ones of the context that is tuned, which may be a changed one
-    context.model.load_state_dict(weights)
+    load_weights(context.model, weights)
     tuning: FineTuning = METHODS.get(method)(**parameters)  # type: ignore[assignment]
     return tuning.tuned(context, Schedule(**schedule), key, accelerator)

@@ -17,6 +17,7 @@ from torch import Tensor
 from baselines.method import METHODS, Batch, Context, Method
 from quanttune.digests import canonical_json, tensor_digest
 from quanttune.quantization import Quantized, Scheme, SiteKind, simulate
+from quanttune.quantization.equivalence import load_weights
 from quanttune.seeds import torch_generator
 from tests.method_contexts import CausalTraining, CountingStages, batch_of, causal_batch, context_for, made
 from tests.quantization.models import inputs, logits, one_thread, sites
@@ -55,7 +56,7 @@ def quantized_logits(context: Context, quantized: Quantized, batch: Any) -> Tens
     model = context.model
     if quantized.weights is not None:
         model = copy.deepcopy(model)
-        model.load_state_dict(quantized.weights)
+        load_weights(model, quantized.weights)
     with simulate(model, quantized.quantizers):
         return logits(model, batch)
 
@@ -290,9 +291,11 @@ def test_runs_on_a_causal_language_model_or_says_why_not(name: str, model: str) 
     assert found.shape == plain.shape
     assert torch.isfinite(found).all()
     assert torch.equal(found, plain) == (name == "fp32")
-    if model == "opt" and quantized.weights is not None:  # the output layer is tied, and stays the embedding
+    if model == "opt" and quantized.weights is not None:
+        # The output layer is tied, and stays the embedding unless the method says that it does not.
         output, embedding = (quantized.weights[key] for key in ("lm_head.weight", OPT_EMBEDDING))
-        assert torch.equal(output, embedding)
+        assert torch.equal(output, embedding) == (quantized.untied == ())
+        assert quantized.untied in ((), ("lm_head.weight",))
 
 
 @every_method

@@ -140,6 +140,8 @@ class Session:
 
         The last one is kept, one at a time, so that a method and the evaluation share copy and digest.
         """
+        from quanttune.quantization.equivalence import load_weights
+
         if weights is None:
             return self.model, self.reference_digest
         if self._changed is not None and self._changed.weights is weights:
@@ -147,7 +149,7 @@ class Session:
         digest = tensor_digest(weights)
         if self._changed is None or self._changed.digest != digest:
             model = copy.deepcopy(self.model)
-            model.load_state_dict(dict(weights))
+            load_weights(model, weights)
             self._changed = _Changed(weights, digest, model.eval())
         self._changed = replace(self._changed, weights=weights)
         return self._changed.model, digest
@@ -171,7 +173,7 @@ class Session:
         from quanttune.quantization.equivalence import check_same_function, refuse_untied
 
         if quantized.weights is not None:
-            refuse_untied(self.model, quantized.weights)
+            refuse_untied(self.model, quantized.weights, quantized.untied)
         if not quantized.same_function:
             return {}
         batches = self.calibration(cell.calibration_items, cell.seed)

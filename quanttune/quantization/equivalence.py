@@ -1,15 +1,17 @@
-"""Whether changed weights still compute the function of the reference, and whether tied ones stayed tied."""
+"""Changed weights: whether they compute what the reference computes, and what becomes of tied ones."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from quanttune.errors import QuantTuneError
 from quanttune.inputs import ModelInputs, call_model, logits_of
+from quanttune.quantization.sites import WEIGHT_OPERAND, Site, SiteTable
 
 TOLERANCE = 1e-4
 """Largest relative difference of logits in float32 that rounding explains."""
@@ -57,23 +59,75 @@ def check_same_function(
     return found
 
 
-def refuse_untied(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights in which names that the model ties to one tensor hold different numbers.
-
-    Raises:
-        ChangedFunctionError: Naming them; loading such a state dict would keep the last one alone.
-    """
+def tied_names(model: nn.Module) -> list[list[str]]:
+    """Names of a state dict that are one tensor in the model, wherever there are several for one."""
     tied: dict[tuple[int, int, tuple[int, ...]], list[str]] = defaultdict(list)
     for name, tensor in model.state_dict(keep_vars=True).items():
         tied[tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.stride())].append(name)
-    for names in tied.values():
-        first = weights.get(names[0])
-        for other in names[1:]:
-            given = weights.get(other)
-            if first is None or given is None or first.shape != given.shape:
+    return [names for names in tied.values() if len(names) > 1]
+
+
+def changed_apart(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Names whose numbers differ from those of the first name of the same tensor of the model."""
+    found = []
+    for first, *others in tied_names(model):
+        kept = weights.get(first)
+        for name in others:
+            given = weights.get(name)
+            if kept is None or given is None or kept.shape != given.shape:
                 continue
-            if not torch.equal(first, given):
+            if not torch.equal(kept, given):
+                found.append(name)
+    return tuple(found)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Load a whole state dict; what it holds apart becomes a parameter of its own.
+
+    Args:
+        model: Its parameters are written, and untied where the weights are.
+        weights: Names and numbers.
+
+    Returns:
+        The names that were untied.
+    """
+    apart = changed_apart(model, weights)
+    for name in apart:
+        path, _, own = name.rpartition(".")
+        module = model.get_submodule(path)
+        tied = getattr(module, own)
+        setattr(module, own, nn.Parameter(tied.detach().clone(), requires_grad=tied.requires_grad))
+    model.load_state_dict(dict(weights))
+    return apart
+
+
+def sites_of_untied(sites: SiteTable, names: Collection[str]) -> SiteTable:
+    """The sites of the same model after the weights called ``names`` were untied."""
+
+    def own(site: Site) -> Site:
+        name = f"{site.at.module}.{WEIGHT_OPERAND}"
+        known = site.parameter is not None and name in names
+        return dataclasses.replace(site, parameter=name) if known else site
+
+    return SiteTable(map(own, sites.values()), sites.known) if names else sites
+
+
+def refuse_untied(model: nn.Module, weights: Mapping[str, Tensor], allowed: Collection[str] = ()) -> None:
+    """Refuse weights in which names that the model ties to one tensor hold different numbers.
+
+    Args:
+        model: The reference.
+        weights: A state dict.
+        allowed: Names that were meant to become tensors of their own.
+
+    Raises:
+        ChangedFunctionError: Naming them; a plain ``load_state_dict`` would keep the last one alone.
+    """
+    apart = [name for name in changed_apart(model, weights) if name not in allowed]
+    for first, *others in tied_names(model):
+        for other in others:
+            if other in apart:
                 raise ChangedFunctionError(
-                    f"{names[0]} and {other} are one tensor in {type(model).__name__} and were changed "
-                    "apart; change both alike, or leave the model out in `skip`"
+                    f"{first} and {other} are one tensor in {type(model).__name__} and were changed "
+                    "apart; change both alike, say so in `untied`, or leave the model out in `skip`"
                 )

@@ -17,6 +17,7 @@ from quanttune.digests import json_digest, sha256_file, tensor_digest
 from quanttune.errors import AssetError, ConfigError, QuantTuneError
 from quanttune.files import whole_file
 from quanttune.inputs import logits_of
+from quanttune.quantization.equivalence import load_weights
 from quanttune.quantization.quantizers import Quantizer, State, quantizer_from_state
 from quanttune.quantization.scheme import Scheme
 from quanttune.quantization.simulation import Simulation
@@ -40,6 +41,8 @@ class Quantized:
         same_function: Whether ``weights``, unquantized, are meant to compute what the reference computes.
         weights_origin: Where ``weights`` are kept already, in the words of the stage cache.
         known: Ids of all sites of the model, where they are known; it is an error if another is reached.
+        untied: Names of ``weights`` that the reference ties to another one and that are tensors of their own
+            here.
     """
 
     quantizers: Mapping[str, Quantizer]
@@ -50,6 +53,7 @@ class Quantized:
     same_function: bool = False
     weights_origin: str | None = None
     known: frozenset[str] | None = None
+    untied: tuple[str, ...] = ()
 
     @property
     def extra_operations(self) -> dict[str, str]:
@@ -72,7 +76,7 @@ class Quantized:
         applied = copy.deepcopy(model)
         if self.weights is not None:
             try:
-                applied.load_state_dict(self.weights)
+                load_weights(applied, self.weights)
             except RuntimeError as error:
                 raise ConfigError(
                     f"the quantized weights are not those of a {type(model).__name__}: "
@@ -107,6 +111,8 @@ class Quantized:
         }
         if self.known is not None:
             document["known"] = sorted(self.known)
+        if self.untied:
+            document["untied"] = list(self.untied)
         return document, tensors
 
     @classmethod
@@ -147,6 +153,7 @@ class Quantized:
                 ),
                 bool(document["same_function"]),
                 known=None if document.get("known") is None else frozenset(document["known"]),
+                untied=tuple(document.get("untied", ())),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise AssetError(f"a quantized model's document is damaged: {error!r}") from error
