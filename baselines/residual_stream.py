@@ -308,12 +308,14 @@ class _Trace(SiteVisitor):
         return True
 
     def _attend(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
-        query, key, value = (
-            getattr(each, _SHADOW, None) for each in _arguments(("query", "key", "value"), args, kwargs)
-        )
-        if kwargs.get("enable_gqa") and key is not None and value is not None and query is not None:
-            groups = query.index.shape[-3] // key.index.shape[-3]
-            key, value = (Shadow(x.space, x.index.repeat_interleave(groups, -3)) for x in (key, value))
+        operands = _arguments(("query", "key", "value"), args, kwargs)
+        query, key, value = (getattr(each, _SHADOW, None) for each in operands)
+        if kwargs.get("enable_gqa"):
+            groups = operands[0].shape[-3] // operands[2].shape[-3]
+            key, value = (
+                None if each is None else Shadow(each.space, each.index.repeat_interleave(groups, -3))
+                for each in (key, value)
+            )
         transposed = None if key is None else Shadow(key.space, key.index.mT)
         scored = self._product(query, transposed, result) if query is not None else False
         if not scored:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,16 @@ class Rotated:
     left: dict[str, int] = field(default_factory=dict)
     values: int = 0
     queries: int = 0
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """All but the weights, as plain JSON values."""
+        return {
+            "streams": self.streams,
+            "streams_left": self.left,
+            "heads_of_values": self.values,
+            "heads_of_queries_and_keys": self.queries,
+        }
 
 
 class Rotator:
@@ -138,7 +149,7 @@ class Rotator:
             return (
                 "a normalisation is read by something other than linear layers, so nothing takes up its gamma"
             )
-        if any(reader.columns != tuple(range(output.width)) for reader in output.readers):
+        if not all(_tiled(reader.columns, output.width) for reader in output.readers):
             return "a layer reads the channels of a normalisation in another order"
         if norm.weight is None or norm.bias is None or all(reader.bias for reader in output.readers):
             return None
@@ -205,7 +216,8 @@ class Rotator:
         beta = None if norm.bias is None else self._get(norm.bias)
         if beta is not None and all(reader.bias for reader in readers):
             for reader in readers:
-                moved = product(self._get(reader.weight), beta[:, None])[:, 0]
+                weight = self._get(reader.weight)
+                moved = product(weight, _along(beta, weight)[:, None])[:, 0]
                 self._changed[str(reader.bias)] = self._get(str(reader.bias)) + moved
             self._changed[str(norm.bias)] = torch.zeros_like(beta)
         elif beta is not None:
@@ -213,7 +225,8 @@ class Rotator:
             self._changed[str(norm.bias)] = _blocks(quotient[None], rotation)[0]
         for reader in readers:
             if gamma is not None:
-                self._changed[reader.weight] = self._get(reader.weight) * gamma
+                weight = self._get(reader.weight)
+                self._changed[reader.weight] = weight * _along(gamma, weight)
             self._turn(reader.weight, 1, rotation)
         if gamma is not None:
             self._changed[str(norm.weight)] = torch.ones_like(gamma)
@@ -296,6 +309,11 @@ def _groups(spaces: Sequence[Space]) -> Iterator[list[tuple[Space, Head]]]:
             waiting += [(id(other), its) for other, its in others]
         if group:
             yield group
+
+
+def _along(values: Tensor, weight: Tensor) -> Tensor:
+    """One value for each input of a weight that reads the channels once, or several times side by side."""
+    return values.repeat(weight.shape[1] // len(values))
 
 
 def _blocks(values: Tensor, rotation: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from baselines.method import METHODS, Context, FoldingMethod
@@ -18,6 +20,7 @@ from quanttune.quantization import RANGE_RULES, Quantized, Scheme, SiteKind, Sit
 from quanttune.quantization.equivalence import changed_apart
 from quanttune.seeds import numpy_generator
 
+STAGE = "rotation"
 _ITEMS = 2
 """Items that the model is watched on."""
 
@@ -81,10 +84,9 @@ class Rotation(FoldingMethod):
         return "the model has no attention, so there is nothing that rotation knows how to rotate"
 
     def quantize(self, context: Context) -> Quantized:
-        """Rotate, then calibrate the rotated model."""
-        rotated = self.rotated(context)
-        changed = context.changed(rotated.weights)
-        untied = changed_apart(context.model, rotated.weights)
+        """Rotate once for all precisions, profiles and rules, then calibrate the rotated model."""
+        weights, found = self._kept(context)
+        changed = context.changed(weights)
         quantizers = build_quantizers(
             changed.model,
             changed.profile_sites,
@@ -92,21 +94,40 @@ class Rotation(FoldingMethod):
             changed.scheme,
             RANGE_RULES.get(self.rule),
         )
+        untied = changed_apart(context.model, weights)
         return Quantized(
             quantizers,
-            weights=rotated.weights,
+            weights=weights,
             scheme=context.scheme,
-            details=_details(rotated, untied),
+            details={**found, "untied": {name: weights[name].numel() for name in untied}},
             same_function=True,
+            weights_origin=context.stages.reference(STAGE, self._key(context)),
             untied=untied,
         )
 
     def folded(self, context: Context) -> dict[str, Tensor]:
         """The rotated weights; those of the model where nothing can be rotated."""
-        return self.rotated(context).weights
+        return self._kept(context)[0]
+
+    def _key(self, context: Context) -> dict[str, Any]:
+        parts = {name: value for name, value in self.parameters().items() if name != "rule"}
+        return {**context.stage_key(), **parts, "seed": context.seed, "version": self.version}
+
+    def _kept(self, context: Context) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The weights, and what was found, as JSON: all tensors of the first stage are weights."""
+        made = cache(lambda: self.rotated(context))
+        key = self._key(context)
+        weights = context.stages.tensors(STAGE, key, lambda: made().weights)
+
+        def found() -> dict[str, Tensor]:
+            text = json.dumps(made().details, sort_keys=True)
+            return {"json": torch.tensor(list(text.encode()), dtype=torch.uint8)}
+
+        text = bytes(context.stages.tensors(f"{STAGE} details", key, found)["json"].tolist()).decode()
+        return weights, json.loads(text)
 
     def rotated(self, context: Context) -> Rotated:
-        """Find the spaces of the model and rotate them; the same for every precision and profile."""
+        """Find the spaces of the model and rotate them."""
         first = to_device(context.calibration[0].inputs, context.device)
         few = first[:_ITEMS] if isinstance(first, Tensor) else {k: v[:_ITEMS] for k, v in first.items()}
 
@@ -122,13 +143,3 @@ class Rotation(FoldingMethod):
                 part()
             context.progress("rotation", done, 2)
         return rotator.finish()
-
-
-def _details(rotated: Rotated, untied: Sequence[str]) -> dict[str, Any]:
-    return {
-        "untied": {name: rotated.weights[name].numel() for name in untied},
-        "streams": rotated.streams,
-        "streams_left": rotated.left,
-        "heads_of_values": rotated.values,
-        "heads_of_queries_and_keys": rotated.queries,
-    }
