@@ -123,7 +123,7 @@ class Rotation(FoldingMethod):
             text = json.dumps(made().details, sort_keys=True)
             return {"json": torch.tensor(list(text.encode()), dtype=torch.uint8)}
 
-        text = bytes(context.stages.tensors(f"{STAGE} details", key, found)["json"].tolist()).decode()
+        text = bytes(context.stages.tensors(f"{STAGE}_details", key, found)["json"].tolist()).decode()
         return weights, json.loads(text)
 
     def rotated(self, context: Context) -> Rotated:
