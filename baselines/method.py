@@ -26,7 +26,7 @@ from quanttune.quantization import (
 )
 from quanttune.quantization.equivalence import changed_apart, load_weights, sites_of_untied
 from quanttune.quantization.exact import ARITHMETIC
-from quanttune.quantization.statistics import statistics_from_tensors, statistics_to_tensors
+from quanttune.quantization.statistics import LAYOUT, statistics_from_tensors, statistics_to_tensors
 from quanttune.registry import Registry
 
 Progress = Callable[[str, int, int], None]
@@ -233,7 +233,7 @@ class Context:
             )
             return statistics_to_tensors(statistics)
 
-        key = {**self.stage_key(), "profile": self.scheme.profile}
+        key = {**self.stage_key(), "profile": self.scheme.profile, "layout": LAYOUT}
         if transforms:
             key["transforms"] = [_transform_digest(transform) for transform in transforms]
         return statistics_from_tensors(self.stages.tensors("statistics", key, collect))

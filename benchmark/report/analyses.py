@@ -107,13 +107,13 @@ class ModelAnalysis:
 
     def statistics(self, weights: WeightSet, sites: list[str]) -> dict[str, TensorStatistics]:
         """Statistics, histogram included, of a few sites."""
-        from quanttune.quantization.statistics import statistics_from_tensors, statistics_to_tensors
+        from quanttune.quantization.statistics import LAYOUT, statistics_from_tensors, statistics_to_tensors
 
         def make() -> dict[str, Tensor]:
             statistics = self._loaded(weights).statistics()
             return statistics_to_tensors({site_id: statistics[site_id] for site_id in sites})
 
-        key = {**self._key(weights), "sites": sites}
+        key = {**self._key(weights), "sites": sites, "layout": LAYOUT}
         return statistics_from_tensors(self._stages.tensors("histograms", key, make))
 
     def sweep(self, precision: str, items: int) -> tuple[np.ndarray, np.ndarray]:

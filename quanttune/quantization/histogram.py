@@ -8,7 +8,7 @@ so for powers of two.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 _DROPPED = 24 - 11
 CODES = 1 << (32 - _DROPPED)
 """Number of codes of the short format."""
+_FEW = 1 << 14  # values that are sorted faster than a count of every code is laid out
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,42 @@ class Histogram:
         return float(self.values[min(index, len(self.values) - 1)])
 
 
+@dataclass
+class CodeCounts:
+    """How often each code of the short format occurred; can be merged, and packed into one tensor.
+
+    Args:
+        codes: Codes that occurred, ascending, shape ``(bins,)``, int64.
+        counts: Values of each of them, shape ``(bins,)``, int64.
+    """
+
+    codes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    def added(self, values: Tensor) -> CodeCounts:
+        """The counts with more values of any shape."""
+        codes = short_codes(values)
+        if codes.numel() > _FEW:
+            return CodeCounts(*counted(codes, self.codes, self.counts))
+        return self.merge(CodeCounts(*codes.cpu().long().unique(return_counts=True)))
+
+    def merge(self, other: CodeCounts) -> CodeCounts:
+        """The counts of both sets of values."""
+        codes, where = torch.cat([self.codes, other.codes]).unique(return_inverse=True)
+        counts = torch.zeros_like(codes).index_add_(0, where, torch.cat([self.counts, other.counts]))
+        return CodeCounts(codes, counts)
+
+    def histogram(self, low: float, high: float) -> Histogram:
+        """The signed histogram; no value lies beyond the given bounds."""
+        values = np.clip(values_of_codes(self.codes.numpy()), low, high)
+        order = np.argsort(values, kind="stable")
+        return Histogram(values[order], self.counts.numpy()[order].astype(np.float64))
+
+    def packed(self) -> Tensor:
+        """Codes and counts, int64, shape ``(2, bins)``."""
+        return torch.stack([self.codes, self.counts])
+
+
 def short_codes(values: Tensor) -> Tensor:
     """The code of each value, rounded to the nearest, ties to even.
 
@@ -99,3 +136,19 @@ def counted(codes: Tensor, occupied: Tensor, counts: Tensor) -> tuple[Tensor, Te
     dense[occupied] += counts
     occupied = dense.nonzero().squeeze(1)
     return occupied, dense[occupied]
+
+
+def cell_edges(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the values that are counted at a bin centre begin and end: half a unit in the last place around.
+
+    Args:
+        values: Bin centres, shape ``(bins,)``; below float32's normal numbers as if there were smaller ones.
+
+    Returns:
+        Both ends, each of shape ``(bins,)``; both are zero for zero.
+    """
+    mantissa, exponent = np.frexp(values)
+    outer = np.ldexp(0.5, exponent - 11) * (values != 0)
+    # Below a power of two neighbours are half as far.
+    inner = np.where(np.abs(mantissa) == 0.5, outer / 2, outer)
+    return values - np.where(values < 0, outer, inner), values + np.where(values < 0, inner, outer)

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from quanttune.errors import ConfigError
+from quanttune.quantization.divergence import BINS, binned, divergences, widest_best, without_zeros
 from quanttune.quantization.histogram import Histogram
 from quanttune.quantization.statistics import TensorStatistics
 from quanttune.registry import Registry
@@ -29,6 +30,7 @@ class RangeRule(Protocol):
 RANGE_RULES: Registry[RangeRule] = Registry("range rule")
 
 DEFAULT_PERCENTILE = 99.99
+DEFAULT_TOKEN_PERCENTILE = 99.0
 OMSE_FACTORS = np.arange(100, 10, -1) / 100
 """The 90 factors 1.00, 0.99 .. 0.11 by which both ends are shrunk (the grid of the FQ-ViT reference code)."""
 
@@ -109,6 +111,66 @@ def omse(statistics: TensorStatistics, bits: int, symmetric: bool) -> tuple[floa
         errors = asymmetric_error(statistics.histogram, OMSE_FACTORS * low, OMSE_FACTORS * high, bits)
     factor = float(OMSE_FACTORS[int(np.argmin(errors))])
     return low * factor, high * factor
+
+
+@RANGE_RULES.register("entropy")
+def entropy(statistics: TensorStatistics, bits: int, symmetric: bool) -> tuple[float, float]:
+    """Lose the least information: the range whose quantized histogram diverges least from the original.
+
+    TensorRT's calibration, see :mod:`quanttune.quantization.divergence`, with ``2**(bits - 1)`` levels of
+    the magnitude. What is ours: the range ends at the edge of the last kept bin, not half a bin behind it;
+    keeping all bins is a candidate; ties go to the wider range; and the asymmetric form, where one limit cuts
+    both ends, ``(max(low, -limit), min(high, limit))``, what lies beyond an end is added to the bin there,
+    and the bins between have ``2**bits`` levels.
+    """
+    low, high = _ends(statistics.low, statistics.high, symmetric)
+    limit = max(-low, high)
+    if not limit > 0:
+        return low, high
+    bins = BINS << max(bits - 8, 0)
+    if symmetric:
+        histogram, below, above, levels = statistics.histogram.magnitudes(), 0, bins, 2 ** (bits - 1)
+    else:
+        histogram, levels = statistics.histogram, 2**bits
+        below, above = (int(min(np.ceil(end / limit * bins), bins)) for end in (-low, high))
+    counts = without_zeros(binned(histogram, limit, below, above, bins), below)
+    kept = np.arange(bins // BINS, bins + 1, bins // BINS)
+    best = int(kept[widest_best(divergences(counts, below, kept, levels))])
+    reach = limit if best == bins else limit / bins * best
+    return max(low, -reach), min(high, reach)
+
+
+@RANGE_RULES.register("token_percentile")
+def token_percentile(
+    statistics: TensorStatistics, bits: int, symmetric: bool, p: float = DEFAULT_TOKEN_PERCENTILE
+) -> tuple[float, float]:
+    """Clip what only a few tokens need: the range ends at a percentile of the tokens' extremes.
+
+    Coarse token-wise clipping of Outlier Suppression (arXiv 2209.13325, section 4.2). A token counts once,
+    however many channels it has, and so does one of padding. Asymmetric: ``100 - p`` of the tokens' smallest
+    values and ``p`` of their largest. Symmetric: ``p`` of their largest magnitudes, so that ``p`` percent of
+    the tokens lie within. Nothing is cut where nothing but zero would be left.
+
+    Raises:
+        ConfigError: If ``p`` is not between 0 and 100.
+    """
+    if not 0 < p <= 100:
+        raise ConfigError(
+            f"token percentile {p} is not above 0 and at most 100; 90 to 100 is usual at 8 bits"
+        )
+    low, high = _ends(statistics.low, statistics.high, symmetric)
+    if p == 100:
+        return low, high
+    if symmetric:
+        limit = statistics.token_peaks.histogram(0.0, high).quantile(p / 100)
+        found = (-limit, limit)
+    else:
+        lows, highs = (
+            tokens.histogram(statistics.low, statistics.high)
+            for tokens in (statistics.token_lows, statistics.token_highs)
+        )
+        found = _ends(lows.quantile(1 - p / 100), highs.quantile(p / 100), symmetric)
+    return found if found[0] < found[1] else (low, high)
 
 
 def symmetric_error(magnitudes: Histogram, limits: np.ndarray, bits: int) -> np.ndarray:

@@ -3,6 +3,10 @@
 Values are counted in a histogram that needs no range in advance, see :mod:`quanttune.quantization.histogram`,
 so it can be filled in one pass and merged by addition. Its bins are at most an eighth of an 8-bit step wide,
 and finer towards zero. Minimum and maximum are kept exactly.
+
+The same is kept of the extremes of each token: its smallest value, its largest, and the larger of their
+magnitudes. A token is the vector along the channels; along the last dimension where a tensor has none, as a
+row of an attention matrix. Every position of a batch counts, padding too, as in the histogram of the values.
 """
 
 from __future__ import annotations
@@ -12,18 +16,23 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from quanttune.errors import QuantTuneError
 from quanttune.inputs import ModelInputs
-from quanttune.quantization.histogram import Histogram, counted, short_codes, values_of_codes
+from quanttune.quantization.histogram import CodeCounts, Histogram, counted, short_codes
 from quanttune.quantization.observation import Bounds, Observer, finite_bounds, observe
 from quanttune.quantization.sites import SiteTable
 from quanttune.quantization.transforms import Transform
 
 _SCALARS = ("low", "high", "ema_low", "ema_high", "first_low", "first_high", "batches")
+_TOKENS = ("token_lows", "token_highs", "token_peaks")
+LAYOUT = 2
+"""What is packed of a site: raised when it is more or other, so that what was kept before is collected anew.
+
+1: bounds and the histogram of the values. 2: the extremes of the tokens as well.
+"""
 EMA_MOMENTUM = 0.01
 """Weight of a new batch in the running minimum and maximum (the value of the FQ-ViT reference code)."""
 
@@ -42,6 +51,9 @@ class TensorStatistics:
         batches: Number of batches seen.
         codes: Codes that occurred, ascending, shape ``(bins,)``, int64.
         counts: Values of each of them, shape ``(bins,)``, int64.
+        token_lows: The smallest value of each token.
+        token_highs: The largest value of each token.
+        token_peaks: The largest magnitude of each token.
     """
 
     low: float = math.inf
@@ -53,13 +65,17 @@ class TensorStatistics:
     batches: int = 0
     codes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    token_lows: CodeCounts = field(default_factory=CodeCounts)
+    token_highs: CodeCounts = field(default_factory=CodeCounts)
+    token_peaks: CodeCounts = field(default_factory=CodeCounts)
 
-    def update(self, values: Tensor, bounds: Bounds | None = None) -> None:
+    def update(self, values: Tensor, bounds: Bounds | None = None, axis: int | None = None) -> None:
         """Add a batch of values of any shape.
 
         Args:
             values: The batch.
             bounds: Its smallest and largest value if they are known already.
+            axis: The dimension that holds the channels of a token; the last one by default.
 
         Raises:
             QuantTuneError: If a value is not finite.
@@ -75,14 +91,19 @@ class TensorStatistics:
         self.batches += 1
         self.__dict__.pop("histogram", None)  # made from the counts so far
         self.codes, self.counts = counted(short_codes(values), self.codes, self.counts)
+        axis = -1 if axis is None else axis
+        # Taken apart: on a CPU both together are many times slower along a dimension.
+        lows, highs = values.amin(dim=axis), values.amax(dim=axis)
+        self.token_lows = self.token_lows.added(lows)
+        self.token_highs = self.token_highs.added(highs)
+        self.token_peaks = self.token_peaks.added(torch.maximum(lows.abs(), highs.abs()))
 
     def merge(self, other: TensorStatistics) -> TensorStatistics:
         """The statistics of both sets of values, as if the other's batches had followed this set's."""
         # The other's running bounds start at its first batch; here they start at this set's bounds instead.
         weight = (1 - EMA_MOMENTUM) ** other.batches if self.batches else 0.0
         first = self if self.batches else other
-        codes, where = torch.cat([self.codes, other.codes]).unique(return_inverse=True)
-        counts = torch.zeros_like(codes).index_add_(0, where, torch.cat([self.counts, other.counts]))
+        both = CodeCounts(self.codes, self.counts).merge(CodeCounts(other.codes, other.counts))
         return TensorStatistics(
             low=min(self.low, other.low),
             high=max(self.high, other.high),
@@ -91,8 +112,9 @@ class TensorStatistics:
             first_low=first.first_low,
             first_high=first.first_high,
             batches=self.batches + other.batches,
-            codes=codes,
-            counts=counts,
+            codes=both.codes,
+            counts=both.counts,
+            **{name: getattr(self, name).merge(getattr(other, name)) for name in _TOKENS},
         )
 
     @property
@@ -103,9 +125,12 @@ class TensorStatistics:
     @cached_property
     def histogram(self) -> Histogram:
         """The signed histogram; no bin lies beyond the exact bounds."""
-        values = np.clip(values_of_codes(self.codes.numpy()), self.low, self.high)
-        order = np.argsort(values, kind="stable")
-        return Histogram(values[order], self.counts.numpy()[order].astype(np.float64))
+        return CodeCounts(self.codes, self.counts).histogram(self.low, self.high)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens seen, padding included."""
+        return int(self.token_peaks.counts.sum())
 
     @property
     def mean(self) -> float:
@@ -138,6 +163,8 @@ def statistics_to_tensors(statistics: Mapping[str, TensorStatistics]) -> dict[st
         scalars = [getattr(summary, name) for name in _SCALARS]
         packed[f"{site_id}|scalars"] = torch.tensor(scalars, dtype=torch.float64)
         packed[f"{site_id}|codes"] = torch.stack([summary.codes, summary.counts])
+        for name in _TOKENS:
+            packed[f"{site_id}|{name}"] = getattr(summary, name).packed()
     return packed
 
 
@@ -151,7 +178,10 @@ def statistics_from_tensors(packed: Mapping[str, Tensor]) -> dict[str, TensorSta
         scalars = dict(zip(_SCALARS, packed[name].tolist(), strict=True))
         codes, counts = packed[f"{site_id}|codes"]
         scalars["batches"] = int(scalars["batches"])
-        statistics[site_id] = TensorStatistics(**scalars, codes=codes, counts=counts)
+        lows, highs, peaks = (CodeCounts(*packed[f"{site_id}|{each}"]) for each in _TOKENS)
+        statistics[site_id] = TensorStatistics(
+            **scalars, codes=codes, counts=counts, token_lows=lows, token_highs=highs, token_peaks=peaks
+        )
     return statistics
 
 
@@ -177,8 +207,10 @@ def collect_statistics(
     """
     of_site = {site_id: transform for transform in transforms for site_id in transform.sites}
     observers = {
-        site_id: StatisticsObserver(partial(of_site[site_id].seen, site_id) if site_id in of_site else None)
-        for site_id in sites.activations()
+        site.id: StatisticsObserver(
+            partial(of_site[site.id].seen, site.id) if site.id in of_site else None, site.channel_axis
+        )
+        for site in sites.activations().values()
     }
     if not observers:
         return {}
@@ -202,18 +234,19 @@ class StatisticsObserver(Observer):
 
     Args:
         seen: From the tensor to what is summarised; the tensor itself by default.
+        axis: The dimension that holds the channels; the last one by default.
 
     Attributes:
         statistics: The summary so far.
     """
 
-    def __init__(self, seen: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, seen: Callable[[Tensor], Tensor] | None = None, axis: int | None = None) -> None:
         self.statistics = TensorStatistics()
-        self._seen = seen
+        self._seen, self._axis = seen, axis
 
     def update(self, values: Tensor, bounds: Bounds) -> None:
         """Add a batch."""
         if self._seen is None:
-            self.statistics.update(values, bounds)
+            self.statistics.update(values, bounds, self._axis)
         else:
-            self.statistics.update(self._seen(values.detach()))
+            self.statistics.update(self._seen(values.detach()), axis=self._axis)

@@ -50,6 +50,8 @@ def assert_same(left: TensorStatistics, right: TensorStatistics) -> None:
     assert (left.low, left.high, left.batches) == (right.low, right.high, right.batches)
     assert torch.equal(left.codes, right.codes)
     assert torch.equal(left.counts, right.counts)
+    for name in ("token_lows", "token_highs", "token_peaks"):
+        assert torch.equal(getattr(left, name).packed(), getattr(right, name).packed())
     for name in ("ema_low", "ema_high", "first_low", "first_high"):
         assert getattr(left, name) == pytest.approx(getattr(right, name), rel=1e-9, abs=1e-9)
 
@@ -80,6 +82,57 @@ def test_order_of_batches_matters_to_the_running_bounds_alone(batches: list[np.n
     assert (left.low, left.high, left.batches) == (right.low, right.high, right.batches)
     assert torch.equal(left.codes, right.codes)
     assert torch.equal(left.counts, right.counts)
+    assert torch.equal(left.token_peaks.packed(), right.token_peaks.packed())
+
+
+tokens_of_values = st.lists(
+    hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5)),
+        elements=st.floats(-6e4, 6e4, width=32),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(tokens_of_values, st.sampled_from([None, 1, 2]), st.integers(0, 4))
+def test_extremes_of_tokens_are_those_of_each_vector_of_channels(
+    batches: list[np.ndarray], axis: int | None, cut: int
+) -> None:
+    parts = TensorStatistics(), TensorStatistics()
+    for place, batch in enumerate(batches):
+        parts[place >= cut].update(torch.from_numpy(batch), axis=axis)
+    statistics = parts[0].merge(parts[1])
+    along = 2 if axis is None else axis
+    lows, highs, peaks = (
+        np.sort(np.concatenate([find(batch).ravel() for batch in batches]))
+        for find in (
+            lambda batch: batch.min(axis=along),
+            lambda batch: batch.max(axis=along),
+            lambda batch: np.abs(batch).max(axis=along),
+        )
+    )
+    assert statistics.tokens == len(peaks)
+    for counted, expected in (
+        (statistics.token_lows, lows),
+        (statistics.token_highs, highs),
+        (statistics.token_peaks, peaks),
+    ):
+        histogram = counted.histogram(-6e4, 6e4)
+        found = np.repeat(histogram.values, histogram.counts.astype(int))
+        np.testing.assert_allclose(found, expected, rtol=BIN, atol=2.0**-24)
+
+
+def test_many_tokens_are_counted_as_few_are() -> None:
+    values = torch.from_numpy(heavy_tailed(70_000).reshape(35_000, 2))
+    whole = TensorStatistics()
+    whole.update(values)
+    merged = TensorStatistics()
+    for part in values.split(1000):
+        merged.update(part)
+    assert torch.equal(whole.token_peaks.packed(), merged.token_peaks.packed())
+    assert torch.equal(whole.token_lows.packed(), merged.token_lows.packed())
 
 
 @given(batches_of_values)
@@ -170,7 +223,8 @@ def test_everything_is_in_the_unit_of_the_values(scale: float) -> None:
             assert found.tolist() == (scale * expected).tolist()
         else:
             # Searched ranges may settle on a neighbouring candidate; a tenth is far below what a fault makes.
-            assert found == pytest.approx(scale * expected, rel=0.1)
+            # Of 50,000 values the divergence has several minima that are almost equal.
+            assert found == pytest.approx(scale * expected, rel=0.2 if rule == "entropy" else 0.1)
 
 
 def test_prefix_sums_are_running_sums() -> None:
@@ -304,8 +358,31 @@ class TestCollection:
         collected = collect_statistics(model, batches, sites(name).profile("full"))
         assert list(collected) == list(table)
         for site_id, statistics in collected.items():
-            assert_same(statistics, summary(*seen[site_id]))
+            expected = TensorStatistics()
+            for values in seen[site_id]:
+                expected.update(values, axis=table[site_id].channel_axis)
+            assert_same(statistics, expected)
             assert statistics.batches == 2
+
+    def test_takes_the_channels_from_the_site(self) -> None:
+        """A picture has its channels first: a token is a pixel there."""
+        name = "patch_embed.proj/conv.input"
+        batch = inputs("vit", 3, 1)
+        assert isinstance(batch, torch.Tensor)
+        found = collect_statistics(build("vit"), [batch], sites("vit").profile("full"))[name]
+        assert found.tokens == batch[:, 0].numel()
+        assert found.token_highs.histogram(-1e3, 1e3).quantile(0.5) == pytest.approx(
+            np.quantile(batch.amax(dim=1).double().numpy(), 0.5, method="inverted_cdf"), rel=BIN
+        )
+
+    @pytest.mark.parametrize("seed", [1, 2])
+    def test_counts_padding_like_any_token(self, seed: int) -> None:
+        batch = inputs("bert", 4, seed)
+        assert not isinstance(batch, torch.Tensor)
+        positions, real = batch["attention_mask"].numel(), int(batch["attention_mask"].sum())
+        assert real < positions
+        found = collect_statistics(build("bert"), [batch], sites("bert").profile("full"))
+        assert found["bert.embeddings/add#2.output"].tokens == positions
 
     def test_serves_parts_that_are_merged(self) -> None:
         model, table = build("vit"), sites("vit").profile("full")
