@@ -338,7 +338,7 @@ def test_progress_counts_up_to_its_total(name: str) -> None:
 
 
 class TestCalibratorsShareOnePass:
-    names = ("minmax", "percentile", "mse", "omse", "ema")
+    names = ("minmax", "percentile", "mse", "omse", "ema", "entropy")
 
     def test_over_the_data_for_every_rule_and_width(self) -> None:
         stages = CountingStages()
