@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from baselines.validation import Validation
 from quanttune.digests import json_digest, tensor_digest
 from quanttune.inputs import ModelInputs, to_device
 from quanttune.quantization import (
@@ -158,6 +159,8 @@ class Context:
         weights_digest: Digest of the model's weights if it is known; computed when it is asked for otherwise.
         copies: Gives a model with other weights, and their digest; keeps the last one.
         origin: How another process makes it again; needed where several share a fine-tuning.
+        validation: Scores quantized models on validation items, for methods that choose among several;
+            ``None`` if there are none.
     """
 
     model: nn.Module
@@ -176,6 +179,7 @@ class Context:
     weights_digest: str | None = None
     copies: Callable[[Mapping[str, Tensor]], tuple[nn.Module, str]] | None = None
     origin: Origin | None = None
+    validation: Validation | None = None
 
     @property
     def profile_sites(self) -> SiteTable:
@@ -259,6 +263,8 @@ class Method(ABC):
         version: Raised whenever a change of the code changes results; part of a cell's identity.
         role: One of :data:`ROLES`.
         trains: Whether the method fine-tunes weights.
+        validates: Whether it chooses by scores on validation items: its row then stands for a choice that was
+            made before the test items were seen.
         per_width: Whether it trains, or optimises, anew for each precision; one training serves all if not.
         changes: What it changes of a model, in a few words, for the table of methods.
         source: The paper, or what else defines it.
@@ -271,6 +277,7 @@ class Method(ABC):
     version: ClassVar[int] = 1
     role: ClassVar[str] = "rival"
     trains: ClassVar[bool] = False
+    validates: ClassVar[bool] = False
     per_width: ClassVar[bool] = False
     changes: ClassVar[str] = "ranges"
     source: ClassVar[str] = "common practice"

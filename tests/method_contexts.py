@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from baselines.method import METHODS, Batch, Context, MemoryStages
-from quanttune.digests import canonical_json
-from quanttune.quantization import Quantized, Scheme
+from quanttune.digests import canonical_json, tensor_digest
+from quanttune.quantization import Quantized, Quantizer, Scheme, simulate
 from quanttune.seeds import torch_generator
-from tests.quantization.models import build, inputs, sites
+from tests.quantization.models import build, inputs, logits, sites
 
 RECIPE = {"learning_rate": 1e-3, "steps": 4, "batch_size": 4}
 
@@ -45,6 +45,33 @@ class CausalTraining(Training):
         return torch.nn.functional.cross_entropy(predicted[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
 
 
+class HeldOut:
+    """How close the outputs stay to the unquantized ones on items that nothing else sees."""
+
+    metric = "closeness"
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self.batches = list(batches)
+
+    def count(self, items: int) -> int:
+        return min(items, len(self.batches))
+
+    def key(self, items: int) -> dict[str, Any]:
+        return {"inputs": [tensor_digest(_named(batch)) for batch in self.batches[:items]]}
+
+    def score(self, model: nn.Module, quantizers: Mapping[str, Quantizer], items: int) -> float:
+        errors = []
+        for batch in self.batches[:items]:
+            plain = logits(model, batch)
+            with simulate(model, quantizers):
+                errors.append(float((logits(model, batch) - plain).double().square().mean()))
+        return -sum(errors)
+
+
+def _named(batch: Any) -> dict[str, Tensor]:
+    return {"": batch} if isinstance(batch, Tensor) else batch
+
+
 def causal_batch(model: str, items: int, seed: int) -> Batch:
     """Tokens, half of them padded in every second item, as their own targets."""
     batch = inputs(model, items, seed)
@@ -64,6 +91,7 @@ def context_for(model: str, profile: str = "full", precision: str = "W8A8", **ch
         "recipe": RECIPE,
         "identity": {"model": model},
         "calibration": [batch_of(model, 6, seed) for seed in (1, 2)],
+        "validation": HeldOut([inputs(model, 4, seed) for seed in (8, 9)]),
     }
     return Context(build(model), sites(model), Scheme.parse(precision, profile), **(settings | changes))
 

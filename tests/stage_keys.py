@@ -25,7 +25,7 @@ from quanttune.errors import QuantTuneError
 from quanttune.quantization import Scheme, discover_sites
 from quanttune.registry import Registry
 from quanttune.seeds import torch_generator
-from tests.method_contexts import RECIPE, Training
+from tests.method_contexts import RECIPE, HeldOut, Training
 
 WITH_WORDS = ("precision W8A8-asym", "seed", "targets")
 SCHEMES = ("W6A8", "W8A6", "W8A5", "W8tA8", "W8A8-asym", "W8tA8-asym", "W8A8-token", "W4g4A8", "W8")
@@ -107,8 +107,9 @@ class Trial:
             with suppress(QuantTuneError, *(() if without is None else (LookupError, RuntimeError))):
                 method.quantize(dataclasses.replace(context, stages=shared))
             yield from shared.wrong
-            # Statistics are no method's own.
-            ignored = [stage for stage in shared.taken if change == IDENTITY or stage != "statistics"]
+            # Statistics are no method's own, nor is what a model with given quantizers is worth.
+            common = ("statistics", "validation")
+            ignored = [stage for stage in shared.taken if change == IDENTITY or stage not in common]
             if change in (IDENTITY, VERSION):
                 yield from (f"{change}: takes {stage}" for stage in ignored)
 
@@ -236,6 +237,7 @@ def _context() -> Context:
         _Images("vit"),
         RECIPE,
         identity={"task": "pictures"},
+        validation=HeldOut([_batch(2, seed).inputs for seed in (7, 8, 9)]),
     )
 
 
@@ -254,6 +256,7 @@ def _changed_contexts(context: Context) -> dict[str, Context]:
     found |= {
         "profile": changed(scheme=context.scheme.with_profile("matmul")),
         "seed": changed(seed=1),
+        "validation": changed(validation=HeldOut([_batch(2, 5).inputs])),
         "draw": changed(calibration=[first, _batch(2, 3)]),
         "number of items": changed(calibration=[first]),
         "order of items": changed(calibration=[second, first]),

@@ -208,6 +208,8 @@ def test_claims_of_the_store(rows: SuiteRows, store: Store) -> None:
     control = by_statement(found, "Control: the outlier loss does it, not the fine-tuning, at W8A8")
     assert "finetune+mse" in control.measured
     for start in (
+        "The drop shrinks against the calibrator chosen on validation items at W8A8",
+        "Control with a calibrator chosen on validation items, at W6A6",
         "Share of the",
         "Precision loss",
         "How far ranges",
@@ -355,6 +357,50 @@ def test_the_command_writes_the_page(tmp_path: Path, suite: Suite, store: Store,
     assert written == store.root / "report" / "made.html"
     assert written.read_text(encoding="utf-8") == make_report(rows, store, NO_FRAMES)
     assert csv_of(comparison_frame(Comparison(rows, store))).count("\n") == 5
+
+
+def test_a_choice_on_validation_items_stands_beside_the_best_after_the_fact(
+    suite: Suite, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took mse where min-max is better on the test items, and says so; it never counts as looked up."""
+    for label, like in (("best_calibrator", "mse"), ("finetune+best_calibrator", "finetune+mse")):
+        monkeypatch.setitem(ACCURACY, label, ACCURACY[like])
+    tuned = MethodSpec("finetune", {"calibrator": ["minmax", "mse", "best_calibrator"]})
+    methods = (
+        *(each for each in suite.methods if each.name != "finetune"),
+        MethodSpec("best_calibrator"),
+        tuned,
+    )
+    rows = fill(store, dataclasses.replace(suite, methods=methods))
+    for record in rows.records.values():
+        if record.cell.label.endswith("best_calibrator"):
+            items = store.items(record.cell.cell_id)
+            store.save(dataclasses.replace(record, details={"chosen_calibrator": "mse"}), dict(items))
+    rows = collect_rows(store, rows.suite)
+    comparison = Comparison(rows, store)
+    assert comparison.rivals(CALIBRATORS) == ["minmax", "mse"]
+    assert comparison.rivals(CALIBRATORS, chosen=True) == ["best_calibrator"]
+    assert comparison.rivals(CONTROLS) == ["finetune", "finetune+mse"]
+    assert comparison.rivals(CONTROLS, chosen=True) == ["finetune+best_calibrator"]
+    line = comparison_frame(comparison).iloc[1]
+    assert line["precision"] == "W6A6"
+    assert (line["best_calibrator"], line["best_calibrator_drop"]) == ("minmax", pytest.approx(70.0))
+    assert (line["chosen_calibrator"], line["chosen_calibrator_drop"]) == (
+        "best_calibrator (mse)",
+        pytest.approx(75.0),
+    )
+    assert line["gain_over_chosen_calibrator"] == pytest.approx(69.0)
+    assert line["chosen_finetune"] == "finetune+best_calibrator (mse)"
+    found = claims(rows, comparison, NO_FRAMES)
+    chosen = by_statement(found, "The drop shrinks against the calibrator chosen on validation items at W6A6")
+    best = by_statement(found, "The drop shrinks against the best calibrator at W6A6, chosen after the fact")
+    assert chosen.measured.startswith("69.0 [")
+    assert "tiny_vit best_calibrator (mse), tiny_bert best_calibrator (mse)" in chosen.measured
+    assert best.measured.startswith("64.0 [")
+    assert "on the test items themselves" in best.how
+    assert "on the test items" not in chosen.how
+    control = by_statement(found, "Control with a calibrator chosen on validation items, at W6A6")
+    assert "finetune+best_calibrator (mse)" in control.measured
 
 
 def test_methods_from_outside_compete_at_once(

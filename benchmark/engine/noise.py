@@ -8,7 +8,7 @@ move: copy 0 is the cell itself, and any of the others is as good.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +17,7 @@ from benchmark.engine.measure import Items, evaluate, metric_values
 from benchmark.grid.cells import ENGINE_VERSION
 from benchmark.grid.noise import ALL, UNMEASURED
 from benchmark.keep.record import Noise
-from quanttune.digests import json_digest, tensor_digest
+from quanttune.digests import json_digest
 from quanttune.seeds import numpy_generator, torch_generator
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def measure_copies(
     ids = noise_ids(session.task, cell)
     key = {
         "engine": ENGINE_VERSION,
-        "quantizers": _digest(quantized),
+        "quantizers": quantized.quantizers_digest(),
         "weights": weights_digest,
         "seed": cell.seed,
         "split": cell.split,
@@ -116,12 +116,6 @@ def _measure(
             ),
             stage=_PURPOSE,
         )
-
-
-def _digest(quantized: Quantized) -> str:
-    """Of the quantizers alone: what a method records beside them decides no number."""
-    document, tensors = replace(quantized, weights=None).to_state()
-    return json_digest([document["quantizers"], tensor_digest(tensors)])
 
 
 @dataclass(frozen=True)

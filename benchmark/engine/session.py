@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from benchmark.engine.measure import Items, evaluate
+from benchmark.engine.validation import TaskValidation
 from benchmark.grid.autocast import FULL_PRECISION, autocast_type
 from benchmark.grid.cells import ENGINE_VERSION
 from benchmark.keep.stages import Stages
@@ -218,6 +219,7 @@ class Session:
             progress=self.progress,
             weights_digest=self.reference_digest,
             copies=self.with_weights,
+            validation=TaskValidation(self.task, self.entry, self.device, self.progress, self.sites.known),
         )
 
     def fp32_items(

@@ -12,7 +12,7 @@ from benchmark.engine.measure import CONFIDENCE, RESAMPLES, shared_draws
 from benchmark.grid.schemes import axes_of, scheme_of
 from benchmark.keep.record import Record
 from benchmark.keep.store import Store
-from benchmark.report.roles import CALIBRATORS, CONTROLS, OURS, STATE_OF_THE_ART, role_of
+from benchmark.report.roles import CALIBRATORS, CONTROLS, OURS, STATE_OF_THE_ART, is_chosen, role_of
 from benchmark.report.rounding import Rounded, mean_of, rounded
 from benchmark.report.rows import SuiteRows
 from benchmark.subject.lookup import get_task
@@ -29,6 +29,12 @@ RIVALS: Mapping[str, Collection[str]] = {
     "state_of_the_art": STATE_OF_THE_ART,
 }
 """The kinds of rival that stand beside QuantTune, each with the roles of the methods that compete in it."""
+
+CHOICE = "chosen_calibrator"
+"""What a record's details call the calibrator that was chosen on validation items."""
+
+CHOSEN: Mapping[str, Collection[str]] = {"calibrator": CALIBRATORS, "finetune": CONTROLS}
+"""The kinds of which a choice on validation items may stand beside the best after the fact."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class Scored:
         fp32: The reference's.
         fp32_own: That of the method's own weights, unquantized, if it trains.
         rounded: The value with the noise of rounding, by which methods are compared.
+        choices: Of a method that chose on validation items: what it took, one for each seed.
     """
 
     label: str
@@ -64,6 +71,13 @@ class Scored:
     fp32: float
     fp32_own: float | None
     rounded: Rounded
+    choices: tuple[str, ...] = ()
+
+    @property
+    def named(self) -> str:
+        """The label, with what was chosen if anything was."""
+        chosen = ", ".join(dict.fromkeys(self.choices))
+        return f"{self.label} ({chosen})" if chosen else self.label
 
     @property
     def drop(self) -> float:
@@ -88,6 +102,7 @@ class Comparison:
         precisions: dict[str, None] = {}
         self.tasks: dict[str, str] = {}
         self._methods: dict[str, str] = {}  # the method of each label
+        self._chosen: set[str] = set()  # labels of those that chose on validation items
         groups: dict[tuple[str, str, str], list[Record]] = {}
         for cell in rows.cells:
             record = rows.records.get(cell.cell_id)
@@ -103,6 +118,8 @@ class Comparison:
                 groups.setdefault((cell.model, precision, cell.label), []).append(record)
                 self.tasks[cell.model] = cell.task
                 self._methods[cell.label] = cell.method
+                if is_chosen(cell.method, cell.parameters):
+                    self._chosen.add(cell.label)
         self.precisions = list(precisions)
         self._scored = {key: _scored(key[2], records, store) for key, records in groups.items()}
 
@@ -115,18 +132,35 @@ class Comparison:
         """A method's scores; ``None`` if they were not measured."""
         return self._scored.get((model, precision, label))
 
-    def rivals(self, roles: Collection[str]) -> list[str]:
-        """Labels of the methods with one of these roles, QuantTune aside, in the suite's order."""
+    def rivals(self, roles: Collection[str], *, chosen: bool = False) -> list[str]:
+        """Labels of the methods with one of these roles, QuantTune aside, in the suite's order.
+
+        Args:
+            roles: Some of :data:`baselines.method.ROLES`.
+            chosen: Those that chose on validation items, in place of all others.
+        """
         return [
-            label for label, method in self._methods.items() if method != OURS and role_of(method) in roles
+            label
+            for label, method in self._methods.items()
+            if method != OURS and role_of(method) in roles and (label in self._chosen) == chosen
         ]
 
-    def best(self, model: str, precision: str, roles: Collection[str]) -> Scored | None:
+    def best(
+        self, model: str, precision: str, roles: Collection[str], *, chosen: bool = False
+    ) -> Scored | None:
         """The best rival with one of these roles, whatever its parameters; ``None`` if there is none.
 
-        Where the noise of rounding was measured, the best is chosen by the mean over the copies.
+        It is looked up after the fact, on the items that it is measured on. Where the noise of rounding was
+        measured, the best is chosen by the mean over the copies.
+
+        Args:
+            model: Name of the model.
+            precision: Bit widths.
+            roles: Some of :data:`baselines.method.ROLES`.
+            chosen: Among those that chose on validation items, of which a suite has one, so that nothing is
+                looked up after the fact.
         """
-        found = [self.get(model, precision, label) for label in self.rivals(roles)]
+        found = [self.get(model, precision, label) for label in self.rivals(roles, chosen=chosen)]
         return max((one for one in found if one is not None), key=lambda one: one.rounded.mean, default=None)
 
     def gain(self, pairs: dict[str, tuple[Scored, Scored]]) -> Estimate:
@@ -158,11 +192,14 @@ class Comparison:
             low, high = min(low, gain.mean - gain.reach), max(high, gain.mean + gain.reach)
         return Estimate(float(np.mean(values)), float(low), float(high))
 
-    def pairs(self, precision: str, roles: Collection[str]) -> dict[str, tuple[Scored, Scored]]:
-        """QuantTune with min-max and the best rival with one of these roles, for each model that has both."""
+    def pairs(
+        self, precision: str, roles: Collection[str], *, chosen: bool = False
+    ) -> dict[str, tuple[Scored, Scored]]:
+        """QuantTune with min-max and the best rival as of :meth:`best`, for each model that has both."""
         found = {}
         for model in self.models:
-            mine, rival = self.get(model, precision, OURS), self.best(model, precision, roles)
+            mine = self.get(model, precision, OURS)
+            rival = self.best(model, precision, roles, chosen=chosen)
             if mine is not None and rival is not None:
                 found[model] = (mine, rival)
         return found
@@ -189,17 +226,38 @@ def comparison_frame(comparison: Comparison) -> pd.DataFrame:
                 "quanttune_drop_against_better_fp32": max(known) - ours.value,
             }
             for name, roles in RIVALS.items():
-                rival = comparison.best(model, precision, roles)
-                gain = None if rival is None else comparison.gain({model: (ours, rival)})
-                line |= {
-                    f"best_{name}": None if rival is None else rival.label,
-                    f"best_{name}_drop": None if rival is None else rival.drop,
-                    f"gain_over_{name}": None if gain is None else gain.value,
-                    f"gain_over_{name}_low": None if gain is None else gain.low,
-                    f"gain_over_{name}_high": None if gain is None else gain.high,
-                }
+                line |= _beside(
+                    comparison, model, ours, comparison.best(model, precision, roles), "best", name
+                )
+            for name, roles in CHOSEN.items():
+                rival = comparison.best(model, precision, roles, chosen=True)
+                line |= _beside(comparison, model, ours, rival, "chosen", name)
             lines.append(line)
     return pd.DataFrame(lines)
+
+
+def _beside(
+    comparison: Comparison, model: str, ours: Scored, rival: Scored | None, how: str, name: str
+) -> dict[str, str | float | None]:
+    """The columns of one rival, ``None`` in each if there is none.
+
+    Args:
+        comparison: Gives the gain.
+        model: Name of the model.
+        ours: QuantTune with min-max.
+        rival: The rival.
+        how: ``best``, after the fact, or ``chosen``, on validation items.
+        name: The kind of rival.
+    """
+    gain = None if rival is None else comparison.gain({model: (ours, rival)})
+    over = f"gain_over_{name}" if how == "best" else f"gain_over_{how}_{name}"
+    return {
+        f"{how}_{name}": None if rival is None else rival.named,
+        f"{how}_{name}_drop": None if rival is None else rival.drop,
+        over: None if gain is None else gain.value,
+        f"{over}_low": None if gain is None else gain.low,
+        f"{over}_high": None if gain is None else gain.high,
+    }
 
 
 def _scored(label: str, records: list[Record], store: Store) -> Scored:
@@ -215,6 +273,7 @@ def _scored(label: str, records: list[Record], store: Store) -> Scored:
         results[0].fp32,
         float(np.mean(owns)) if owns else None,
         mean_of([rounded(result) for result in results]),
+        tuple(str(record.details[CHOICE]) for record in records if CHOICE in record.details),
     )
 
 

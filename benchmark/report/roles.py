@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 OURS = "quanttune"
 """The method whose claims are tested: the one name that the report knows."""
@@ -24,6 +26,14 @@ def role_of(method: str) -> str | None:
     from baselines import METHODS
 
     return METHODS.get(method).role if method in METHODS else None
+
+
+def is_chosen(method: str, parameters: Mapping[str, Any]) -> bool:
+    """Whether a method, or the calibrator that it ends with, chose by scores on validation items."""
+    from baselines import METHODS
+
+    names = [method, str(parameters.get("calibrator", ""))]
+    return any(name in METHODS and METHODS.get(name).validates for name in names)
 
 
 def role_of_label(label: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,11 @@ class Quantized:
             for transform in self.transforms
             for site_id, what in transform.extra_operations.items()
         }
+
+    def quantizers_digest(self) -> str:
+        """Of the quantizers alone: what a method records beside them decides no number."""
+        document, tensors = replace(self, weights=None).to_state()
+        return json_digest([document["quantizers"], tensor_digest(tensors)])
 
     def apply(self, model: nn.Module) -> QuantizedModel:
         """A copy of a model that computes with these weights and quantizers.
