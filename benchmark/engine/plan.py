@@ -13,6 +13,7 @@ from benchmark.engine.executors import EXECUTORS
 from benchmark.engine.runner import OVERWRITE, Outcome, Settings, stored_outcome
 from benchmark.grid.cells import Cell
 from benchmark.grid.expand import Selection, expand
+from benchmark.grid.order import running_order
 from benchmark.grid.suite import DEFAULT_SUITE, load_suite
 from benchmark.keep.reference_store import open_store
 from benchmark.keep.store import Store
@@ -48,7 +49,7 @@ class Plan:
 
     Attributes:
         suite: What was given as the suite.
-        cells: What to measure, in order.
+        cells: What to measure, in the suite's order; they run in that of :mod:`benchmark.grid.order`.
         settings: How to run each of them.
         executor: Name of a registered executor.
         jobs: Processes it may use.
@@ -87,7 +88,7 @@ class Plan:
         events = events or Events()
         outcomes, told = self.known(), set[str]()
         for _ in range(2):
-            missing = [cell for cell in self.cells if cell.cell_id not in outcomes]
+            missing = running_order(cell for cell in self.cells if cell.cell_id not in outcomes)
             if not missing:
                 break
             # refuse a device that is not there before any work

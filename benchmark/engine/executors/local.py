@@ -22,6 +22,7 @@ from benchmark.engine.executors.base import EXECUTORS
 from benchmark.engine.runner import CellRunner, Outcome, Settings
 from benchmark.engine.stopping import leave_to_parent
 from benchmark.grid.cells import Cell
+from benchmark.grid.order import CHEAP, phase_of
 from benchmark.keep.status import FAILED
 from benchmark.keep.store import Store
 from quanttune.errors import QuantTuneError, StoreError
@@ -106,11 +107,22 @@ def _spawn(settings: Settings) -> tuple[BaseProcess, Connection]:
 
 
 def _next(pending: list[Cell], worker: _Worker, workers: list[_Worker]) -> Cell:
-    """Take the first cell that waits for nobody and, if possible, is of the model the worker has loaded."""
-    under_way = {other.cell.training_group for other in workers if other.cell is not None}
+    """Take the first cell that waits for nobody, of the earliest phase, of the model the worker has loaded.
 
-    def cost(cell: Cell) -> tuple[bool, bool]:
-        return cell.training_group in under_way, worker.model not in (None, cell.model)
+    If that model has none left in the phase, or none is loaded, a model that no other worker is at comes first.
+    What calibrators share takes seconds, so nobody waits for the end of theirs.
+    """
+    others = [other.cell for other in workers if other is not worker and other.cell is not None]
+    under_way = {cell.training_group for cell in others if phase_of(cell) != CHEAP}
+    taken = {cell.model for cell in others}
+
+    def cost(cell: Cell) -> tuple[bool, int, bool, bool]:
+        return (
+            cell.training_group in under_way,
+            phase_of(cell),
+            worker.model != cell.model,
+            cell.model in taken,
+        )
 
     chosen = min(pending, key=cost)
     pending.remove(chosen)
