@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from benchmark import components
 from benchmark.components import Include
 from benchmark.engine.environment import DEFAULT_THREADS, prepare_torch, provenance
+from benchmark.engine.spending import Spending, cost_of
 from benchmark.grid.cells import Cell
 from benchmark.keep.lock import Lock, LockError
+from benchmark.keep.meter import Meter
 from benchmark.keep.record import DONE, SKIPPED, Record, Result, plain
 from benchmark.keep.stages import Stages
 from benchmark.keep.status import FAILED, status_of
@@ -74,6 +76,7 @@ class Outcome:
         status: ``done``, ``cached``, ``skipped``, ``failed`` or ``interrupted``.
         message: The reason or the error, empty otherwise.
         seconds: Time this run spent on it.
+        spent: What of it this run spent on each of :data:`benchmark.engine.spending.PARTS`, by name.
     """
 
     cell: Cell
@@ -82,9 +85,12 @@ class Outcome:
     seconds: float = 0.0
     value: float | None = None
     drop: float | None = None
+    spent: Mapping[str, float] = field(default_factory=dict)
 
 
-def from_record(record: Record, status: str, seconds: float = 0.0) -> Outcome:
+def from_record(
+    record: Record, status: str, seconds: float = 0.0, spent: Mapping[str, float] | None = None
+) -> Outcome:
     """The outcome that a record tells."""
     shown = record.status if record.status == SKIPPED else status
     result = record.result
@@ -95,6 +101,7 @@ def from_record(record: Record, status: str, seconds: float = 0.0) -> Outcome:
         seconds,
         None if result is None else result.value,
         None if result is None else result.drop,
+        dict(spent or {}),
     )
 
 
@@ -129,6 +136,7 @@ class CellRunner:
         self.progress = progress
         self.store = Store(settings.results)
         self.device = prepare_torch(settings.threads, settings.device)
+        self._meter = Meter(self.device.type)
         self._session: Session | None = None
         self._lock = Lock(settings.results)
         self._broken: dict[str, QuantTuneError] = {}
@@ -146,14 +154,15 @@ class CellRunner:
             if stored is not None:  # another process finished it in the meantime
                 return stored
             try:
-                record, items, quantized = self._measure(cell, started)
+                spending = Spending()
+                record, items, quantized = self._measure(cell, started, spending)
             except StoreError:
                 raise
             except (Exception, SystemExit) as error:
                 # Any failure of a method belongs in the record, not in the way of the others.
-                return self._fail(cell, error, time.monotonic() - started)
+                return self._fail(cell, error, time.monotonic() - started, spending)
             record = self.store.save(record, None if items is None else items.arrays(), quantized)
-        return from_record(record, DONE, record.duration_s)
+        return from_record(record, DONE, record.duration_s, spending.seconds)
 
     def _check(self, quantized: object, cell: Cell, session: Session) -> None:
         """Refuse what no method may do: to return something else, or to change the reference itself.
@@ -173,7 +182,7 @@ class CellRunner:
                 "context.changed(weights).model, and return the weights"
             )
 
-    def _fail(self, cell: Cell, error: BaseException, seconds: float) -> Outcome:
+    def _fail(self, cell: Cell, error: BaseException, seconds: float, spending: Spending) -> Outcome:
         known = isinstance(error, QuantTuneError)
         message = str(error) if known else f"{type(error).__name__}: {error}"
         failure = {
@@ -185,7 +194,8 @@ class CellRunner:
             "provenance": self.settings.provenance(),
         }
         self.store.save_failure(cell, failure)
-        return Outcome(cell, FAILED, message.splitlines()[0] if message else "unknown error", seconds)
+        line = message.splitlines()[0] if message else "unknown error"
+        return Outcome(cell, FAILED, line, seconds, spent=spending.seconds)
 
     def _open(self, cell: Cell) -> Session:
         """The session of the cell's model, gated; the previous model is dropped first."""
@@ -199,7 +209,7 @@ class CellRunner:
                 obstacles = obstacles_of(cell.model)
                 if obstacles:
                     raise ObstacleError("; ".join(map(str, obstacles)))
-                stages = Stages(self.store.root / "stages")
+                stages = Stages(self.store.root / "stages", meter=self._meter)
                 session = Session(cell.model, stages, self.device, self.progress, self.settings.processes)
                 self._lock.check(cell.model, session.pins)  # before the weights are trusted with any work
                 self.store.save_reference_digest(cell.model, session.model_identity, session.reference_digest)
@@ -212,14 +222,17 @@ class CellRunner:
             self._lock.check(cell.model, self._session.calibration_pin(cell.calibration_items, cell.seed))
         return self._session
 
-    def _measure(self, cell: Cell, started: float) -> tuple[Record, Items | None, Quantized | None]:
+    def _measure(
+        self, cell: Cell, started: float, spending: Spending
+    ) -> tuple[Record, Items | None, Quantized | None]:
         from benchmark.engine.again import origin_of
 
-        session = self._open(cell)
+        with spending.on("references"):
+            session = self._open(cell)
+            reference = session.fp32_items(
+                session.model, session.reference_digest, cell.limit, cell.split, cell.autocast
+            )
         method = cell.make_method()
-        reference = session.fp32_items(
-            session.model, session.reference_digest, cell.limit, cell.split, cell.autocast
-        )
         if cell.is_reference:
             record = self._record(cell, session, started, reference, reference, session.reference_digest)
             return record, reference, None
@@ -236,16 +249,20 @@ class CellRunner:
             )
             return record, None, None
         origin = origin_of(cell, self.store.root / "stages", self.settings.includes)
-        quantized = method.quantize(replace(session.context(cell), origin=origin))
+        with spending.on("references"):  # sites and calibration items, which every method needs
+            context = session.context(cell)
+        with spending.on_method(method, self._meter) as work:
+            quantized = method.quantize(replace(context, origin=origin))
         self._check(quantized, cell, session)
         if quantized.extra_operations:
             quantized.details["extra_operations"] = quantized.extra_operations
-        items, own, copies, digest = self._evaluate(cell, session, quantized)
+        with spending.on("evaluation"):
+            items, own, copies, digest = self._evaluate(cell, session, quantized)
         sites = site_rows(cell.scheme.sites(session.sites), quantized)
         record = self._record(
             cell, session, started, reference, items, digest, own, copies, quantized.details, sites
         )
-        return record, items, quantized
+        return replace(record, cost=plain(cost_of(method, quantized, work))), items, quantized
 
     def _evaluate(
         self, cell: Cell, session: Session, quantized: Quantized

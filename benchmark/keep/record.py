@@ -13,15 +13,15 @@ from quanttune.digests import json_digest
 from quanttune.errors import QuantTuneError, StoreError
 from quanttune.fields import fitting
 
-SCHEMA = 3
+SCHEMA = 4
 """Version of what is written; a folder written by a newer one is refused."""
 
-READABLE = (1, 2, 3)
-"""Versions that are read: older records lack what ``_NEWER`` names, and the noise of the result; the rest is
-of the same form."""
+READABLE = (1, 2, 3, 4)
+"""Versions that are read: older records lack what ``_NEWER`` names, and the noise of the result; the rest is of
+the same form."""
 
-_NEWER = ("metrics", "quantized")
-_OLDEST, _WITH_NEWER, _WITH_NOISE = READABLE
+_NEWER = ("metrics", "quantized", "cost")
+_OLDEST, _WITH_NEWER, _WITH_NOISE, _WITH_COST = READABLE
 _PARTS = ("cell", "result", "quantized")
 
 DONE, SKIPPED = "done", "skipped"
@@ -102,6 +102,8 @@ class Record:
             None where there is no such number. Empty in records of before there were several. Where the
             noise of rounding was measured, also its ``noise_mean``, ``noise_deviation`` and ``noise_common``.
         quantized: Its quantized model; ``None`` for references, skipped cells and those of older versions.
+        cost: What the method takes by itself, see :func:`benchmark.engine.spending.cost_of`; empty for
+            references, skipped cells and those of older versions.
     """
 
     cell: Cell
@@ -118,6 +120,7 @@ class Record:
     details: Mapping[str, Any] = field(default_factory=dict)
     sites: list[dict[str, Any]] = field(default_factory=list)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    cost: Mapping[str, float | None] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that :meth:`from_json` reads back, sealed with the digest of its other fields."""
@@ -130,6 +133,8 @@ class Record:
             schema = _WITH_NOISE
         elif self.result is not None:
             del body["result"]["noise"]
+        if self.cost:
+            schema = _WITH_COST
         body = plain(body | {"schema": schema})
         return body | {"digest": json_digest(body)}
 

@@ -7,17 +7,20 @@ over another's counts as absent. Two processes that need the same stage at once 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmark.keep.atomic import file_lock, unreadable, write_atomically, write_text_atomically
+from benchmark.keep.meter import Cost, Meter
 from benchmark.keep.record import READABLE, SCHEMA
 from quanttune.digests import json_digest, sha256_file
-from quanttune.errors import ConfigError, TuningDivergedError
+from quanttune.errors import ConfigError, StoreError, TuningDivergedError
 from quanttune.files import read_json
 
 if TYPE_CHECKING:
@@ -36,19 +39,21 @@ class Stages:
     Args:
         folder: Where the files are, usually ``results/stages``.
         scope: What else decides every stage asked of this object; merged into each key.
+        meter: Is told of every stage what making it took, now or before.
     """
 
-    def __init__(self, folder: Path, scope: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, folder: Path, scope: Mapping[str, Any] | None = None, meter: Meter | None = None
+    ) -> None:
         self.folder = folder
         self.scope = dict(scope or {})
-        self.seconds = 0.0
-        """Time spent on computing stages, as opposed to reading them."""
+        self.meter = meter or Meter()
         self._refused: dict[str, TuningDivergedError] = {}
-        self._latest: dict[str, tuple[str, dict[str, Tensor]]] = {}
+        self._latest: dict[str, tuple[str, _Stage]] = {}
 
     def scoped(self, **scope: Any) -> Stages:
         """The same folder with more in every key."""
-        scoped = Stages(self.folder, {**self.scope, **scope})
+        scoped = Stages(self.folder, {**self.scope, **scope}, self.meter)
         scoped._refused, scoped._latest = self._refused, self._latest
         return scoped
 
@@ -71,16 +76,18 @@ class Stages:
                 would diverge again for each cell that shares it. A new process may try again.
         """
         full_key, digest = self._identify(stage, key)
-        latest, tensors = self._latest.get(stage, ("", {}))
-        if latest != digest:
-            tensors = self._find_or_make(stage, full_key, digest, make)
+        started = time.monotonic()
+        latest, found = self._latest.get(stage, ("", None))
+        if found is None or latest != digest:
+            found = self._find_or_make(stage, full_key, digest, make)
             if stage in _REMEMBERED:
-                self._latest[stage] = digest, tensors
-        return tensors
+                self._latest[stage] = digest, found
+        self.meter.used(stage, digest, found.cost, time.monotonic() - started)
+        return found.tensors
 
     def _find_or_make(
         self, stage: str, full_key: dict[str, Any], digest: str, make: Callable[[], dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
+    ) -> _Stage:
         path = self.folder / stage / f"{digest}.safetensors"
         found = _load(path)
         if found is not None:
@@ -91,17 +98,28 @@ class Stages:
                 return found
             if digest in self._refused:
                 raise self._refused[digest].with_traceback(None)
-            started = time.monotonic()
+            unfinished = self.folder / "unfinished" / f"{stage}-{digest}.json"
             try:
-                made = make()
+                with self.meter.work() as work:
+                    made = make()
+                    tensors = {
+                        name: tensor.detach().cpu().contiguous().clone() for name, tensor in made.items()
+                    }
             except TuningDivergedError as error:
                 self._refused[digest] = error
                 raise
-            tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in made.items()}
-            seconds = time.monotonic() - started
-            self.seconds += seconds
-            _save(path, tensors, {"stage": stage, **full_key, "seconds": round(seconds, 3)})
-        return tensors
+            except BaseException:
+                # a training goes on from its checkpoint, and has taken what it took until now
+                if unfinished.with_suffix(".safetensors").exists():
+                    _note_seconds(unfinished, work.elapsed)
+                raise
+            cost = work.cost()
+            seconds = (cost.seconds or 0.0) + _noted_seconds(unfinished)
+            cost = Cost(round(seconds, 3), cost.peak_bytes)
+            about = {"stage": stage, **full_key, "seconds": cost.seconds, "peak_bytes": cost.peak_bytes}
+            _save(path, tensors, about)
+            unfinished.unlink(missing_ok=True)
+        return _Stage(tensors, cost)
 
     def reference(self, stage: str, key: Mapping[str, Any]) -> str:
         """A name of what is kept under ``stage`` and ``key``, with which :meth:`open` finds it again."""
@@ -112,7 +130,8 @@ class Stages:
         stage, _, digest = reference.partition("/")
         if not (_NAME.fullmatch(stage) and _DIGEST.fullmatch(digest)):
             raise ConfigError(f"{reference!r} names no stage; it should read like tuning/<sha256>")
-        return _load(self.folder / stage / f"{digest}.safetensors")
+        found = _load(self.folder / stage / f"{digest}.safetensors")
+        return None if found is None else found.tensors
 
     def checkpoint(self, stage: str, key: Mapping[str, Any]) -> Path:
         """Where unfinished work on a stage is saved, so that an interrupted run goes on where it was."""
@@ -127,9 +146,9 @@ class Stages:
         for sidecar in sorted((self.folder / stage).glob("*.json")):
             about = _read(sidecar)
             if about.get("scope") == self.scope:
-                tensors = _load(sidecar.with_suffix(".safetensors"))
-                if tensors is not None:
-                    yield dict(about.get("key", {})), tensors
+                found = _load(sidecar.with_suffix(".safetensors"))
+                if found is not None:
+                    yield dict(about.get("key", {})), found.tensors
 
     def _identify(self, stage: str, key: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         if not _NAME.fullmatch(stage):
@@ -142,8 +161,31 @@ def _digest(stage: str, full_key: Mapping[str, Any]) -> str:
     return json_digest({"stage": stage, "scope": full_key["scope"], "key": full_key["key"]})
 
 
-def _load(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a stage file, ``None`` if it is absent, damaged, or another stage's under this name."""
+@dataclass(frozen=True)
+class _Stage:
+    """What a stage holds and what making it took."""
+
+    tensors: dict[str, Tensor]
+    cost: Cost
+
+
+def _note_seconds(path: Path, seconds: float) -> None:
+    """Keep what an interrupted stage has taken, with what it had taken before."""
+    with contextlib.suppress(StoreError):  # why it was interrupted matters more
+        write_text_atomically(path, json.dumps({"seconds": round(_noted_seconds(path) + seconds, 3)}) + "\n")
+
+
+def _noted_seconds(path: Path) -> float:
+    return _number(_read(path).get("seconds")) or 0.0
+
+
+def _number(value: Any) -> float | None:
+    """A number of a sidecar; ``None`` for what is none."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _load(path: Path) -> _Stage | None:
+    """What a stage file holds, ``None`` if it is absent, damaged, or another stage's under this name."""
     sidecar = _read(path.with_suffix(".json"))
     try:
         if sidecar.get("schema") not in READABLE or _digest(path.parent.name, sidecar) != path.stem:
@@ -159,10 +201,12 @@ def _load(path: Path) -> dict[str, Tensor] | None:
     from safetensors.torch import load_file
 
     try:
-        return dict(load_file(path))
+        tensors = dict(load_file(path))
     except SafetensorError:
         # What was sealed was no such file.
         return None
+    seconds, peak = (_number(sidecar.get(name)) for name in ("seconds", "peak_bytes"))
+    return _Stage(tensors, Cost(seconds, None if peak is None else int(peak)))
 
 
 def _read(sidecar: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -40,6 +41,9 @@ ROW_FIELDS = (
 
 NOISE_FIELDS = ("noise_mean", "noise_deviation", "noise_common", "noise_items", "flips")
 """What follows where the noise of rounding was measured: of :class:`~benchmark.keep.record.Noise`."""
+
+COST_FIELDS = ("training_s", "calibration_s", "peak_mb", "extra_operations", "trainings")
+"""What follows where records have it: of :func:`benchmark.engine.spending.cost_of`."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ class SuiteRows:
     def to_json(self) -> list[dict[str, Any]]:
         """One object a cell with the fields :data:`ROW_FIELDS`; numbers of unfinished cells are ``None``.
 
-        If the noise of a cell was measured, each has the fields :data:`NOISE_FIELDS` as well.
+        If the noise of a cell was measured, each has the fields :data:`NOISE_FIELDS` as well, and those of
+        :data:`COST_FIELDS` if a record tells what its method takes.
         """
         return [self._row(cell) for cell in self.cells]
 
@@ -89,6 +94,11 @@ class SuiteRows:
     def noisy(self) -> bool:
         """Whether the noise of rounding was measured of a cell."""
         return any(record.result and record.result.noise for record in self.records.values())
+
+    @cached_property
+    def costed(self) -> bool:
+        """Whether a record tells what its method takes."""
+        return any(record.cost for record in self.records.values())
 
     def _row(self, cell: Cell) -> dict[str, Any]:
         record = self.records.get(cell.cell_id)
@@ -112,7 +122,29 @@ class SuiteRows:
         noise = None if result is None else result.noise
         for name in NOISE_FIELDS:
             row[name] = None if noise is None else getattr(noise, name.removeprefix("noise_"))
-        return {name: row[name] for name in (*ROW_FIELDS, *(NOISE_FIELDS if self.noisy else ()))}
+        for name in COST_FIELDS:
+            row[name] = None if record is None else record.cost.get(name)
+        further = (*(NOISE_FIELDS if self.noisy else ()), *(COST_FIELDS if self.costed else ()))
+        return {name: row[name] for name in (*ROW_FIELDS, *further)}
+
+
+def rows_of(store: Store, suite: Suite, cells: Sequence[Cell]) -> SuiteRows:
+    """What the store has of these cells, finished or not.
+
+    Args:
+        store: Where to look.
+        suite: What they belong to.
+        cells: The suite's own, or others that were asked for in its place.
+    """
+    records: dict[str, Record] = {}
+    unfinished: dict[str, str] = {}
+    for cell in cells:
+        status = status_of(store, cell)
+        if status.record is not None:
+            records[cell.cell_id] = status.record
+        else:
+            unfinished[cell.cell_id] = status.word
+    return SuiteRows(suite, list(cells), records, unfinished, store)
 
 
 def collect_rows(store: Store, suite: Suite, allow_partial: bool = False) -> SuiteRows:
@@ -122,16 +154,7 @@ def collect_rows(store: Store, suite: Suite, allow_partial: bool = False) -> Sui
         ConfigError: If cells are missing and ``allow_partial`` is false. Cells measured with ``--limit`` have
             other ids and never stand in for missing ones.
     """
-    cells = expand(suite)
-    records: dict[str, Record] = {}
-    unfinished: dict[str, str] = {}
-    for cell in cells:
-        status = status_of(store, cell)
-        if status.record is not None:
-            records[cell.cell_id] = status.record
-        else:
-            unfinished[cell.cell_id] = status.word
-    rows = SuiteRows(suite, cells, records, unfinished, store)
+    rows = rows_of(store, suite, expand(suite))
     if not rows.complete and not allow_partial:
         raise ConfigError(_refusal(store, rows))
     return rows

@@ -164,6 +164,7 @@ def _metrics(record: Record) -> dict[str, float]:
         "noise_common": None if noise is None else noise.common,
         "flips": None if noise is None else noise.flips,
         "largest_ratio": record.details.get("largest_ratio"),
+        **record.cost,
     }
     return {key: value for key, value in values.items() if value is not None}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -113,10 +114,9 @@ def test_nobody_waits_for_a_training(mixed: list[Cell]) -> None:
 
 
 def test_a_plan_runs_the_phases_and_keeps_the_order_of_its_cells(suite_file: str, store: Store) -> None:
-    path = suite_file
-    text = open(path).read().replace('name = "minmax"', 'name = "toy_trained"', 1)
-    open(path, "w").write(text)
-    plan = make_plan(Request(path), Settings(store.root))
+    path = Path(suite_file)
+    path.write_text(path.read_text().replace("minmax", "toy_trained"))
+    plan = make_plan(Request(suite_file), Settings(store.root))
     assert [cell.method for cell in plan.cells] == ["fp32", *["toy_trained"] * 2, *["mse"] * 2]
     outcomes = list(plan.outcomes())
     assert [outcome.status for outcome in outcomes] == ["done"] * 5

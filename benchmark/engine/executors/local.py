@@ -109,8 +109,8 @@ def _spawn(settings: Settings) -> tuple[BaseProcess, Connection]:
 def _next(pending: list[Cell], worker: _Worker, workers: list[_Worker]) -> Cell:
     """Take the first cell that waits for nobody, of the earliest phase, of the model the worker has loaded.
 
-    If that model has none left in the phase, or none is loaded, a model that no other worker is at comes first.
-    What calibrators share takes seconds, so nobody waits for the end of theirs.
+    If that model has none left in the phase, or none is loaded, a model that no other worker is at comes
+    first. What calibrators share takes seconds, so nobody waits for the end of theirs.
     """
     others = [other.cell for other in workers if other is not worker and other.cell is not None]
     under_way = {cell.training_group for cell in others if phase_of(cell) != CHEAP}
