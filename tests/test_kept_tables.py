@@ -20,7 +20,7 @@ from benchmark.report.figures.overview import Overview
 from benchmark.report.gallery import csv_of
 from benchmark.report.latex import to_latex
 from benchmark.report.rows import SuiteRows
-from benchmark.report.tables import make_table, to_frame, to_grid
+from benchmark.report.tables import make_table, to_frame, to_markdown
 from quanttune.digests import json_digest
 
 ENGINE_OF = {"laptop": 3, "rivals": 3}
@@ -76,7 +76,7 @@ def test_every_form_of_a_kept_table_is_of_its_rows(name: str) -> None:
     made = {
         "json": json.dumps(rows.to_json(), indent=1) + "\n",
         "csv": to_frame(rows).to_csv(index=False, lineterminator="\n"),
-        "md": to_grid(table, "github"),
+        "md": to_markdown(table),
         "tex": to_latex(table, f"tab:{name}"),
     }
     for ending, text in made.items():

@@ -135,6 +135,7 @@ def run(everything: bool, dry_run: bool, no_tracking: bool, **given: Any) -> Non
         )
     from benchmark.api import outcomes
     from benchmark.engine.progress import Display
+    from benchmark.report.run_tables import FirstTable, whole_table
 
     plan = _plan(given)
     if dry_run:
@@ -143,12 +144,20 @@ def run(everything: bool, dry_run: bool, no_tracking: bool, **given: Any) -> Non
         echo_cells(plan.store, plan.cells)
         return
     found: dict[str, Outcome] = {}
+    display = Display()
+    first = FirstTable(plan)
     try:
-        for outcome in outcomes(plan, not no_tracking, Display()):
+        for outcome in outcomes(plan, not no_tracking, display):
             found[outcome.cell.cell_id] = outcome
+            text = first.after(outcome)
+            if text is not None:
+                display.show(text)
     except KeyboardInterrupt as error:
         _tell_interrupted(plan)
         sys.exit(exit_code(error))
+    text = whole_table(plan)
+    if text is not None:
+        click.echo(text)
     _summary([found[cell.cell_id] for cell in plan.cells])
     if any(outcome.status == "failed" for outcome in found.values()):
         sys.exit(EXIT_FAILED)
@@ -192,7 +201,8 @@ def _tell_interrupted(plan: Plan) -> None:
 
 
 def _summary(outcomes: list[Outcome]) -> None:
-    from benchmark.engine.progress import outcome_line
+    from benchmark.engine.progress import outcome_line, spending_line
+    from benchmark.report.columns import paragraph, terminal_width
 
     failed: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
@@ -204,3 +214,6 @@ def _summary(outcomes: list[Outcome]) -> None:
     counts = Counter(outcome.status for outcome in outcomes)
     words = ", ".join(f"{counts[word]} {word}" for word in _ORDER if counts[word])
     click.echo(f"{len(outcomes)} cells: {words}")
+    told = spending_line(outcomes)
+    if told:
+        click.echo(paragraph(told, terminal_width()))

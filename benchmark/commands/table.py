@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
@@ -14,15 +13,17 @@ from benchmark.options import include_option, results_option, suite_option
 from quanttune.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from benchmark.report.rows import SuiteRows
 
+_T = TypeVar("_T")
 _ENDINGS = {"latex": "tex", "markdown": "md", "csv": "csv", "json": "json"}
-_STYLES = {"markdown": "github", "terminal": "simple_grid"}
 
 
 @cli.command(
     short_help="Print the table of a suite.",
-    epilog=examples("table", "table --suite paper --published", "table --format latex"),
+    epilog=examples("table", "table --cost", "table --suite paper --published", "table --format latex"),
 )
 @suite_option
 @click.option(
@@ -39,11 +40,18 @@ _STYLES = {"markdown": "github", "terminal": "simple_grid"}
 @click.option(
     "--published", is_flag=True, help="Published values beside the measured ones, or why they cannot be."
 )
+@click.option("--cost", is_flag=True, help="Seconds, memory, trainings and operations of each method.")
 @click.option("--metric", metavar="NAME", help="Another metric than the leading one; see `list metrics`.")
 @include_option
 @results_option
 def table(
-    suite: str, form: str, allow_partial: bool, published: bool, metric: str | None, results: Path
+    suite: str,
+    form: str,
+    allow_partial: bool,
+    published: bool,
+    cost: bool,
+    metric: str | None,
+    results: Path,
 ) -> None:
     """Print the table of a suite; every form but `terminal` is also written to RESULTS/tables/."""
     from benchmark.grid.suite import load_suite
@@ -54,15 +62,18 @@ def table(
     store = open_store(results)
     if published and metric:
         raise ConfigError("--published shows the metrics of the sources; leave out --metric")
+    if published and cost:
+        raise ConfigError("--published and --cost are two tables; give one of them")
     rows = collect_rows(store, load_suite(suite), allow_partial)
     if metric:
         rows = in_metric(rows, metric, allow_partial)
-    text = (_published if published else _measured)(rows, form)
+    text = (_published if published else _costs if cost else _measured)(rows, form)
     click.echo(text, nl=False)
     if form in _ENDINGS:
         from benchmark.keep.atomic import write_text_atomically
 
-        name = "-".join([rows.suite.name, *["published"] * published, *(metric or "").split()])
+        kind = ["published"] * published + ["cost"] * cost
+        name = "-".join([rows.suite.name, *kind, *(metric or "").split()])
         path = store.views / "tables" / f"{name}.{_ENDINGS[form]}"
         try:
             write_text_atomically(path, text)
@@ -75,15 +86,18 @@ def table(
 
 
 def _measured(rows: SuiteRows, form: str) -> str:
+    from benchmark.report.latex import label_of, to_latex
+    from benchmark.report.tables import make_table, to_frame, to_markdown
+    from benchmark.report.terminal import to_terminal
+
     if form == "json":
         return json.dumps(rows.to_json(), indent=1) + "\n"
-    from benchmark.report.latex import label_of, to_latex
-    from benchmark.report.tables import make_table, to_frame, to_grid
-
     if form == "csv":
         return to_frame(rows).to_csv(index=False, lineterminator="\n")
     made = make_table(rows)
-    return to_latex(made, label_of(rows.suite.name)) if form == "latex" else to_grid(made, _style(form))
+    if form == "latex":
+        return to_latex(made, label_of(rows.suite.name))
+    return to_markdown(made) if form == "markdown" else _fitting(to_terminal, made)
 
 
 def _published(rows: SuiteRows, form: str) -> str:
@@ -91,9 +105,10 @@ def _published(rows: SuiteRows, form: str) -> str:
     from benchmark.report.published_table import (
         make_published_table,
         published_frame,
-        published_grid,
         published_json,
         published_latex,
+        published_markdown,
+        published_terminal,
     )
 
     made = make_published_table(rows)
@@ -103,14 +118,32 @@ def _published(rows: SuiteRows, form: str) -> str:
         return published_frame(made).to_csv(index=False, lineterminator="\n")
     if form == "latex":
         return published_latex(made, label_of(f"{rows.suite.name}-published"))
-    return published_grid(made, _style(form))
+    return published_markdown(made) if form == "markdown" else _fitting(published_terminal, made)
 
 
-def _style(form: str) -> str:
-    """Of tabulate; lines of plain characters where the output has no others."""
-    if form == "terminal":
-        try:
-            "┌─┼│".encode(getattr(sys.stdout, "encoding", None) or "utf-8")
-        except (UnicodeEncodeError, LookupError):
-            return "grid"
-    return _STYLES[form]
+def _costs(rows: SuiteRows, form: str) -> str:
+    from benchmark.report.costs import (
+        cost_frame,
+        cost_json,
+        cost_latex,
+        cost_markdown,
+        cost_terminal,
+        make_cost_table,
+    )
+    from benchmark.report.latex import label_of
+
+    made = make_cost_table(rows)
+    if form == "json":
+        return json.dumps(cost_json(made), indent=1) + "\n"
+    if form == "csv":
+        return cost_frame(made).to_csv(index=False, lineterminator="\n")
+    if form == "latex":
+        return cost_latex(made, label_of(f"{rows.suite.name}-cost"))
+    return cost_markdown(made) if form == "markdown" else _fitting(cost_terminal, made)
+
+
+def _fitting(render: Callable[[_T, int], str], table: _T) -> str:
+    """A table as wide as the terminal, in signs that it can show."""
+    from benchmark.report.columns import printable, terminal_width
+
+    return printable(render(table, terminal_width()))

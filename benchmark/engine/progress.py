@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -14,6 +14,7 @@ import click
 
 from benchmark.engine.events import Events
 from benchmark.engine.runner import Outcome
+from benchmark.engine.spending import PARTS
 from benchmark.grid.cells import Cell
 from benchmark.subject.metrics.display import loss, loss_name
 from benchmark.subject.tasks.task import get_task
@@ -108,6 +109,13 @@ class Display(Events):
         """Show a line."""
         click.echo(line, err=True)
 
+    def show(self, text: str) -> None:
+        """Show several lines, above the bars if there are any."""
+        if self._bars is None:
+            click.echo(text, err=True)
+        else:
+            self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def begin(self, cells: Sequence[Cell], work: Work) -> None:
         """Show bars for the cells, on a terminal."""
         self._expect(cells, work.jobs)
@@ -180,6 +188,26 @@ def outcome_line(outcome: Outcome) -> str:
     if outcome.seconds:
         parts.append(duration_text(outcome.seconds))
     return "  ".join(parts)
+
+
+def spent_in_all(outcomes: Iterable[Outcome]) -> dict[str, float]:
+    """Seconds on the clock by part, ``other`` last, summed over cells and so over workers."""
+    found = dict.fromkeys((*PARTS, "other"), 0.0)
+    for outcome in outcomes:
+        for part, seconds in outcome.spent.items():
+            found[part] += seconds
+        found["other"] += max(0.0, outcome.seconds - sum(outcome.spent.values()))
+    return found
+
+
+def spending_line(outcomes: Iterable[Outcome]) -> str:
+    """Where the time of a run went, in one line; empty if it took none."""
+    parts = [
+        f"{part} {duration_text(seconds)}"
+        for part, seconds in spent_in_all(outcomes).items()
+        if seconds >= 0.5
+    ]
+    return f"time, all workers together: {', '.join(parts)}" if parts else ""
 
 
 def _bars() -> Progress:

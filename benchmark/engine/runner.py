@@ -258,10 +258,10 @@ class CellRunner:
             quantized.details["extra_operations"] = quantized.extra_operations
         with spending.on("evaluation"):
             items, own, copies, digest = self._evaluate(cell, session, quantized)
-        sites = site_rows(cell.scheme.sites(session.sites), quantized)
-        record = self._record(
-            cell, session, started, reference, items, digest, own, copies, quantized.details, sites
-        )
+            sites = site_rows(cell.scheme.sites(session.sites), quantized)
+            record = self._record(
+                cell, session, started, reference, items, digest, own, copies, quantized.details, sites
+            )
         return replace(record, cost=plain(cost_of(method, quantized, work))), items, quantized
 
     def _evaluate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,6 @@ from benchmark.keep.meter import Meter, Work, trains
 
 if TYPE_CHECKING:
     from baselines.method import Method
-    from benchmark.engine.runner import Outcome
     from quanttune.quantization import Quantized
 
 PARTS = ("references", "training", "calibration", "evaluation")
@@ -63,9 +62,9 @@ def cost_of(method: Method, quantized: Quantized, work: Work) -> dict[str, float
 
     Returns:
         ``training_s``: seconds on the clock of making trained weights, 0 for methods that do not train.
-        ``calibration_s``: of everything else. ``peak_mb``: the most memory of the process meanwhile, in units
-        of 10**6 bytes. ``extra_operations``: tensors that cost one more operation an element at run time.
-        ``trainings``: see :func:`trainings`. ``None`` where something is not known.
+        ``calibration_s``: of everything else. ``peak_mb``: the most memory meanwhile beyond what the process
+        held before, in units of 10**6 bytes. ``extra_operations``: tensors that cost one more operation an
+        element at run time. ``trainings``: see :func:`trainings`. ``None`` where something is not known.
     """
     cost = work.cost()
     training = cost.seconds if _is_all_training(method, work) else work.training_seconds
@@ -87,13 +86,3 @@ def _is_all_training(method: Method, work: Work) -> bool:
 def trainings(method: Method) -> int:
     """How often a method trains, or optimises anew, for :data:`WIDTHS` precisions: 0, 1 or each time."""
     return WIDTHS if method.per_width else int(method.trains)
-
-
-def spent_in_all(outcomes: Iterable[Outcome]) -> dict[str, float]:
-    """Seconds on the clock by part, ``other`` last, summed over cells and so over workers."""
-    found = dict.fromkeys((*PARTS, "other"), 0.0)
-    for outcome in outcomes:
-        for part, seconds in outcome.spent.items():
-            found[part] += seconds
-        found["other"] += max(0.0, outcome.seconds - sum(outcome.spent.values()))
-    return found

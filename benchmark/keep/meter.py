@@ -8,6 +8,7 @@ reading it; one that is asked for twice counts once.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -28,8 +29,9 @@ class Cost:
 
     Attributes:
         seconds: On the clock, with those of stages made before; ``None`` where their sidecar does not say.
-        peak_bytes: The most memory of the process meanwhile, on a GPU what PyTorch has allocated; ``None``
-            where the system does not tell.
+        peak_bytes: The most memory that the process held meanwhile beyond what it held when the work began,
+            or when a stage of it began; on a GPU what PyTorch had allocated. ``None`` where the system does
+            not tell.
     """
 
     seconds: float | None
@@ -94,19 +96,23 @@ class Meter:
     def __init__(self, device: str = "cpu") -> None:
         self._peak = _AllocatedPeak() if device == "cuda" else _ResidentPeak()
         self._open: list[Work] = []
+        self._held: list[int] = []
 
     @contextmanager
     def work(self) -> Iterator[Work]:
         """Measure what is done within; its numbers are there once it has ended."""
         self._note_peak()
-        work, started = Work(), time.monotonic()
+        work = Work()
         self._open.append(work)
+        self._held.append(self._peak.held())
+        started = time.monotonic()
         try:
             yield work
         finally:
             work.elapsed = time.monotonic() - started
             self._note_peak()
             self._open.pop()
+            self._held.pop()
 
     def used(self, stage: str, digest: str, cost: Cost, elapsed: float) -> None:
         """Tell the work under way that it asked for a stage.
@@ -126,7 +132,8 @@ class Meter:
         """End a stretch of time: its peak belongs to the innermost work of it."""
         peak = self._peak.since_last()
         if self._open and peak is not None:
-            self._open[-1].peak_bytes = max(peak, self._open[-1].peak_bytes or 0)
+            work = self._open[-1]
+            work.peak_bytes = max(peak - self._held[-1], work.peak_bytes or 0)
 
 
 class _ResidentPeak:
@@ -139,6 +146,15 @@ class _ResidentPeak:
             return 1024 * int(found.group(1)) if found else None
         return None
 
+    def held(self) -> int:
+        """Bytes now; what was freed before goes back to the system first, or it would hide what comes."""
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # of the GNU library; others have none
+        found = None
+        with contextlib.suppress(OSError):
+            found = re.search(r"VmRSS:\s*(\d+) kB", _STATUS.read_text(encoding="ascii", errors="replace"))
+        return 1024 * int(found.group(1)) if found else 0
+
 
 class _AllocatedPeak:
     """What PyTorch has allocated on a GPU."""
@@ -149,3 +165,8 @@ class _AllocatedPeak:
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return peak
+
+    def held(self) -> int:
+        import torch
+
+        return torch.cuda.memory_allocated()

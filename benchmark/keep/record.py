@@ -17,8 +17,8 @@ SCHEMA = 4
 """Version of what is written; a folder written by a newer one is refused."""
 
 READABLE = (1, 2, 3, 4)
-"""Versions that are read: older records lack what ``_NEWER`` names, and the noise of the result; the rest is of
-the same form."""
+"""Versions that are read: older records lack what ``_NEWER`` names, and the noise of the result; the rest is
+of the same form."""
 
 _NEWER = ("metrics", "quantized", "cost")
 _OLDEST, _WITH_NEWER, _WITH_NOISE, _WITH_COST = READABLE

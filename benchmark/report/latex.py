@@ -16,8 +16,8 @@ def to_latex(table: Table, label: str) -> str:
 
     layout = arrange(table)
     cells = [[_latex_cell(table, *place) for place in places] for _, _, places in layout.lines]
-    names = [_latex_name(name) for _, name, _ in layout.lines]
-    columns = [_latex_name(name) for name in layout.columns]
+    names = [latex_name(name) for _, name, _ in layout.lines]
+    columns = [latex_name(name) for name in layout.columns]
     frame = pd.DataFrame(cells, index=pd.Index(names), columns=columns)
     body = frame.style.to_latex(
         hrules=True,
@@ -55,7 +55,7 @@ def _latex_cell(table: Table, row: RowKey, method: str) -> str:
     return first if len(lines) == 1 else "\\shortstack[r]{" + " \\\\ ".join(lines) + "}"
 
 
-def _latex_name(name: str) -> str:
+def latex_name(name: str) -> str:
     """A head or stub; the parameters of a method get a line each, so that they take no width."""
     method, mark, rest = name.partition("[")
     if not mark:

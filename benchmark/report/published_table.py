@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from benchmark.grid.cells import Cell
+from benchmark.report.columns import Row, blocks, paragraph
 from benchmark.report.latex import escape_latex
 from benchmark.report.published.value import Published
 from benchmark.report.published.values import REMARKS, published_values
@@ -231,29 +232,39 @@ def published_frame(table: PublishedTable) -> pd.DataFrame:
     return pd.DataFrame(published_json(table))
 
 
-def published_grid(table: PublishedTable, style: str) -> str:
-    """For a terminal (``simple_grid``) or Markdown (``github``), with tabulate; drops in brackets."""
+def published_markdown(table: PublishedTable) -> str:
+    """As Markdown; drops in brackets."""
     from tabulate import tabulate
 
-    body = text_rows(table.shown)
-    if style == "github":
-        body = [[escape_markdown(text) for text in line] for line in body]
+    body = [[escape_markdown(text) for text in line] for line in text_rows(table.shown)]
     parts = [table.caption + " Drops against FP32 in brackets."]
     if body:
         align = ["left"] * 4 + ["right"] * 3 + ["left"]
-        widths = None if style == "github" else [24, 16, 14, None, None, None, None, 34]
         parts.append(
-            tabulate(
-                body,
-                headers=list(HEADS),
-                tablefmt=style,
-                colalign=align,
-                disable_numparse=True,
-                maxcolwidths=widths,
-            )
+            tabulate(body, headers=list(HEADS), tablefmt="github", colalign=align, disable_numparse=True)
         )
-    mark = "- " if style == "github" else ""
-    return "\n\n".join(parts) + "\n\n" + "".join(f"{mark}{note}\n" for note in table.notes)
+    return "\n\n".join(parts) + "\n\n" + "".join(f"- {note}\n" for note in table.notes)
+
+
+def published_terminal(table: PublishedTable, width: int) -> str:
+    """For a terminal, in lines of at most ``width`` letters: a block a model and source.
+
+    Why there is no difference is told once for the lines that share the reason, below them.
+    """
+    parts = [paragraph(table.caption + " Drops against FP32 in brackets.", width)]
+    groups: dict[tuple[str, str, str], list[list[str]]] = {}
+    for model, source, *places, why in text_rows(table.shown):
+        groups.setdefault((model, source, why), []).append(places)
+    last: tuple[str, str] | None = None
+    for (model, source, why), lines in groups.items():
+        if (model, source) != last:
+            parts.append(paragraph(f"{model}: {source}", width))
+        last = (model, source)
+        rows = [Row(method, [[text] for text in places]) for method, *places in lines]
+        parts += blocks(HEADS[2], [[head] for head in HEADS[3:7]], rows, width)
+        if why:
+            parts.append(paragraph(f"no difference: {why}", width))
+    return "\n\n".join([*parts, *(paragraph(note, width) for note in table.notes)]) + "\n"
 
 
 def published_latex(table: PublishedTable, label: str) -> str:

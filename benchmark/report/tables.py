@@ -270,11 +270,10 @@ def flips_of(table: Table, row: RowKey, method: str) -> str:
     return "" if entry is None or entry.flips is None else f"flips {entry.flips:.1f} %"
 
 
-def to_grid(table: Table, style: str) -> str:
-    """The table for a terminal (``simple_grid``) or Markdown (``github``), with tabulate."""
+def to_markdown(table: Table) -> str:
+    """The table as Markdown."""
     from tabulate import tabulate
 
-    markdown = style == "github"
     layout = arrange(table)
     body = []
     for model, name, places in layout.lines:
@@ -282,17 +281,15 @@ def to_grid(table: Table, style: str) -> str:
         for row, method in places:
             first, second = text_of(table, row, method)
             if method in table.best(row):
-                first = f"**{first}**" if markdown else f"{first} *"
+                first = f"**{first}**"
             parts = filter(None, (first, second, flips_of(table, row, method)))
-            line.append(("<br>" if markdown else "\n").join(parts))
+            line.append("<br>".join(parts))
         body.append(line)
     headers = ["model", layout.stub, *layout.columns]
-    if markdown:
-        headers, *body = ([escape_markdown(text) for text in line] for line in (headers, *body))
+    headers, *body = ([escape_markdown(text) for text in line] for line in (headers, *body))
     align = ["left", "left", *["right"] * len(layout.columns)]
-    text = tabulate(body, headers=headers, tablefmt=style, colalign=align, disable_numparse=True)
-    best = "" if markdown else "\n* best at its precision"
-    return f"{table.caption}{best}\n\n{text}\n"
+    text = tabulate(body, headers=headers, tablefmt="github", colalign=align, disable_numparse=True)
+    return f"{table.caption}\n\n{text}\n"
 
 
 def escape_markdown(text: str) -> str:

@@ -13,7 +13,7 @@ from benchmark.cli import cli
 from benchmark.engine.runner import CellRunner
 from benchmark.grid.suite import suite_names
 from benchmark.keep.record import SCHEMA
-from benchmark.report.rows import NOISE_FIELDS, ROW_FIELDS
+from benchmark.report.rows import COST_FIELDS, NOISE_FIELDS, ROW_FIELDS
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_json_rows_have_the_promised_fields(call: Any, ran: str) -> None:
     result = call("table", "--suite", ran, "--format", "json")
     rows = json.loads(result.stdout)
     assert len(rows) == 5
-    assert all(tuple(row) == (*ROW_FIELDS, *NOISE_FIELDS) for row in rows)
+    assert all(tuple(row) == (*ROW_FIELDS, *NOISE_FIELDS, *COST_FIELDS) for row in rows)
     assert {row["status"] for row in rows} == {"done"}
     assert all(row["drop"] == pytest.approx(row["fp32"] - row["value"]) for row in rows)
 

@@ -23,7 +23,8 @@ from benchmark.report.other_metric import in_metric
 from benchmark.report.roles import CALIBRATORS
 from benchmark.report.rounding import Rounded, mean_of, rounded
 from benchmark.report.rows import NOISE_FIELDS, SuiteRows, collect_rows
-from benchmark.report.tables import make_table, text_of, to_frame, to_grid
+from benchmark.report.tables import make_table, text_of, to_frame, to_markdown
+from benchmark.report.terminal import to_terminal
 from benchmark.tracking.runs import _metrics
 
 Fill = Callable[..., SuiteRows]
@@ -97,9 +98,9 @@ def test_tables_show_it(fill: Fill) -> None:
     ):
         assert phrase in table.caption
     # of QuantTune and its control alone
-    assert to_grid(table, "github").count("flips 12.5 %") == len(table.rows)
-    assert "75.0 ± 0.2**<br>5.0 [0.0, 5.0]<br>flips 12.5 %" in to_grid(table, "github")
-    assert "flips 12.5 %" in to_grid(table, "simple_grid")
+    assert to_markdown(table).count("flips 12.5 %") == len(table.rows)
+    assert "75.0 ± 0.2**<br>5.0 [0.0, 5.0]<br>flips 12.5 %" in to_markdown(table)
+    assert "flips 12.5 %" in to_terminal(table, 80)
     assert "{\\scriptsize flips 12.5 \\%}" in to_latex(table, "x")
     reference, line, *_ = rows.to_json()
     assert [line[name] for name in NOISE_FIELDS] == [70.2, 0.5, 0.0, 10, 12.5]

@@ -26,8 +26,9 @@ from benchmark.report.published_table import (
     PublishedTable,
     make_published_table,
     published_frame,
-    published_grid,
     published_latex,
+    published_markdown,
+    published_terminal,
 )
 from benchmark.report.rows import collect_rows
 from benchmark.subject.models.entry import MODELS
@@ -229,8 +230,8 @@ def test_forms_say_the_same(make: Make, tmp_path: Path) -> None:
     minmax = line(table, "minmax")
     difference = f"{minmax.difference:+.2f}"
     for text in (
-        published_grid(table, "github"),
-        published_grid(table, "simple_grid"),
+        published_markdown(table),
+        published_terminal(table, 80),
         published_latex(table, "tab:x"),
     ):
         assert difference in text

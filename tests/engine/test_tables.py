@@ -18,7 +18,7 @@ from benchmark.keep.store import Store
 from benchmark.report.latex import to_latex
 from benchmark.report.published.reader import load_published, published_names
 from benchmark.report.rows import SuiteRows, collect_rows
-from benchmark.report.tables import OWN_ROW, Table, arrange, make_table, text_of, to_frame, to_grid
+from benchmark.report.tables import OWN_ROW, Table, arrange, make_table, text_of, to_frame, to_markdown
 from benchmark.subject.metrics.display import as_shown, number
 from quanttune.errors import ConfigError, UnknownNameError
 
@@ -185,22 +185,18 @@ def test_many_methods_stand_one_below_the_other(full: SuiteRows) -> None:
     stub = "\\shortstack[l]{mse+omse \\\\ {\\scriptsize p\\_q=0.5} \\\\ {\\scriptsize twin=False}}"
     assert stub in to_latex(named, "x")
     check_latex(to_latex(named, "x"))
-    grid = to_grid(many, "github")
+    grid = to_markdown(many)
     (line,) = (line for line in grid.splitlines() if line.startswith("| toy") and "| minmax" in line)
     assert all(text_of(many, row, "minmax")[0] in line for row in table.rows)
     (best,) = (line for line in grid.splitlines() if "| toy_trained" in line)
     assert "**60.0**" in best
 
 
-@pytest.mark.parametrize("style", ["github", "simple_grid"])
-def test_grids(full: SuiteRows, style: str) -> None:
-    text = to_grid(make_table(full), style)
-    assert "60.0" in text
-    assert "20.0 [18.5, 21.5]" in text
-    assert ("**60.0**" in text) == (style == "github")
-    if style == "github":
-        lines = [line for line in text.splitlines() if line.startswith("|")]
-        assert len({line.count("|") for line in lines}) == 1
+def test_markdown(full: SuiteRows) -> None:
+    text = to_markdown(make_table(full))
+    assert "**60.0**<br>20.0 [18.5, 21.5]" in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
 
 
 def test_several_seeds_become_mean_and_deviation(suite: Suite, store: Store) -> None:
@@ -269,7 +265,7 @@ def test_partial_tables(suite: Suite, store: Store) -> None:
 def test_an_empty_partial_table_prints(suite: Suite, store: Store) -> None:
     table = make_table(collect_rows(store, suite, allow_partial=True))
     check_latex(to_latex(table, "x"))
-    assert "0 of 5" in to_grid(table, "github")
+    assert "0 of 5" in to_markdown(table)
 
 
 def test_csv_has_a_line_a_cell(full: SuiteRows) -> None:
