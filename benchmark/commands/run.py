@@ -134,6 +134,7 @@ def run(everything: bool, dry_run: bool, no_tracking: bool, **given: Any) -> Non
             "nothing is selected; give --all, or --model, --method, --precision, --profile or --seed"
         )
     from benchmark.api import outcomes
+    from benchmark.engine.events import Several
     from benchmark.engine.progress import Display
     from benchmark.report.run_tables import FirstTable, whole_table
 
@@ -145,13 +146,10 @@ def run(everything: bool, dry_run: bool, no_tracking: bool, **given: Any) -> Non
         return
     found: dict[str, Outcome] = {}
     display = Display()
-    first = FirstTable(plan)
+    events = Several(display, FirstTable(plan, display.show))
     try:
-        for outcome in outcomes(plan, not no_tracking, display):
+        for outcome in outcomes(plan, not no_tracking, events):
             found[outcome.cell.cell_id] = outcome
-            text = first.after(outcome)
-            if text is not None:
-                display.show(text)
     except KeyboardInterrupt as error:
         _tell_interrupted(plan)
         sys.exit(exit_code(error))

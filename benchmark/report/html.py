@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from benchmark.keep.store import Store
 from benchmark.report.claims import CLOSE, KEPT, claims
 from benchmark.report.comparison import RIVALS, Comparison, comparison_frame
+from benchmark.report.costs import HEADS as COST_HEADS
+from benchmark.report.costs import cost_frame, make_cost_table
 from benchmark.report.figures.figure import FigureKind, choose
 from benchmark.report.figures.outliers import by_layer
 from benchmark.report.gallery import csv_of, svg_of
@@ -64,6 +66,7 @@ def make_report(rows: SuiteRows, store: Store, frames: Mapping[str, pd.DataFrame
         complete=rows.complete,
         unfinished=sorted(Counter(rows.unfinished.values()).items()),
         table=_table(make_table(rows)),
+        costs=_costs(rows),
         claims=claims(rows, comparison, frames),
         comparison=_comparison(comparison),
         published=_published(rows),
@@ -88,6 +91,22 @@ def _table(table: Table) -> dict[str, Any]:
         ]
         lines.append({"model": row[0], "precision": row[1], "places": places})
     return {"caption": table.caption, "methods": table.methods, "lines": lines}
+
+
+def _costs(rows: SuiteRows) -> dict[str, Any] | None:
+    """What each method takes; nothing where no record tells."""
+    if not rows.costed:
+        return None
+    made = make_cost_table(rows)
+    return {
+        "caption": made.caption,
+        "heads": [*COST_HEADS, *(f"loss {name}" for name in made.precisions)],
+        "lines": [
+            {"model": line.model, "method": line.method, "texts": line.texts(made.precisions)}
+            for line in made.lines
+        ],
+        "download": _download(cost_frame(made)),
+    }
 
 
 def _comparison(comparison: Comparison) -> dict[str, Any] | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from benchmark.engine.events import Events, Work
 from benchmark.grid.order import cheap
 
 if TYPE_CHECKING:
@@ -13,33 +14,37 @@ if TYPE_CHECKING:
     from benchmark.grid.cells import Cell
 
 
-class FirstTable:
-    """Waits until the last of the cheap cells has ended, see :mod:`benchmark.grid.order`.
+class FirstTable(Events):
+    """Shows a table of the cheap cells once all of them have ended, see :mod:`benchmark.grid.order`.
+
+    Where no cheap cell has to run, or no other after them, the table at the end says it all.
 
     Args:
         plan: The run.
+        show: Is given the table as text.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, show: Callable[[str], None]) -> None:
         self._plan = plan
-        self._cells = cheap(plan.cells)
-        known = plan.known()
-        missing = [cell.cell_id for cell in plan.cells if cell.cell_id not in known]
-        self._awaited = {cell.cell_id for cell in self._cells} & set(missing)
-        self._wanted = 0 < len(self._awaited) < len(missing)
-        """Whether cheap cells run at all, and others after them: else the whole table says it all."""
+        self._show = show
+        self._awaited: set[str] = set()
 
-    def after(self, outcome: Outcome) -> str | None:
-        """The table, once: after the outcome of the last cheap cell."""
+    def begin(self, cells: Sequence[Cell], work: Work) -> None:
+        """See :class:`~benchmark.engine.events.Events`."""
+        awaited = {cell.cell_id for cell in cheap(cells)}
+        self._awaited = awaited if len(awaited) < len(cells) else set()
+
+    def finished(self, outcome: Outcome) -> None:
+        """See :class:`~benchmark.engine.events.Events`."""
+        if outcome.cell.cell_id not in self._awaited:
+            return
         self._awaited.discard(outcome.cell.cell_id)
-        if self._awaited or not self._wanted:
-            return None
-        self._wanted = False
-        table = _table(self._plan, self._cells)
-        if table is None:
-            return None
-        others = len(self._plan.cells) - len(self._cells)
-        return f"\nFirst table, without the {others} cells of other methods, which follow.\n\n{table}"
+        cells = cheap(self._plan.cells)
+        table = None if self._awaited else _table(self._plan, cells)
+        if table is not None:
+            others = len(self._plan.cells) - len(cells)
+            heading = f"First table: calibrators. The whole one, of {others} cells more, follows."
+            self._show(f"\n{heading}\n\n{table}")
 
 
 def whole_table(plan: Plan) -> str | None:

@@ -145,7 +145,7 @@ def test_a_run_prints_the_first_table_then_the_whole_one(call: Any, mixed: str) 
     assert result.exit_code == 0, result.output
     assert max(map(len, result.stdout.splitlines())) <= 80
     said = result.stderr
-    at = said.index("First table, without the 2 cells of other methods")
+    at = said.index("First table: calibrators. The whole one, of 2 cells more, follows.")
     cells, last = said.index("[5/7]"), said.index("[6/7]")
     assert cells < at < last
     first = said[at:last]

@@ -57,8 +57,8 @@ def values(suite: Path, results: Path) -> dict[str, Any]:
         record = store.load(cell)
         if record is not None:
             body = json.loads(json.dumps(record.to_json()))
-            for name in ("finished_at", "duration_s", "provenance", "digest"):
-                del body[name]
+            for name in ("finished_at", "duration_s", "provenance", "digest", "cost"):
+                body.pop(name, None)
             found[cell.cell_id] = body
     return found
 

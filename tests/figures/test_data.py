@@ -245,7 +245,7 @@ def test_names_are_suggested(suite_file: Path, results: Path) -> None:
     with pytest.raises(UnknownNameError, match="did you mean saturation"):
         choose(["saturtion"])
     assert [figure.name for figure in choose(["histograms", "overview"])] == ["overview", "histograms"]
-    assert [figure.name for figure in choose()][:2] == ["overview", "outliers"]
+    assert [figure.name for figure in choose()][:3] == ["overview", "pareto", "outliers"]
     assert {figure.name for figure in choose()} == set(FIGURES.names())
     refused = call("figure", suite_file, results, "--only", "overvew")
     assert refused.exit_code == 2
