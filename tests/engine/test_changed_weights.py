@@ -29,6 +29,7 @@ class Folds(Method):
 
     name = "toy_folds"
     error = 0.0
+    untied: tuple[str, ...] = ()
 
     def quantize(self, context: Context) -> Quantized:
         weights = {name: tensor.clone() for name, tensor in context.model.state_dict().items()}
@@ -37,7 +38,9 @@ class Folds(Method):
         weights["head.weight"] *= FACTORS + self.error
         changed = context.changed(weights)
         plain = METHODS.get("minmax")().quantize(changed)
-        return Quantized(plain.quantizers, weights, scheme=context.scheme, same_function=True)
+        return Quantized(
+            plain.quantizers, weights, scheme=context.scheme, same_function=True, untied=self.untied
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +114,24 @@ def test_tied_weights_changed_apart_are_refused(store: Store, monkeypatch: pytes
     outcome = run(store, "toy_tied")
     assert outcome.status == "failed"
     assert "head.weight and twin.weight are one tensor in TiedBlock" in outcome.message
+
+
+def test_tied_weights_may_become_two_where_the_method_says_so(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODELS._items, "toy_tied", TiedModel())
+    monkeypatch.setattr(Folds, "untied", ("twin.weight",))
+    outcome = run(store, "toy_tied")
+    assert outcome.status == "done"
+    record = store.load(outcome.cell)
+    assert record is not None
+    assert 0 <= record.details["function_difference"] < 1e-5
+    quantized = benchmark.load(outcome.cell.cell_id[:12], results=store.root)
+    assert quantized.weights is not None
+    assert quantized.untied == ("twin.weight",)
+    model = quantized.apply(TiedBlock().eval()).model
+    for layer in ("head", "twin"):
+        assert torch.equal(getattr(model, layer).weight, quantized.weights[f"{layer}.weight"])
 
 
 def test_lost_weights_are_said_with_the_remedy(store: Store) -> None:
