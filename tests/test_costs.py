@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from benchmark.grid.expand import expand
@@ -12,8 +14,11 @@ from benchmark.grid.suite import MethodSpec, Suite, load_suite
 from benchmark.keep.record import Record, Result
 from benchmark.keep.store import Store
 from benchmark.report.costs import cost_frame, cost_terminal, make_cost_table, seconds_text
+from benchmark.report.figures.figure import FIGURES
+from benchmark.report.html import make_report
 from benchmark.report.rows import COST_FIELDS, SuiteRows, collect_rows
 from benchmark.tracking.runs import _metrics
+from tests.pages import Page
 
 SECONDS = {
     "minmax": (0.0, 2.0, 0),
@@ -39,7 +44,8 @@ def rows(tmp_path: Path) -> SuiteRows:
             numbers = (training, calibration + step, 100.0 + step, 2.0 + step, trainings)
             cost = dict(zip(COST_FIELDS, numbers, strict=True))
         result = Result("accuracy", True, value, 80.0, None, 80.0 - value, 1.0, 2.0, 10)
-        store.save(Record(cell, "done", "2026-01-01T00:00:00+00:00", 1.0, result, cost=cost))
+        record = Record(cell, "done", "2026-01-01T00:00:00+00:00", 1.0, result, cost=cost)
+        store.save(record, {"ids": np.arange(10), "scores": np.arange(10) < value / 10})
     return collect_rows(store, suite)
 
 
@@ -85,3 +91,13 @@ def test_rows_and_runs_have_the_costs(rows: SuiteRows) -> None:
 )
 def test_seconds(seconds: float | None, text: str) -> None:
     assert seconds_text(seconds) == text
+
+
+def test_the_report_has_the_table(rows: SuiteRows) -> None:
+    frames = {name: pd.DataFrame() for name in FIGURES.names()}
+    words = " ".join(" ".join(Page(make_report(rows, rows.store, frames)).words).split())
+    assert "What the methods take" in words
+    assert "finetune 1 200 2.0 206 101 3 10.0 20.0" in words
+    old = {key: dataclasses.replace(record, cost={}) for key, record in rows.records.items()}
+    without = make_report(dataclasses.replace(rows, records=old), rows.store, frames)
+    assert "What the methods take" not in without

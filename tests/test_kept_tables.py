@@ -30,7 +30,7 @@ RAISED_SINCE = frozenset({"base_ptq", "fq_vit", "ptq4vit"})
 
 ROOT = Path(__file__).parents[1]
 TABLES = ROOT / "results" / "tables"
-KEPT = sorted(path.stem for path in TABLES.glob("*.json"))
+KEPT = sorted(path.stem for path in TABLES.glob("*.json") if not path.stem.endswith(("-cost", "-published")))
 OVERVIEWS = [name for name in KEPT if (ROOT / "results" / "figures" / f"{name}-overview.csv").exists()]
 
 
