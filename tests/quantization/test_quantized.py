@@ -33,6 +33,7 @@ from quanttune.quantization.quantizers import (
     quantizer_from_state,
 )
 from quanttune.quantization.quantizers.log2 import EXPONENTIALS, IntegerSoftmaxQuantizer, Log2Quantizer
+from quanttune.quantization.quantizers.log_sqrt2 import LogSqrt2Quantizer
 from quanttune.quantization.quantizers.powers_of_two import shifted_quantizer
 from quanttune.quantization.quantizers.twin import TwinGeluQuantizer, TwinSoftmaxQuantizer
 from tests.quantization.models import build, inputs, logits
@@ -57,13 +58,14 @@ QUANTIZERS_OF_EVERY_KIND: dict[str, list[Quantizer]] = {
     "integer_softmax": [IntegerSoftmaxQuantizer(4, 0.1, form) for form in EXPONENTIALS],
     "twin_softmax": [TwinSoftmaxQuantizer(1 / 3, 6)],
     "twin_gelu": [TwinGeluQuantizer(1 / 7, 6)],
+    "log_sqrt2": [LogSqrt2Quantizer(4, 0.7)],
     "scaled": [ScaledQuantizer(UNEVEN, torch.linspace(-3, 2, 8))],
 }
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS.names())
 def test_every_quantizer_is_made_again_from_its_state_to_the_bit(kind: str) -> None:
-    values = PROBABILITIES if "softmax" in kind or kind == "log2" else WEIGHT
+    values = PROBABILITIES if "softmax" in kind or kind.startswith("log") else WEIGHT
     for quantizer in QUANTIZERS_OF_EVERY_KIND[kind]:
         state = quantizer.state()
         assert state.kind == kind
