@@ -192,7 +192,7 @@ def _is_linear_in_its_parameters(module: nn.Module) -> bool:
 
 
 def _of_rms_norms(context: Context) -> Iterator[tuple[str | None, list[Site]]]:
-    """Modules that scale what they normalise, and the inputs that got the very tensor they returned."""
+    """Modules that scale what they normalise, and the inputs that got what they returned."""
     sites, model = context.sites, context.model
     unsourced = {site.module: site for site in sites.values() if _is_unsourced(site) and site.at.number == 1}
     unsourced = {
@@ -233,10 +233,14 @@ def _of_rms_norms(context: Context) -> Iterator[tuple[str | None, list[Site]]]:
         inputs = [
             unsourced[path]
             for path, tensors in given.items()
-            if len(tensors) == len(outputs) == 1 and tensors[0] is outputs[0]
+            if len(tensors) == len(outputs) == 1 and _is_view_of_all(tensors[0], outputs[0])
         ]
         if inputs:
             yield name, inputs
+
+
+def _is_view_of_all(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.data_ptr() == other.data_ptr() and tensor.shape == other.shape
 
 
 def _first(inputs: ModelInputs) -> ModelInputs:
