@@ -6,6 +6,7 @@ least squared error of the network's output.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -144,14 +145,17 @@ def token_range(extremes: Tensor, share: float, symmetric: bool) -> tuple[float,
     low, high = extremes.double()
     if symmetric:
         magnitudes = torch.maximum(low.abs(), high.abs())
-        limit = float(torch.quantile(magnitudes, share, interpolation="higher"))
-        limit = limit if limit > 0 else float(magnitudes.max())
+        limit = _covering(magnitudes, share) or float(magnitudes.max())
         return -limit, limit
-    found = (
-        float(torch.quantile(low, 1 - share, interpolation="lower")),
-        float(torch.quantile(high, share, interpolation="higher")),
-    )
+    found = -_covering(-low, share), _covering(high, share)
     return found if min(found[0], 0.0) < max(found[1], 0.0) else (float(low.min()), float(high.max()))
+
+
+def _covering(values: Tensor, share: float) -> float:
+    """The smallest of some numbers that at least this share of the others does not exceed."""
+    # A share is a whole number of steps; the last digit of its product must not decide.
+    rank = math.ceil(share * (len(values) - 1) - 1e-9)
+    return float(values.kthvalue(rank + 1).values)
 
 
 def output_of(

@@ -56,7 +56,9 @@ class LogSqrt2Quantizer(ProbabilityQuantizer):
     def decoded(self, codes: Tensor) -> Tensor:
         """The value of each code, float64."""
         half = torch.div(codes + 1, 2, rounding_mode="floor")
-        root = torch.where(codes % 2 == 1, math.sqrt(2.0), 1.0).double()
+        # As a tensor: of two numbers float32 would be made.
+        root = torch.ones(codes.shape, dtype=torch.float64, device=codes.device)
+        root[codes % 2 == 1] = math.sqrt(2.0)
         # exp2 of a whole number may be off by a digit; ldexp is a shift.
         values = torch.ldexp(root * self.scale, -half)
         return torch.where(codes < 2**self.bits, values, 0.0)
