@@ -160,7 +160,7 @@ class OutlierSuppression(Method):
             )
             return {site_id: observer.extremes for site_id, observer in observers.items()}
 
-        return context.stages.tensors("token extremes", self._key(context), collect)
+        return context.stages.tensors("token_extremes", self._key(context), collect)
 
     def _share(
         self,
@@ -188,7 +188,7 @@ class OutlierSuppression(Method):
             return {"share": torch.tensor(candidates[errors.index(min(errors))], dtype=torch.float64)}
 
         key = {**self._key(context), "scheme": str(context.scheme), "images": self.images}
-        return float(context.stages.tensors("token-wise clipping", key, search)["share"])
+        return float(context.stages.tensors("token_wise_clipping", key, search)["share"])
 
 
 def migrated(gamma: Tensor, floor: float) -> tuple[Tensor, int]:

@@ -195,7 +195,7 @@ class SmoothQuant(FoldingMethod):
                     collect_statistics(context.model, batches, chosen, transforms=pairs)
                 )
 
-            kept = context.stages.tensors("smoothquant statistics", key, collect)
+            kept = context.stages.tensors("smoothquant_statistics", key, collect)
             statistics = statistics | statistics_from_tensors(kept)
         return statistics
 

@@ -199,7 +199,8 @@ def test_takes_every_format_of_activations(precision: str, alpha: Any) -> None:
 
 @pytest.mark.parametrize("profile", ["full", "matmul"])
 def test_scope_all_scales_behind_attention_and_relu(profile: str) -> None:
-    context = context_for("opt", profile)
+    stages = CountingStages()
+    context = context_for("opt", profile, stages=stages)
     few, all_ = (SmoothQuant(scope=scope).quantize(context) for scope in ("norm", "all"))
     new = set(factors_by_site(all_)) - set(factors_by_site(few))
     behind = "activation_fn/relu.output" if profile == "full" else "fc2/linear.input"
@@ -209,6 +210,7 @@ def test_scope_all_scales_behind_attention_and_relu(profile: str) -> None:
         for site in ("self_attn.out_proj/linear.input", behind)
     }
     assert all_.extra_operations == {}
+    assert stages.made.count("smoothquant_statistics") == (profile == "full")
     table = context.sites
     for site_id in context.profile_sites:
         if site_id in all_.quantizers:
