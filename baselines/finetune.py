@@ -16,4 +16,3 @@ class PlainFineTuning(FineTuning):
 
     name: ClassVar[str] = "finetune"
     role: ClassVar[str] = "control"
-    changes: ClassVar[str] = "weights by training"

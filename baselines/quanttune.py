@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import nn
+
 from baselines.method import METHODS
+from baselines.penalties import kinds_of
 from baselines.training import FineTuning
-from quanttune.errors import UnknownNameError
-from quanttune.outlier_loss import OutlierLossConfig
-from quanttune.quantization import SiteKind
+from quanttune.outlier_loss import OutlierLoss, OutlierLossConfig
+from quanttune.quantization import SiteTable
 
 _DEFAULT = OutlierLossConfig()
 
@@ -37,7 +39,6 @@ class QuantTune(FineTuning):
     """
 
     name: ClassVar[str] = "quanttune"
-    changes: ClassVar[str] = "weights by training"
     source: ClassVar[str] = "arXiv 2403.06497, reconstructed"
     weight: float = _DEFAULT.weight
     threshold: float = _DEFAULT.threshold
@@ -50,6 +51,14 @@ class QuantTune(FineTuning):
     kinds: str = ",".join(_DEFAULT.kinds or ())
     branch_threshold: float = _DEFAULT.branch_threshold or 0.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.outlier_settings()
+
+    def activation_penalty(self, model: nn.Module, sites: SiteTable, steps: int) -> OutlierLoss:
+        """The outlier-driven loss."""
+        return OutlierLoss(model, sites, steps, self.outlier_settings())
+
     def outlier_settings(self) -> OutlierLossConfig:
         """The settings of the outlier-driven loss.
 
@@ -57,12 +66,7 @@ class QuantTune(FineTuning):
             ConfigError: If one is out of its range.
             UnknownNameError: If there is no such kind of site.
         """
-        known = [kind.value for kind in SiteKind]
-        named = [] if self.kinds == "all" else self.kinds.split(",")
-        for kind in named:
-            if kind not in known:
-                raise UnknownNameError("kind of site", kind, ["all", *known])
-        kinds = None if self.kinds == "all" else tuple(SiteKind(kind) for kind in named)
+        kinds = None if self.kinds == "all" else kinds_of(self.kinds)
         return OutlierLossConfig(
             weight=self.weight,
             threshold=self.threshold,

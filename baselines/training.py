@@ -1,4 +1,4 @@
-"""What QuantTune and its control share: the same fine-tuning, then calibration of the tuned weights."""
+"""What every method that trains shares: the same fine-tuning, and by default a calibration after it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
 from baselines.method import METHODS, Context, FoldingMethod, Method, Origin
+from quanttune.activation_penalty import ActivationPenalty
 from quanttune.errors import ConfigError
 from quanttune.inputs import ModelInputs, call_model, logits_of, to_device
-from quanttune.outlier_loss import OutlierLoss, OutlierLossConfig
 from quanttune.quantization import Quantized, Scheme, SiteKind, SiteTable
 from quanttune.quantization.equivalence import changed_apart, load_weights
 from quanttune.replicas import run_replicated
@@ -54,6 +54,7 @@ class FineTuning(Method):
 
     role: ClassVar[str] = "trained"
     trains: ClassVar[bool] = True
+    changes: ClassVar[str] = "weights by training"
     version: ClassVar[int] = 2
     calibrator: str = "minmax"
     before: str = ""
@@ -73,12 +74,11 @@ class FineTuning(Method):
             )
         if self.before and not issubclass(METHODS.get(self.before), FoldingMethod):
             raise ConfigError(
-                f"{self.before!r} cannot go before a fine-tuning: it does not give other weights that compute "
-                "the same function"
+                f"{self.before!r} cannot go before a fine-tuning: it does not give other weights that "
+                "compute the same function"
             )
         given = {name: value for name in _RECIPE if (value := getattr(self, name, None)) is not None}
         Schedule(**{"steps": 1, "learning_rate": 1.0} | given)
-        self.outlier_settings()
 
     @property
     def label(self) -> str:
@@ -91,40 +91,26 @@ class FineTuning(Method):
         """What its calibrator cannot quantize."""
         return METHODS.get(self.calibrator)().skip(sites, scheme)
 
-    def outlier_settings(self) -> OutlierLossConfig | None:
-        """The outlier-driven loss, or ``None`` for plain fine-tuning."""
+    def activation_penalty(self, model: nn.Module, sites: SiteTable, steps: int) -> ActivationPenalty | None:
+        """What is added to the task loss; ``None`` for nothing.
+
+        Args:
+            model: What is tuned.
+            sites: Its sites.
+            steps: Optimizer steps in all.
+        """
         return None
 
     def quantize(self, context: Context) -> Quantized:
         """Tune once for all widths, profiles and calibrators; then calibrate the tuned weights."""
-        schedule = self._schedule(context)
         reference = context.model
-        if self.before:
-            before: FoldingMethod = METHODS.get(self.before)()  # type: ignore[assignment]
-            context = context.changed(before.folded(context))
-        # The schedule tells steps and rate, whoever set them: a search then finds the weights of the recipe.
-        key = {
-            **context.identity,
-            "weights": context.weights_key,
-            "method": self.name,
-            "version": self.version,
-            "parameters": {
-                name: None if name in _RECIPE else value
-                for name, value in self.parameters().items()
-                if name != "calibrator"
-            },
-            "schedule": dataclasses.asdict(schedule),
-            "seed": context.seed,
-        }
-        if context.autocast is not None:
-            key["autocast"] = str(context.autocast)
-        if context.processes > 1:
-            # They round otherwise than one, and each draws dropout of its own.
-            key["processes"] = context.processes
+        schedule, context = self._schedule(context), self._folded(context)
+        key = self._key(context, schedule)
+        del key["parameters"]["calibrator"]
         weights = context.stages.tensors("tuning", key, lambda: self._tune(context, schedule, key))
         tuned = context.changed(weights)
         quantized = METHODS.get(self.calibrator)().quantize(tuned)
-        details = {"schedule": dataclasses.asdict(schedule), **_outermost(tuned)}
+        details = {"schedule": dataclasses.asdict(schedule), **outermost(tuned)}
         # Training makes another function of the reference, whatever a calibrator says of its own weights.
         final = weights if quantized.weights is None else quantized.weights
         quantized = dataclasses.replace(
@@ -137,6 +123,34 @@ class FineTuning(Method):
             return quantized
         origin = context.stages.reference("tuning", key)
         return dataclasses.replace(quantized, weights=weights, weights_origin=origin)
+
+    def _folded(self, context: Context) -> Context:
+        """The context of what is tuned."""
+        if not self.before:
+            return context
+        before: FoldingMethod = METHODS.get(self.before)()  # type: ignore[assignment]
+        return context.changed(before.folded(context))
+
+    def _key(self, context: Context, schedule: Schedule) -> dict[str, Any]:
+        """What decides a training on the context's weights."""
+        # The schedule tells steps and rate, whoever set them: a search then finds the weights of the recipe.
+        key = {
+            **context.identity,
+            "weights": context.weights_key,
+            "method": self.name,
+            "version": self.version,
+            "parameters": {
+                name: None if name in _RECIPE else value for name, value in self.parameters().items()
+            },
+            "schedule": dataclasses.asdict(schedule),
+            "seed": context.seed,
+        }
+        if context.autocast is not None:
+            key["autocast"] = str(context.autocast)
+        if context.processes > 1:
+            # They round otherwise than one, and each draws dropout of its own.
+            key["processes"] = context.processes
+        return key
 
     def _schedule(self, context: Context) -> Schedule:
         given = {name: getattr(self, name, None) for name in _RECIPE}
@@ -177,7 +191,7 @@ class FineTuning(Method):
         key: dict[str, Any],
         accelerator: Accelerator | None = None,
     ) -> dict[str, Tensor]:
-        """The state dict of a tuned copy of the reference.
+        """What :meth:`train` keeps: the state dict of a tuned copy of the reference.
 
         Args:
             context: What :meth:`quantize` is given.
@@ -188,8 +202,6 @@ class FineTuning(Method):
         if context.training is None:
             raise ConfigError(f"{self.name} fine-tunes, but the task has no training split")
         model = copy.deepcopy(context.model)
-        settings = self.outlier_settings()
-        outliers = None if settings is None else OutlierLoss(model, context.sites, schedule.steps, settings)
         order = torch_generator(context.seed, "tuning batches")
         batches = (
             (batch.inputs, batch.targets) for batch in context.training.batches(schedule.batch_size, order)
@@ -197,12 +209,13 @@ class FineTuning(Method):
         loss = context.training.loss
         if self.distillation:
             batches, loss = self._distilled(context, batches)
-        tune(
+        return self.train(
+            context,
             model,
-            batches,
-            loss,
-            schedule,
-            outliers=outliers,
+            batches=batches,
+            loss=loss,
+            schedule=schedule,
+            outliers=self.activation_penalty(model, context.sites, schedule.steps),
             seed=derive_seed(context.seed, "tuning"),
             device=context.device,
             autocast=context.autocast,
@@ -210,7 +223,17 @@ class FineTuning(Method):
             progress=lambda done, total, _: context.progress(f"{self.name} fine-tuning", done, total),
             accelerator=accelerator,
         )
-        return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+
+    def train(self, context: Context, model: nn.Module, **settings: Any) -> dict[str, Tensor]:
+        """What is kept of a training.
+
+        Args:
+            context: What :meth:`tuned` is given.
+            model: A copy of the reference, which is trained in place.
+            settings: The arguments of :func:`quanttune.tuner.tune`.
+        """
+        tune(model, **settings)
+        return state_of(model)
 
     def _distilled(self, context: Context, batches: Iterator[tuple[ModelInputs, Tensor]]) -> tuple[Any, Any]:
         """Batches that carry the reference's logits with the targets, and the loss that reads both."""
@@ -235,7 +258,12 @@ class FineTuning(Method):
         return with_teacher(), loss
 
 
-def _outermost(context: Context) -> dict[str, Any]:
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """A state dict of its own on the CPU."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+
+
+def outermost(context: Context) -> dict[str, Any]:
     """The largest outlier's distance from its mean in deviations, and its site; softmax outputs aside."""
     sites = context.profile_sites
     found = [

@@ -36,19 +36,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quanttune.activation_penalty import ActivationPenalty, Term
 from quanttune.errors import ConfigError
 from quanttune.excess import MeanExcess, kurtosis_of, moments_of, sample_of
 from quanttune.fields import fitting
 from quanttune.inputs import ModelInputs
-from quanttune.quantization import SiteHandlers, SiteTable, discover_sites
-from quanttune.quantization.tracing import Handler
+from quanttune.quantization import SiteTable, discover_sites
 from quanttune.replicas import Replicas, merged_moments
 from quanttune.thresholds import (
     PENALTIES,
@@ -61,13 +59,6 @@ from quanttune.thresholds import (
     final_threshold,
     streams,
 )
-from quanttune.training_loops import (
-    as_they_are,
-    is_recomputed,
-    refuse_other_recomputation,
-    refuse_replicated,
-    refuse_without_graph,
-)
 
 __all__ = ["PENALTIES", "RESIDUAL_STREAM", "SCHEDULES", "OutlierLoss", "OutlierLossConfig"]
 
@@ -75,7 +66,7 @@ _PROJECT_EVERY = 10
 """Optimizer steps between projections of the matrices, whose entries move slowly."""
 
 
-class OutlierLoss:
+class OutlierLoss(ActivationPenalty):
     """Adds the outlier-driven loss to anyone's training loop.
 
     Inside ``with``, each forward pass that records gradients is watched; :meth:`penalty` returns the weighted
@@ -110,32 +101,27 @@ class OutlierLoss:
     ) -> None:
         if steps < 1:
             raise ConfigError(f"the outlier loss needs the number of optimizer steps, got {steps}")
-        self.config = config or OutlierLossConfig()
+        config = config or OutlierLossConfig()
         table = sites if isinstance(sites, SiteTable) else discover_sites(model, sites)
         activations = table.profile(profile).activations().values()
         self._final = {
             site.id: threshold
             for site in activations
-            if (threshold := final_threshold(self.config, site.kind)) is not None
+            if (threshold := final_threshold(config, site.kind)) is not None
         }
         if not self._final:
             raise ConfigError(
-                f"no site of profile {profile} is of the kinds {self.config.kinds}; nothing to penalise"
+                f"no site of profile {profile} is of the kinds {config.kinds}; nothing to penalise"
             )
-        self._model = model
-        self._share = self._shares(table)
+        shares = _shares(config, table, self._final)
+        super().__init__(model, shares, config, only_while_running=only_while_running)
         self._running = {site_id: Running() for site_id in self._final}
-        self._visitor = SiteHandlers(model, {site_id: self._handler(site_id) for site_id in self._running})
-        self._visitor.only_while_running = only_while_running
         self._matrices = {
             name: parameter for name, parameter in model.named_parameters() if parameter.dim() > 1
         }
         self._parameters = {name: Running() for name in self._matrices}
         self._steps, self._step = steps, 0
-        self._terms: list[_Term] = []
-        self._pending: dict[str, int] = {}
         self._observed: list[tuple[str, Tensor, int]] = []
-        self._replicas: Replicas | None = None
 
     def share_over(self, replicas: Replicas) -> None:
         """Take the batches of several processes together: their moments, and the mean over their outliers.
@@ -150,47 +136,17 @@ class OutlierLoss:
             )
         self._replicas = replicas
 
-    def _shares(self, table: SiteTable) -> dict[str, float]:
-        """Share of each site in the loss.
-
-        A mean over the stream and one over the branches: a model with many branch sites does not take weight
-        from its stream.
-        """
-        carries = {site_id: streams(self.config, table[site_id].kind) for site_id in self._final}
-        sizes = Counter(carries.values())
-        return {site_id: 1 / sizes[stream] for site_id, stream in carries.items()}
-
-    def __enter__(self) -> Self:
-        refuse_replicated(self._model, shared=self._replicas is not None)
-        self._visitor.__enter__()
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._visitor.__exit__(exc_type, exc, traceback)
-        refuse_other_recomputation(exc)
-
     @property
     def ratios(self) -> dict[str, float]:
         """Largest distance from the mean, in standard deviations, at the last step; by site."""
         return {site_id: running.ratio for site_id, running in sorted(self._running.items())}
 
-    def penalty(self) -> Tensor:
-        """The weighted loss of the forward passes since the last call; a scalar, zero without outliers."""
-        forwards = max(self._pending.values(), default=1)
-        terms, self._terms, self._pending = self._terms, [], {}
-        values = [term.value for term in terms]
-        if self._replicas is not None:
-            values = self._of_all_outliers(terms, forwards, self._replicas)
-        if not values:
-            return torch.zeros(())
-        # Sites of a model that is spread over devices meet on the device of the first.
-        shared = [self._share[term.site] * value for term, value in zip(terms, values, strict=True)]
-        total = torch.stack([value.to(shared[0].device) for value in shared]).sum()
-        return self.config.weight * total / forwards
+    def _values_of(self, terms: list[Term], forwards: int) -> list[Tensor]:
+        if self._replicas is None:
+            return super()._values_of(terms, forwards)
+        return self._of_all_outliers(terms, forwards, self._replicas)
 
-    def _of_all_outliers(self, terms: list[_Term], forwards: int, replicas: Replicas) -> list[Tensor]:
+    def _of_all_outliers(self, terms: list[Term], forwards: int, replicas: Replicas) -> list[Tensor]:
         """Means over this process's outliers, weighted so that the processes' sum is the mean over all."""
         places = {site_id: place for place, site_id in enumerate(self._running)}
         counts = torch.zeros(forwards, len(places), device=replicas.device)
@@ -208,13 +164,7 @@ class OutlierLoss:
         Raises:
             ConfigError: If the model did not run since the last step.
         """
-        if not self._visitor.ran and not self._observed:
-            raise ConfigError(
-                "the watched model did not run since the last step, so what is trained is another one; give "
-                "OutlierLoss the very module that the loop calls, uncompiled and not a copy, and call it "
-                "inside `with`"
-            )
-        self._visitor.ran = False
+        self._require_run(bool(self._observed))
         observed, self._observed = self._observed, []
         if observed:
             rows = torch.stack([row.to(observed[0][1].device) for _, row, _ in observed])
@@ -244,23 +194,7 @@ class OutlierLoss:
         )
         self._step, self._running, self._parameters = int(state["step"]), running, parameters
 
-    def _handler(self, site_id: str) -> Handler:
-        def handle(values: Tensor) -> Tensor:
-            if not torch.is_grad_enabled():
-                refuse_without_graph(site_id)
-            elif not is_recomputed():
-                with as_they_are(values):
-                    self._watch(site_id, values)
-            return values
-
-        return handle
-
-    def _watch(self, site_id: str, values: Tensor) -> None:
-        forward = self._pending.get(site_id, 0)
-        self._pending[site_id] = forward + 1
-        if not values.numel():
-            # An expert without tokens has no outliers.
-            return
+    def _look(self, site_id: str, forward: int, values: Tensor) -> None:
         running = self._running[site_id]
         moments = moments_of(values, running.unit)
         self._observed.append((site_id, moments, sample_of(values).numel()))
@@ -268,14 +202,14 @@ class OutlierLoss:
             return
         limit = self._activation_limit(running, self._final[site_id])
         if self.config.penalty == "kurtosis":
-            self._terms.append(_Term(site_id, forward, kurtosis_of(values.float())))
+            self._terms.append(Term(site_id, forward, kurtosis_of(values.float())))
         elif self.config.penalty == "range":
             distance = (values.float() - running.mean).abs().amax() / running.std
             excess = (distance - limit).clamp(min=0)
-            self._terms.append(_Term(site_id, forward, excess**self.config.power))
+            self._terms.append(Term(site_id, forward, excess**self.config.power))
         elif values.is_cuda or _reaches(moments, running, limit):
             settings = (running.mean, running.std, limit, self.config.power)
-            self._terms.append(_Term(site_id, forward, *MeanExcess.apply(values, *settings)))
+            self._terms.append(Term(site_id, forward, *MeanExcess.apply(values, *settings)))
 
     def _activation_limit(self, running: Running, final: float) -> float:
         return activation_limit(self.config, running, final, self._step, self._steps)
@@ -293,14 +227,15 @@ class OutlierLoss:
                 matrix.clamp_(running.mean - reach, running.mean + reach)
 
 
-@dataclass(frozen=True)
-class _Term:
-    """The loss of one site in one forward pass, and the number of outliers it is the mean of."""
+def _shares(config: OutlierLossConfig, table: SiteTable, sites: Mapping[str, float]) -> dict[str, float]:
+    """Share of each site in the loss.
 
-    site: str
-    forward: int
-    value: Tensor
-    count: Tensor | float = 1.0
+    A mean over the stream and one over the branches: a model with many branch sites does not take weight from
+    its stream.
+    """
+    carries = {site_id: streams(config, table[site_id].kind) for site_id in sites}
+    sizes = Counter(carries.values())
+    return {site_id: 1 / sizes[stream] for site_id, stream in carries.items()}
 
 
 def _reaches(moments: Tensor, running: Running, limit: float) -> bool:

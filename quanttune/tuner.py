@@ -1,6 +1,6 @@
-"""Fine-tuning with or without the outlier-driven loss: one short loop for any torch model.
+"""Fine-tuning with or without a penalty on activations: one short loop for any torch model.
 
-The control of every comparison is this same loop with no outlier loss, so both see the same batches, the same
+The control of every comparison is this same loop with no penalty, so all see the same batches, the same
 dropout and the same schedule.
 """
 
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from quanttune.activation_penalty import ActivationPenalty
 from quanttune.checkpoint import Checkpoint
 from quanttune.digests import json_digest
 from quanttune.errors import ConfigError, TuningDivergedError
 from quanttune.fields import fitting
 from quanttune.finite import refuse_not_finite
 from quanttune.inputs import ModelInputs, call_model, logits_of, to_device
-from quanttune.outlier_loss import OutlierLoss
 from quanttune.replicas import Replicas
 from quanttune.seeds import derive_seed
 
@@ -86,7 +86,9 @@ def tune(
     loss: Callable[[Tensor, Tensor], Tensor],
     schedule: Schedule,
     *,
-    outliers: OutlierLoss | None = None,
+    outliers: ActivationPenalty | None = None,
+    around: AbstractContextManager[Any] | None = None,
+    rates: Mapping[str, float] | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     autocast: torch.dtype | None = None,
@@ -105,7 +107,10 @@ def tune(
         batches: Endless batches in a fixed order, so that an interrupted run can find its place again.
         loss: Task loss of logits and targets, a scalar.
         schedule: Steps and rates.
-        outliers: The outlier-driven loss; ``None`` is plain fine-tuning.
+        outliers: The outlier-driven loss or another penalty; ``None`` is plain fine-tuning.
+        around: What the whole training runs in, such as a simulated quantization.
+        rates: Peak learning rates of parameters that have one of their own, by the start of their names; they
+            have no weight decay.
         seed: Seed of dropout; global random state is restored afterwards.
         device: Where to compute.
         autocast: Mixed-precision type, e.g. ``torch.bfloat16``; ``None`` for full precision.
@@ -130,9 +135,10 @@ def tune(
     if replicas is not None:
         # before the checkpoint is looked for, which belongs to the weights that a run begins with
         replicas.copy_from_main(model)
-    optimizer = _optimizer(model, schedule)
+    optimizer = _optimizer(model, schedule, rates or {})
     state = _Progress()
     purpose = [asdict(schedule), seed, None if outliers is None else asdict(outliers.config)]
+    purpose += [dict(rates)] if rates else []
     keeper = Checkpoint(checkpoint, model, optimizer, json_digest(purpose))
     is_main = replicas is None or replicas.is_main
 
@@ -152,7 +158,7 @@ def tune(
         refuse_not_finite(model)
     remaining = itertools.islice(batches, state.step * schedule.accumulation, None)
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), outliers or nullcontext():
+    with torch.random.fork_rng(devices=devices), around or nullcontext(), outliers or nullcontext():
         while state.step < schedule.steps:
             rank = () if replicas is None or replicas.count == 1 else (replicas.rank,)
             torch.manual_seed(derive_seed(seed, "dropout", state.step, *rank))
@@ -194,7 +200,7 @@ def tune(
     return {"first_loss": state.first, "last_loss": state.smoothed}
 
 
-def _join(replicas: Replicas, outliers: OutlierLoss | None, step: int) -> None:
+def _join(replicas: Replicas, outliers: ActivationPenalty | None, step: int) -> None:
     """Begin together, at the same step.
 
     Raises:
@@ -242,17 +248,22 @@ class _Progress:
         )
 
 
-def _optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
-    matrices = [
-        parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dim() > 1
-    ]
-    vectors = [
-        parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dim() <= 1
-    ]
-    groups = [
+def _optimizer(model: nn.Module, schedule: Schedule, rates: Mapping[str, float]) -> torch.optim.AdamW:
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    own: dict[str, list[nn.Parameter]] = {start: [] for start in rates}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            start = next((start for start in rates if name.startswith(start)), None)
+            group = own[start] if start is not None else matrices if parameter.dim() > 1 else vectors
+            group.append(parameter)
+    groups: list[dict[str, Any]] = [
         {"params": matrices, "weight_decay": schedule.weight_decay, "factor": 1.0},
         {"params": vectors, "weight_decay": 0.0, "factor": schedule.norm_rate},
     ]
+    for start, parameters in own.items():
+        factor = rates[start] / schedule.learning_rate
+        groups.append({"params": parameters, "weight_decay": 0.0, "factor": factor})
     # One fused kernel: on a CPU the default loop costs a quarter of a step of a model with large embeddings.
     return torch.optim.AdamW(groups, lr=schedule.learning_rate, fused=True)
 
