@@ -17,6 +17,14 @@ from torch.nn.functional import cross_entropy, gelu
 
 from quanttune import OutlierLoss, OutlierLossConfig, Schedule, tune
 from quanttune.errors import ConfigError, QuantTuneError
+from quanttune.quantization import (
+    RANGE_RULES,
+    Scheme,
+    build_quantizers,
+    collect_statistics,
+    discover_sites,
+)
+from quanttune.quantization.quantized_training import STEPS, QuantizedTraining
 from quanttune.replicas import Replicas, _told, merged_moments, run_replicated
 from quanttune.seeds import numpy_generator, torch_generator
 from tests.sockets import LOOPBACK, listening
@@ -123,6 +131,31 @@ def test_two_processes_take_the_steps_of_one() -> None:
     before = network().state_dict()
     plain = {name.removeprefix("weight "): tensor for name, tensor in tuned().items() if "weight " in name}
     assert all(not torch.equal(before[name], tensor) for name, tensor in plain.items())
+
+
+def with_learned_steps(
+    accelerator: Any = None, report: Any = None, tensors: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Weights and logarithms of steps after a training under quantization."""
+    model, inputs = network(), next(batches())[0]
+    table, scheme = discover_sites(model, inputs), Scheme.parse("W4A4", "full")
+    chosen = scheme.sites(table)
+    statistics = collect_statistics(model, [inputs], chosen)
+    quantizers = build_quantizers(model, chosen, statistics, scheme, RANGE_RULES.get("minmax"))
+    training = QuantizedTraining(model, table, quantizers)
+    rates = {STEPS: 1e-2}
+    tune(training, batches(), cross_entropy, SCHEDULE, around=training, rates=rates, accelerator=accelerator)
+    return dict(training.state_dict())
+
+
+@pytest.mark.slow
+def test_learned_steps_are_shared_as_weights_are() -> None:
+    alone = with_learned_steps()
+    assert any(float(alone[name].abs().max()) > 0.01 for name in alone if name.endswith("log_ratio"))
+    for name, tensor in run_replicated(with_learned_steps, {}, 2, "cpu").items():
+        torch.testing.assert_close(
+            tensor, alone[name], rtol=1e-3, atol=2e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.slow

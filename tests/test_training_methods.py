@@ -22,6 +22,8 @@ from tests.method_contexts import CountingStages, context_for, made
 from tests.quantization.models import one_thread
 
 TRAINING = [name for name in METHODS.names() if METHODS.get(name).trains]
+ONCE = [name for name in TRAINING if not METHODS.get(name).per_width]
+PER_WIDTH = [name for name in TRAINING if METHODS.get(name).per_width]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,8 +32,8 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", TRAINING)
 class TestTuningIsShared:
+    @pytest.mark.parametrize("name", ONCE)
     def test_by_widths_calibrators_and_a_search_that_tries_the_recipe(self, name: str) -> None:
         stages, method = CountingStages(), METHODS.get(name)
         recipe = dict(context_for("vit").recipe)
@@ -41,6 +43,21 @@ class TestTuningIsShared:
         method(**given).quantize(context_for("vit", stages=stages))
         assert stages.made.count("tuning") == 1
 
+    @pytest.mark.parametrize("name", PER_WIDTH)
+    def test_by_a_search_that_tries_the_recipe_and_by_nothing_else(self, name: str) -> None:
+        """Where the training sees the quantizers, whatever decides them decides it."""
+        stages, method = CountingStages(), METHODS.get(name)
+        recipe = dict(context_for("vit").recipe)
+        given = {key: recipe[key] for key in ("steps", "learning_rate")} | {"norm_rate": 1.0}
+        method().quantize(context_for("vit", stages=stages))
+        method(**given).quantize(context_for("vit", stages=stages))
+        assert stages.made.count("tuning") == 1
+        method(calibrator="percentile").quantize(context_for("vit", stages=stages))
+        method().quantize(context_for("vit", precision="W6A6", stages=stages))
+        method().quantize(context_for("vit", "matmul", stages=stages))
+        assert stages.made.count("tuning") == 4
+
+    @pytest.mark.parametrize("name", TRAINING)
     def test_but_not_by_other_rates_steps_or_seeds(self, name: str) -> None:
         stages, method = CountingStages(), METHODS.get(name)
         recipe = dict(context_for("vit").recipe)

@@ -98,6 +98,9 @@ class WeightHandler:
         if weight is not self._weight or state != self._state:
             self._weight, self._state = weight, state
             self._operand = handled(self.handler, weight)
+            if self._operand.values is not None and is_tracked(self._operand.values):
+                # A handler with parameters of its own: they change, and a graph serves one backward pass.
+                self._weight = None
         return self._operand
 
 
