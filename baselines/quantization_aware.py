@@ -54,9 +54,10 @@ class QuantizationAware(FineTuning):
             "scheme": str(context.scheme),
             "profile": context.scheme.profile,
         }
+        # Before the training: processes that share it find the statistics kept.
+        calibrated = self.calibrated(context)
         kept = context.stages.tensors("tuning", key, lambda: self._tune(context, schedule, key))
         weights = {name: tensor for name, tensor in kept.items() if _MARK not in name}
-        calibrated = self.calibrated(context)
         learned = _unpacked(kept, calibrated.quantizers)
         details = {
             **calibrated.details,

@@ -17,7 +17,7 @@ from quanttune.activation_penalty import ActivationPenalty
 from quanttune.errors import ConfigError
 from quanttune.inputs import ModelInputs, call_model, logits_of, to_device
 from quanttune.quantization import Quantized, Scheme, SiteKind, SiteTable
-from quanttune.quantization.equivalence import changed_apart, load_weights
+from quanttune.quantization.equivalence import changed_apart
 from quanttune.replicas import run_replicated
 from quanttune.seeds import derive_seed, torch_generator
 from quanttune.tuner import Schedule, tune
@@ -301,7 +301,7 @@ def _replica(
 ) -> dict[str, Tensor]:
     """What each of several processes does."""
     context = Origin(**origin).make(accelerator.device, lambda _, done, __: report(done))
-    # the ones of the context that is tuned, which may be a changed one
-    load_weights(context.model, weights)
+    # Of what is tuned, which may have been changed before: sites and stages are those of these weights.
+    context = context.changed(weights)
     tuning: FineTuning = METHODS.get(method)(**parameters)  # type: ignore[assignment]
     return tuning.tuned(context, Schedule(**schedule), key, accelerator)

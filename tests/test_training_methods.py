@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -13,7 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.method import METHODS, Context, Method
+from baselines.method import METHODS, Context, Method, Progress
+from baselines.training import FineTuning, _replica
+from quanttune.digests import tensor_digest
 from quanttune.errors import ConfigError
 from quanttune.inputs import call_model
 from quanttune.outlier_loss import OutlierLossConfig
@@ -91,6 +95,25 @@ def test_what_a_calibrator_makes_of_tuned_weights_is_kept(monkeypatch: pytest.Mo
     assert all(torch.equal(halved.weights[name], tuned[name] / 2) for name in tuned)
     # Of what was tuned; the reference computes another.
     assert not halved.same_function
+
+
+def reference_again(device: torch.device, progress: Progress) -> Context:
+    context = context_for("vit")
+    return dataclasses.replace(context, model=copy.deepcopy(context.model), weights_digest="of the reference")
+
+
+def test_a_process_that_shares_a_training_finds_stages_of_the_changed_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its statistics would be the reference's otherwise, and its quantizers those of another model."""
+    keys: list[str] = []
+    monkeypatch.setattr(FineTuning, "tuned", lambda self, context, *_: keys.append(context.weights_key))
+    changed = {name: tensor / 2 for name, tensor in context_for("vit").model.state_dict().items()}
+    origin = {"maker": f"{__name__}:reference_again", "arguments": {}}
+    schedule = {"steps": 1, "learning_rate": 1e-3}
+    one = SimpleNamespace(device=torch.device("cpu"))
+    _replica(one, lambda done: None, changed, "qat", {}, origin, schedule, {})  # type: ignore[arg-type]
+    assert keys == [tensor_digest(changed)]
 
 
 @pytest.mark.parametrize("name", TRAINING)
