@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from baselines.lsq import mean_magnitudes, with_steps_of
-from baselines.method import METHODS, Context, MemoryStages, Method
+from baselines.method import METHODS, Context, FoldingMethod, MemoryStages, Method
 from quanttune.digests import tensor_digest
 from quanttune.errors import ConfigError
 from quanttune.inputs import call_model
@@ -370,6 +370,29 @@ class Halved(Method):
 
     def quantize(self, context: Context) -> Quantized:
         return Quantized({}, {name: tensor / 2 for name, tensor in context.model.state_dict().items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Folded(FoldingMethod):
+    """Other weights; that they compute the same does not matter here."""
+
+    name: ClassVar[str] = "folded"
+
+    def folded(self, context: Context) -> dict[str, Tensor]:
+        return {name: 1.1 * tensor for name, tensor in context.model.state_dict().items()}
+
+    def quantize(self, context: Context) -> Quantized:
+        raise NotImplementedError
+
+
+def test_what_is_folded_before_is_calibrated_and_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS._items, "folded", Folded)
+    context = context_for("vit", precision="W4A4")
+    quantized = METHODS.get("lsq")(before="folded", learn_steps=False).quantize(context)
+    changed = context.changed(Folded().folded(context))
+    assert tensor_digest(scales(quantized)) == tensor_digest(scales(METHODS.get("mse")().quantize(changed)))
+    expected = METHODS.get("qat")().quantize(changed)
+    assert tensor_digest(quantized.weights or {}) == tensor_digest(expected.weights or {})
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
