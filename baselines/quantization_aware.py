@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from baselines.calibration import Calibrator
 from baselines.method import METHODS, Context
 from baselines.training import FineTuning, outermost, state_of
+from quanttune.digests import json_digest, tensor_digest
 from quanttune.errors import ConfigError
 from quanttune.quantization import Quantized, Quantizer, Scheme, SiteTable
+from quanttune.quantization.equivalence import changed_apart
 from quanttune.quantization.quantized_training import QuantizedTraining
 from quanttune.quantization.quantizers import State, quantizer_from_state
 from quanttune.tuner import tune
@@ -47,15 +49,19 @@ class QuantizationAware(FineTuning):
 
     def quantize(self, context: Context) -> Quantized:
         """Calibrate the reference, train it under these quantizers, and return both."""
+        reference = context.model
         schedule, context = self._schedule(context), self._folded(context)
+        # Before the training: processes that share it find the statistics kept.
+        calibrated = self.calibrated(context)
+        document, tensors = calibrated.to_state()
         key = {
             **context.stage_key(),
             **self._key(context, schedule),
             "scheme": str(context.scheme),
             "profile": context.scheme.profile,
+            # Whatever a calibrator chooses by, such as validation items.
+            "quantizers": json_digest([document["quantizers"], tensor_digest(tensors)]),
         }
-        # Before the training: processes that share it find the statistics kept.
-        calibrated = self.calibrated(context)
         kept = context.stages.tensors("tuning", key, lambda: self._tune(context, schedule, key))
         weights = {name: tensor for name, tensor in kept.items() if _MARK not in name}
         learned = _unpacked(kept, calibrated.quantizers)
@@ -71,6 +77,7 @@ class QuantizationAware(FineTuning):
             weights=weights,
             details=details,
             same_function=False,
+            untied=changed_apart(reference, weights) if self.before else (),
         )
 
     def simulation(self, context: Context, model: nn.Module) -> QuantizedTraining:
