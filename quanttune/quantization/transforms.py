@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quanttune.errors import ConfigError
 from quanttune.quantization.quantizers import Quantizer, ScaledQuantizer, State
+from quanttune.quantization.quantizers.noisy import NoisyQuantizer
 from quanttune.quantization.sites import SiteKind, SiteTable
 from quanttune.registry import Registry
 
@@ -141,3 +142,49 @@ class ScaledPair(Transform):
         settings = state.settings
         sites = tuple(settings["activations"]), tuple(settings["weights"])
         return cls(*sites, state.tensors["factors"], settings["extra"])
+
+
+@TRANSFORMS.register("fixed_noise")
+@dataclass(frozen=True, eq=False)
+class FixedNoise(Transform):
+    """Adds a fixed vector to an activation before rounding and takes it off afterwards: ``Q(x + n) - n``.
+
+    A linear layer computes ``W (Q(x + n) - n)``; on integers ``-W n`` is part of its bias, so that one
+    addition an element is what it costs (NoisyQuant, arXiv 2211.16056). The FP32 model stays as it is to the
+    bit.
+
+    Args:
+        activations: Sites of the tensor: one, or one for each operand that reads it.
+        noise: ``n``, shape ``(channels,)``.
+    """
+
+    kind: ClassVar[str] = "fixed_noise"
+    activations: tuple[str, ...]
+    noise: Tensor
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The activations."""
+        return self.activations
+
+    @property
+    def extra_operations(self) -> Mapping[str, str]:
+        """One addition an element of the tensor, named once where several operands read it."""
+        return {self.activations[0]: "1 addition an element"}
+
+    def seen(self, site_id: str, values: Tensor) -> Tensor:
+        """``x + n``, along the last dimension."""
+        return values + self.noise.to(values.device, values.dtype)
+
+    def around(self, site_id: str, quantizer: Quantizer) -> NoisyQuantizer:
+        """``Q(x + n) - n``."""
+        return NoisyQuantizer(quantizer, self.noise)
+
+    def state(self) -> State:
+        """Sites and noise."""
+        return State(self.kind, {"activations": list(self.activations)}, {"noise": self.noise.cpu()})
+
+    @classmethod
+    def from_state(cls, state: State) -> FixedNoise:
+        """The inverse of :meth:`state`."""
+        return cls(tuple(state.settings["activations"]), state.tensors["noise"])

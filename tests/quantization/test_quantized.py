@@ -34,6 +34,7 @@ from quanttune.quantization.quantizers import (
 )
 from quanttune.quantization.quantizers.log2 import EXPONENTIALS, IntegerSoftmaxQuantizer, Log2Quantizer
 from quanttune.quantization.quantizers.log_sqrt2 import LogSqrt2Quantizer
+from quanttune.quantization.quantizers.noisy import NoisyQuantizer
 from quanttune.quantization.quantizers.powers_of_two import shifted_quantizer
 from quanttune.quantization.quantizers.twin import TwinGeluQuantizer, TwinSoftmaxQuantizer
 from tests.quantization.models import build, inputs, logits
@@ -60,6 +61,7 @@ QUANTIZERS_OF_EVERY_KIND: dict[str, list[Quantizer]] = {
     "twin_gelu": [TwinGeluQuantizer(1 / 7, 6)],
     "log_sqrt2": [LogSqrt2Quantizer(4, 0.7)],
     "scaled": [ScaledQuantizer(UNEVEN, torch.linspace(-3, 2, 8))],
+    "noisy": [NoisyQuantizer(UNEVEN, torch.linspace(-0.02, 0.01, 8))],
 }
 
 
