@@ -32,6 +32,7 @@ from quanttune.quantization.quantizers import (
     ScaledQuantizer,
     quantizer_from_state,
 )
+from quanttune.quantization.quantizers.adaptive_log import AdaptiveLogQuantizer
 from quanttune.quantization.quantizers.log2 import EXPONENTIALS, IntegerSoftmaxQuantizer, Log2Quantizer
 from quanttune.quantization.quantizers.log_sqrt2 import LogSqrt2Quantizer
 from quanttune.quantization.quantizers.noisy import NoisyQuantizer
@@ -62,6 +63,7 @@ QUANTIZERS_OF_EVERY_KIND: dict[str, list[Quantizer]] = {
     "log_sqrt2": [LogSqrt2Quantizer(4, 0.7)],
     "scaled": [ScaledQuantizer(UNEVEN, torch.linspace(-3, 2, 8))],
     "noisy": [NoisyQuantizer(UNEVEN, torch.linspace(-0.02, 0.01, 8))],
+    "adaptive_log": [AdaptiveLogQuantizer(1 / 3, 20, 4), AdaptiveLogQuantizer(1.5, 41, 8, 0.17)],
 }
 
 
