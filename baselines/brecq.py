@@ -1,0 +1,61 @@
+"""BRECQ: rounding learned block by block (Li et al. 2021, arXiv 2102.05426)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+from baselines.method import METHODS, Context
+from baselines.network_parts import Part, blocks_of
+from baselines.reconstruction import Settings
+from baselines.rounding import RoundingMethod
+from quanttune.errors import ConfigError
+
+
+@METHODS.register("brecq")
+@dataclass(frozen=True)
+class Brecq(RoundingMethod):
+    """The weights of a block are rounded up or down together such that the block's output stays.
+
+    The loss is the squared error of the block's output, each element weighted by the squared gradient of the
+    task's loss there (equation 10: the diagonal of the Fisher information), plus AdaRound's penalty. Blocks
+    are the repeated modules of the network, whatever its architecture; what lies outside, as the patch
+    convolution and the head, is learned layer by layer. See :class:`~baselines.rounding.RoundingMethod` for
+    the rest of what is ours.
+
+    The paper learns the steps of activations afterwards. Here they are calibrated like everyone's, so that
+    the row shows what the weights gain. With ``drop`` below 1 activations are quantized while weights learn,
+    each element with probability ``1 - drop``, and so are the block's inputs: QDrop (arXiv 2203.05740, whose
+    probability is 0.5), without its learned steps.
+
+    Args:
+        drop: Probability that an element of an activation stays in FP32 while a block learns.
+        weigh_errors: Whether errors are weighted; without, each element counts the same.
+    """
+
+    name: ClassVar[str] = "brecq"
+    variant: ClassVar[str] = "paper"
+    version: ClassVar[int] = 1
+    source: ClassVar[str] = "arXiv 2102.05426, ICLR 2021"
+    licence: ClassVar[str] = "MIT"
+    drop: float = 1.0
+    weigh_errors: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.drop <= 1:
+            raise ConfigError(f"{self.name} drop {self.drop} is no probability; 1 or 0.5 is usual")
+
+    @property
+    def weigh(self) -> bool:  # type: ignore[override]
+        """Whether errors are weighted."""
+        return self.weigh_errors
+
+    def settings(self) -> Settings:
+        """With the probability of dropping."""
+        return dataclasses.replace(super().settings(), drop=self.drop)
+
+    def parts(self, context: Context, weights: dict[str, str]) -> list[Part]:
+        """Blocks as a whole."""
+        return blocks_of(context.model, weights, inner=False)
