@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from baselines.method import METHODS, Batch, Context, MemoryStages
+from baselines.reconstruction import Settings
+from baselines.rounding import RoundingMethod
 from quanttune.digests import canonical_json, tensor_digest
 from quanttune.quantization import Quantized, Quantizer, Scheme, simulate
 from quanttune.seeds import torch_generator
@@ -94,6 +98,23 @@ def context_for(model: str, profile: str = "full", precision: str = "W8A8", **ch
         "validation": HeldOut([inputs(model, 4, seed) for seed in (8, 9)]),
     }
     return Context(build(model), sites(model), Scheme.parse(precision, profile), **(settings | changes))
+
+
+FEW_ITERATIONS = 10
+
+
+@contextmanager
+def quick_rounding() -> Iterator[None]:
+    """Methods that learn rounding take few iterations: what holds of every method holds of these as well."""
+    settings = RoundingMethod.settings
+
+    def few(self: RoundingMethod) -> Settings:
+        found = settings(self)
+        return dataclasses.replace(found, iterations=min(found.iterations, FEW_ITERATIONS))
+
+    RoundingMethod.settings = few  # type: ignore[method-assign]
+    yield
+    RoundingMethod.settings = settings  # type: ignore[method-assign]
 
 
 _made: dict[tuple[str, ...], tuple[Context, Quantized]] = {}

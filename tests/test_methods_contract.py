@@ -19,7 +19,15 @@ from quanttune.digests import canonical_json, tensor_digest
 from quanttune.quantization import Quantized, Scheme, SiteKind, simulate
 from quanttune.quantization.equivalence import load_weights
 from quanttune.seeds import torch_generator
-from tests.method_contexts import CausalTraining, CountingStages, batch_of, causal_batch, context_for, made
+from tests.method_contexts import (
+    CausalTraining,
+    CountingStages,
+    batch_of,
+    causal_batch,
+    context_for,
+    made,
+    quick_rounding,
+)
 from tests.quantization.models import inputs, logits, one_thread, sites
 from tests.quantization.walking import hooks
 
@@ -35,7 +43,7 @@ each_profile = pytest.mark.parametrize("profile", ["full", "matmul"])
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    with one_thread():
+    with one_thread(), quick_rounding():
         yield
 
 

@@ -14,13 +14,14 @@ from baselines.method import METHODS, Context, Method
 from baselines.training import FineTuning
 from quanttune.quantization import Quantized, TensorStatistics, build_quantizers
 from quanttune.tuner import Schedule
+from tests.method_contexts import quick_rounding
 from tests.quantization.models import one_thread
 from tests.stage_keys import Trial, alternatives, trial_of, trial_of_all
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    with one_thread():
+    with one_thread(), quick_rounding():
         yield
 
 
