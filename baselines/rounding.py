@@ -66,7 +66,7 @@ class RoundingMethod(Method):
     per_width: ClassVar[bool] = True
     changes: ClassVar[str] = "weights by reconstruction"
     weigh: ClassVar[bool] = False
-    iterations: int = 100
+    iterations: int = 150
     learning_rate: float = 0.3
     strength: float = 30.0
     warmup: float = 0.2
