@@ -1,4 +1,4 @@
-"""What the four calibrators share: they differ in the range rule alone."""
+"""What the calibrators share: they differ in the range rule alone."""
 
 from __future__ import annotations
 

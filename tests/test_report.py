@@ -365,12 +365,8 @@ def test_a_choice_on_validation_items_stands_beside_the_best_after_the_fact(
     """It took mse where min-max is better on the test items, and says so; it never counts as looked up."""
     for label, like in (("best_calibrator", "mse"), ("finetune+best_calibrator", "finetune+mse")):
         monkeypatch.setitem(ACCURACY, label, ACCURACY[like])
-    tuned = MethodSpec("finetune", {"calibrator": ["minmax", "mse", "best_calibrator"]})
-    methods = (
-        *(each for each in suite.methods if each.name != "finetune"),
-        MethodSpec("best_calibrator"),
-        tuned,
-    )
+    tuned = MethodSpec("finetune", {"calibrator": "best_calibrator"})
+    methods = (*suite.methods, MethodSpec("best_calibrator"), tuned)
     rows = fill(store, dataclasses.replace(suite, methods=methods))
     for record in rows.records.values():
         if record.cell.label.endswith("best_calibrator"):

@@ -253,7 +253,8 @@ def quantize(
         batches: Model inputs: tensors, or dictionaries of named ones.
         scheme: Formats, e.g. ``W8A8``, ``W4g128``, ``W8A8-token``.
         profile: Which tensors, ``full`` or ``matmul``; the scheme's by default.
-        rule: A range rule or its name: ``minmax``, ``percentile``, ``mse``, ``omse``, ``ema``.
+        rule: A range rule or its name: ``minmax``, ``percentile``, ``mse``, ``omse``, ``ema``, ``entropy``,
+            ``token_percentile``.
         logits: Picks the logits from the model's output; the site that made them stays in float.
 
     Raises:
