@@ -142,5 +142,5 @@ def test_without_validation_items_it_says_what_to_do() -> None:
 
 @pytest.mark.parametrize("items", [0, -3])
 def test_a_number_of_items_that_is_none_is_refused(items: int) -> None:
-    with pytest.raises(ConfigError, match="best_calibrator items .*: give at least 1"):
+    with pytest.raises(ConfigError, match=r"best_calibrator items .*: give at least 1"):
         METHODS.get("best_calibrator")(items=items)

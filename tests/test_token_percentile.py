@@ -94,5 +94,5 @@ def test_masked_logits_do_not_count() -> None:
 
 @pytest.mark.parametrize("p", [0.0, -1.0, 100.5])
 def test_a_percentile_out_of_range_is_refused(p: float) -> None:
-    with pytest.raises(ConfigError, match="token percentile .* is not above 0 and at most 100"):
+    with pytest.raises(ConfigError, match=r"token percentile .* is not above 0 and at most 100"):
         KIND(p=p)
