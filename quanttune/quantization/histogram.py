@@ -8,6 +8,7 @@ so for powers of two.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -75,12 +76,29 @@ class CodeCounts:
     codes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
-    def added(self, values: Tensor) -> CodeCounts:
-        """The counts with more values of any shape."""
-        codes = short_codes(values)
+    def added(self, *values: Tensor) -> CodeCounts:
+        """The counts with more values, tensors of one shape; those of tensor ``k`` are at ``k CODES + code``.
+
+        Several at once, because each count costs the same few calls however few values there are.
+        """
+        codes = short_codes(torch.stack(values)).view(len(values), -1)
+        codes += torch.arange(len(values), dtype=codes.dtype, device=codes.device)[:, None] * CODES
+        codes = codes.view(-1)
         if codes.numel() > _FEW:
-            return CodeCounts(*counted(codes, self.codes, self.counts))
+            return CodeCounts(*counted(codes, self.codes, self.counts, len(values) * CODES))
         return self.merge(CodeCounts(*codes.cpu().long().unique(return_counts=True)))
+
+    def part(self, number: int) -> CodeCounts:
+        """The counts of one of several tensors that were added together."""
+        edges = torch.tensor([number * CODES, (number + 1) * CODES])
+        first, last = torch.searchsorted(self.codes, edges).tolist()
+        return CodeCounts(self.codes[first:last] - number * CODES, self.counts[first:last])
+
+    @classmethod
+    def joined(cls, parts: Sequence[CodeCounts]) -> CodeCounts:
+        """The inverse of :meth:`part`."""
+        codes = torch.cat([part.codes + number * CODES for number, part in enumerate(parts)])
+        return cls(codes, torch.cat([part.counts for part in parts]))
 
     def merge(self, other: CodeCounts) -> CodeCounts:
         """The counts of both sets of values."""
@@ -120,19 +138,20 @@ def values_of_codes(codes: np.ndarray) -> np.ndarray:
     return (codes.astype(np.uint32) << _DROPPED).view(np.float32).astype(np.float64)
 
 
-def counted(codes: Tensor, occupied: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+def counted(codes: Tensor, occupied: Tensor, counts: Tensor, size: int = CODES) -> tuple[Tensor, Tensor]:
     """Counts of codes added to those so far.
 
     Args:
         codes: Codes to count, shape ``(values,)``.
         occupied: Codes that have a count so far, ascending, int64.
         counts: Their counts, int64, on the CPU.
+        size: All codes are below it.
 
     Returns:
         The occupied codes and their counts after that, on the CPU.
     """
     # Most codes never occur: dense for the sum, sparse to be kept.
-    dense = torch.bincount(codes, minlength=CODES).cpu()
+    dense = torch.bincount(codes, minlength=size).cpu()
     dense[occupied] += counts
     occupied = dense.nonzero().squeeze(1)
     return occupied, dense[occupied]

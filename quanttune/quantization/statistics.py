@@ -51,9 +51,7 @@ class TensorStatistics:
         batches: Number of batches seen.
         codes: Codes that occurred, ascending, shape ``(bins,)``, int64.
         counts: Values of each of them, shape ``(bins,)``, int64.
-        token_lows: The smallest value of each token.
-        token_highs: The largest value of each token.
-        token_peaks: The largest magnitude of each token.
+        extremes: Of each token, what :data:`_TOKENS` names, counted together.
     """
 
     low: float = math.inf
@@ -65,9 +63,7 @@ class TensorStatistics:
     batches: int = 0
     codes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    token_lows: CodeCounts = field(default_factory=CodeCounts)
-    token_highs: CodeCounts = field(default_factory=CodeCounts)
-    token_peaks: CodeCounts = field(default_factory=CodeCounts)
+    extremes: CodeCounts = field(default_factory=CodeCounts)
 
     def update(self, values: Tensor, bounds: Bounds | None = None, axis: int | None = None) -> None:
         """Add a batch of values of any shape.
@@ -94,9 +90,7 @@ class TensorStatistics:
         axis = -1 if axis is None else axis
         # Taken apart: on a CPU both together are many times slower along a dimension.
         lows, highs = values.amin(dim=axis), values.amax(dim=axis)
-        self.token_lows = self.token_lows.added(lows)
-        self.token_highs = self.token_highs.added(highs)
-        self.token_peaks = self.token_peaks.added(torch.maximum(lows.abs(), highs.abs()))
+        self.extremes = self.extremes.added(lows, highs, torch.maximum(lows.abs(), highs.abs()))
 
     def merge(self, other: TensorStatistics) -> TensorStatistics:
         """The statistics of both sets of values, as if the other's batches had followed this set's."""
@@ -114,7 +108,7 @@ class TensorStatistics:
             batches=self.batches + other.batches,
             codes=both.codes,
             counts=both.counts,
-            **{name: getattr(self, name).merge(getattr(other, name)) for name in _TOKENS},
+            extremes=self.extremes.merge(other.extremes),
         )
 
     @property
@@ -126,6 +120,21 @@ class TensorStatistics:
     def histogram(self) -> Histogram:
         """The signed histogram; no bin lies beyond the exact bounds."""
         return CodeCounts(self.codes, self.counts).histogram(self.low, self.high)
+
+    @property
+    def token_lows(self) -> CodeCounts:
+        """The smallest value of each token."""
+        return self.extremes.part(0)
+
+    @property
+    def token_highs(self) -> CodeCounts:
+        """The largest value of each token."""
+        return self.extremes.part(1)
+
+    @property
+    def token_peaks(self) -> CodeCounts:
+        """The largest magnitude of each token."""
+        return self.extremes.part(2)
 
     @property
     def tokens(self) -> int:
@@ -178,10 +187,8 @@ def statistics_from_tensors(packed: Mapping[str, Tensor]) -> dict[str, TensorSta
         scalars = dict(zip(_SCALARS, packed[name].tolist(), strict=True))
         codes, counts = packed[f"{site_id}|codes"]
         scalars["batches"] = int(scalars["batches"])
-        lows, highs, peaks = (CodeCounts(*packed[f"{site_id}|{each}"]) for each in _TOKENS)
-        statistics[site_id] = TensorStatistics(
-            **scalars, codes=codes, counts=counts, token_lows=lows, token_highs=highs, token_peaks=peaks
-        )
+        extremes = CodeCounts.joined([CodeCounts(*packed[f"{site_id}|{each}"]) for each in _TOKENS])
+        statistics[site_id] = TensorStatistics(**scalars, codes=codes, counts=counts, extremes=extremes)
     return statistics
 
 
