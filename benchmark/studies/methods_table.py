@@ -38,7 +38,9 @@ def rows() -> Iterator[tuple[str, ...]]:
     for kind in sorted(methods, key=lambda each: (list(ROLES).index(each.role), each.name)):
         if kind.role == "reference":
             continue
-        trains = "each width anew" if kind.per_width else "once" if kind.trains else "no"
+        trains = ("each width" if kind.per_width else "once") if kind.trains else "no"
+        if kind.per_width and not kind.trains:
+            trains = "no, searched at each width"
         yield (
             f"`{kind.name}`",
             kind.changes,
