@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from baselines.method import METHODS, Context
-from baselines.network_parts import Part, blocks_of
-from baselines.rounding import RoundingMethod
+from baselines.reconstructing.network_parts import Part, blocks_of
+from baselines.reconstructing.rounding import RoundingMethod
 
 
 @METHODS.register("adaround")
@@ -17,7 +17,7 @@ class AdaRound(RoundingMethod):
 
     The loss is the squared error of one layer's output, the layer reading what the layers rounded before it
     give (equation 25, without the activation function behind the layer), plus the penalty of equation 24. See
-    :class:`~baselines.rounding.RoundingMethod` for what is ours and for the parameters.
+    :class:`~baselines.reconstructing.rounding.RoundingMethod` for what is ours and for the parameters.
     """
 
     name: ClassVar[str] = "adaround"

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from baselines.method import METHODS, Context
-from baselines.network_parts import Part, blocks_of
-from baselines.reconstruction import Settings
-from baselines.rounding import RoundingMethod
+from baselines.reconstructing.network_parts import Part, blocks_of
+from baselines.reconstructing.reconstruction import Settings
+from baselines.reconstructing.rounding import RoundingMethod
 from quanttune.errors import ConfigError
 
 
@@ -21,8 +21,8 @@ class Brecq(RoundingMethod):
     The loss is the squared error of the block's output, each element weighted by the squared gradient of the
     task's loss there (equation 10: the diagonal of the Fisher information), plus AdaRound's penalty. Blocks
     are the repeated modules of the network, whatever its architecture; what lies outside, as the patch
-    convolution and the head, is learned layer by layer. See :class:`~baselines.rounding.RoundingMethod` for
-    the rest of what is ours.
+    convolution and the head, is learned layer by layer. The rest of what is ours stands at
+    :class:`~baselines.reconstructing.rounding.RoundingMethod`.
 
     The paper learns the steps of activations afterwards. Here they are calibrated like everyone's, so that
     the row shows what the weights gain. With ``drop`` below 1 activations are quantized while weights learn,

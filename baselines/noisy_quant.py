@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from baselines.method import METHODS, Batch, Context, Method
-from baselines.products import Product, ProductData, capture, find_products
 from baselines.ptq4vit import first_items
+from baselines.searching.products import Product, ProductData, capture, find_products
 from quanttune.errors import ConfigError, QuantTuneError
 from quanttune.inputs import to_device
 from quanttune.quantization import (

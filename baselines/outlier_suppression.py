@@ -13,7 +13,7 @@ from torch import Tensor
 from baselines.folding import find_groups
 from baselines.method import METHODS, Context, Method
 from baselines.ptq4vit import first_items
-from baselines.token_clipping import (
+from baselines.searching.token_clipping import (
     Batches,
     CountedTokens,
     output_of,
@@ -48,7 +48,7 @@ class OutlierSuppression(Method):
       is quantized, and the linear layers read it with ``W gamma``. The residual, where it reads the tensor,
       multiplies by ``gamma``: see ``extra_operations``. Scaled quantizer pairs with the factors ``gamma``
       compute that.
-    - Token-wise clipping (section 4.2), coarse stage: :mod:`baselines.token_clipping`. Attention
+    - Token-wise clipping (section 4.2), coarse stage: :mod:`baselines.searching.token_clipping`. Attention
       probabilities have min-max ranges.
 
     Choices where the paper, its code and our protocol differ:

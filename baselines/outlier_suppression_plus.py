@@ -11,7 +11,7 @@ from torch import Tensor
 
 from baselines.folding import Group, find_groups, folded_state, has_groups
 from baselines.method import METHODS, Context, FoldingMethod
-from baselines.output_error import Channels, collect_channels, output_error
+from baselines.searching.output_error import Channels, collect_channels, output_error
 from quanttune.errors import ConfigError
 from quanttune.quantization import RANGE_RULES, Quantized, Scheme, SiteTable, build_quantizers
 from quanttune.quantization.quantizers.grid import significant

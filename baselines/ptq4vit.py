@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from baselines.curvature import GRADIENTS, output_curvature
 from baselines.method import METHODS, Batch, Context, Method
-from baselines.products import Curvature, Product, capture, find_products
-from baselines.scale_search import search_scales
-from baselines.search_settings import Candidates, Settings
+from baselines.searching.curvature import GRADIENTS, output_curvature
+from baselines.searching.products import Curvature, Product, capture, find_products
+from baselines.searching.scale_search import search_scales
+from baselines.searching.search_settings import Candidates, Settings
 from quanttune.digests import tensor_digest
 from quanttune.errors import ConfigError, QuantTuneError
 from quanttune.inputs import ModelInputs, to_device
@@ -56,7 +56,7 @@ class ScaleSearch(Method):
     Args:
         metric: ``hessian``, ``mse`` or ``cosine``: the distance between the product's FP32 and quantized
             output.
-        gradient: What the Hessian's ``g`` is the gradient of: see :mod:`baselines.curvature`.
+        gradient: What the Hessian's ``g`` is the gradient of: see :mod:`baselines.searching.curvature`.
         twin_softmax: Twin quantizer for attention probabilities.
         twin_gelu: Twin quantizer for GELU outputs.
         images: Calibration items searched on: the first of the seed's draw. Min-max ranges, those behind

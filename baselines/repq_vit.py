@@ -16,7 +16,7 @@ from torch import Tensor
 
 from baselines.folding import Group, find_groups, folded_state, has_groups
 from baselines.method import METHODS, Context, Method
-from baselines.quantile_search import (
+from baselines.searching.quantile_search import (
     Vectors,
     in_parts,
     quantile_range,

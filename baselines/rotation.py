@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from baselines.method import METHODS, Context, FoldingMethod
-from baselines.orthogonal import keeping_mean, random_orthogonal
-from baselines.residual_stream import find_spaces
-from baselines.rotating import Rotated, Rotator
+from baselines.rotating.orthogonal import keeping_mean, random_orthogonal
+from baselines.rotating.residual_stream import find_spaces
+from baselines.rotating.weights import Rotated, Rotator
 from quanttune.errors import ConfigError
 from quanttune.inputs import to_device
 from quanttune.quantization import RANGE_RULES, Quantized, Scheme, SiteKind, SiteTable, build_quantizers

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from baselines.method import METHODS, Batch, Context, MemoryStages
-from baselines.reconstruction import Settings
-from baselines.rounding import RoundingMethod
+from baselines.reconstructing.reconstruction import Settings
+from baselines.reconstructing.rounding import RoundingMethod
 from quanttune.digests import canonical_json, tensor_digest
 from quanttune.quantization import Quantized, Quantizer, Scheme, simulate
 from quanttune.seeds import torch_generator

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from baselines import METHODS
-from baselines.curvature import output_curvature
 from baselines.method import Batch, Context, MemoryStages
-from baselines.products import capture, find_products
 from baselines.ptq4vit import first_items
+from baselines.searching.curvature import output_curvature
+from baselines.searching.products import capture, find_products
 from benchmark.keep.stages import Stages
 from benchmark.subject.lookup import get_model
 from benchmark.subject.tasks.task import get_task

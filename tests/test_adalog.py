@@ -20,7 +20,7 @@ from baselines.adalog import (
     progressive_search,
 )
 from baselines.method import Batch
-from baselines.products import ProductData
+from baselines.searching.products import ProductData
 from quanttune.errors import ConfigError
 from quanttune.quantization import Scheme, SiteKind, UniformQuantizer, exact, simulate
 from quanttune.quantization.exact import Operand

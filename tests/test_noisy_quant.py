@@ -11,7 +11,7 @@ import torch
 
 from baselines.method import METHODS, Batch
 from baselines.noisy_quant import NoisyQuant, output_errors
-from baselines.products import ProductData
+from baselines.searching.products import ProductData
 from quanttune.errors import ConfigError, UnknownNameError
 from quanttune.quantization import Quantized, Scheme, SiteKind, UniformQuantizer, simulate
 from quanttune.quantization.exact_operands import handled

@@ -12,7 +12,7 @@ import torch
 from baselines import METHODS
 from baselines.folding import find_groups
 from baselines.outlier_suppression import OutlierSuppression, migrated
-from baselines.token_clipping import (
+from baselines.searching.token_clipping import (
     Batches,
     CountedTokens,
     mask_of,

@@ -17,7 +17,7 @@ from baselines.outlier_suppression_plus import (
     factors_of,
     thresholds_from,
 )
-from baselines.output_error import Channels
+from baselines.searching.output_error import Channels
 from quanttune.errors import ConfigError, UnknownNameError
 from quanttune.quantization.equivalence import check_same_function, refuse_untied
 from tests.method_contexts import context_for

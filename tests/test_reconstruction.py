@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from baselines.adaround import AdaRound
 from baselines.brecq import Brecq
-from baselines.learned_rounding import (
+from baselines.method import METHODS, Batch
+from baselines.reconstructing.learned_rounding import (
     LearnedRounding,
     penalty,
     penalty_slope,
@@ -21,11 +22,10 @@ from baselines.learned_rounding import (
     slope,
     unrectified,
 )
-from baselines.method import METHODS, Batch
-from baselines.module_calls import Call, captured, chunks_of, importances, runs_of
-from baselines.network_parts import Part, block_paths, blocks_of
-from baselines.reconstruction import Settings, _beta, learn
-from baselines.rounding import eligible
+from baselines.reconstructing.module_calls import Call, captured, chunks_of, importances, runs_of
+from baselines.reconstructing.network_parts import Part, block_paths, blocks_of
+from baselines.reconstructing.reconstruction import Settings, _beta, learn
+from baselines.reconstructing.rounding import eligible
 from quanttune.digests import tensor_digest
 from quanttune.errors import ConfigError, UnknownNameError
 from quanttune.quantization import Scheme, SiteKind, UniformQuantizer, build_quantizers

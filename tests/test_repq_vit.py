@@ -16,7 +16,8 @@ from torch import Tensor
 from baselines import METHODS, repq_vit
 from baselines.folding import Group, find_groups, fold
 from baselines.method import Context
-from baselines.quantile_search import (
+from baselines.repq_vit import Merged, RepqVit, channel_steps
+from baselines.searching.quantile_search import (
     QUANTILES,
     in_parts,
     quantile_range,
@@ -24,7 +25,6 @@ from baselines.quantile_search import (
     softmax_scale,
     weight_quantizer_of,
 )
-from baselines.repq_vit import Merged, RepqVit, channel_steps
 from quanttune.errors import ConfigError
 from quanttune.quantization import SiteKind, TensorStatistics, UniformQuantizer
 from quanttune.quantization.equivalence import check_same_function

@@ -14,7 +14,7 @@ from torch import Tensor
 from baselines import smoothquant
 from baselines.folding import find_groups
 from baselines.method import METHODS, Context, FoldingMethod
-from baselines.output_error import collect_channels
+from baselines.searching.output_error import collect_channels
 from baselines.smoothquant import ALPHAS, SmoothQuant, column_maxima, factors_of
 from quanttune.errors import ConfigError, UnknownNameError
 from quanttune.quantization import Quantized, SiteKind, UniformQuantizer

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines.curvature import DRAWS, GRADIENTS, output_curvature
 from baselines.method import Batch
 from baselines.ptq4vit import Ptq4Vit
+from baselines.searching.curvature import DRAWS, GRADIENTS, output_curvature
 from quanttune.inputs import call_model, logits_of
 from quanttune.quantization import UniformQuantizer, simulate
 from quanttune.seeds import torch_generator

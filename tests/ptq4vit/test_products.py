@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from baselines.method import Batch
-from baselines.products import capture, find_products
 from baselines.ptq4vit import Ptq4Vit
+from baselines.searching.products import capture, find_products
 from quanttune.inputs import call_model
 from quanttune.quantization import SiteKind, discover_sites, simulate
 from quanttune.seeds import torch_generator

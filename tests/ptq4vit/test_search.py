@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines.products import ProductData
-from baselines.scale_search import SPLITS, search_scales
-from baselines.search_settings import Candidates, Settings
+from baselines.searching.products import ProductData
+from baselines.searching.scale_search import SPLITS, search_scales
+from baselines.searching.search_settings import Candidates, Settings
 from quanttune.seeds import torch_generator
 from tests.ptq4vit.numpy_reference import numpy_symmetric, numpy_twin_gelu, numpy_twin_softmax
 

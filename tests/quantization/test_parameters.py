@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from baselines.products import find_products
+from baselines.searching.products import find_products
 from quanttune.errors import ConfigError, QuantTuneError
 from quanttune.quantization import SiteKind, discover_sites, quantize
 from tests.quantization.models import experts

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from baselines.orthogonal import keeping_mean, random_orthogonal
-from baselines.residual_stream import find_spaces
-from baselines.rotating import Rotated, Rotator
+from baselines.rotating.orthogonal import keeping_mean, random_orthogonal
+from baselines.rotating.residual_stream import find_spaces
+from baselines.rotating.weights import Rotated, Rotator
 from quanttune.inputs import ModelInputs
 from quanttune.quantization.equivalence import load_weights
 from quanttune.seeds import numpy_generator

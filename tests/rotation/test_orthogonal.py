@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from baselines.orthogonal import keeping_mean, product, random_orthogonal
+from baselines.rotating.orthogonal import keeping_mean, product, random_orthogonal
 
 WIDTHS = (1, 2, 3, 24, 384)
 

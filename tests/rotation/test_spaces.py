@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines.residual_stream import find_spaces
-from baselines.rms_norm import is_rms_norm
+from baselines.rotating.residual_stream import find_spaces
+from baselines.rotating.rms_norm import is_rms_norm
 from tests.quantization.models import logits
 from tests.rotation.rotating import loaded, rotated
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baselines.method import Batch
-from baselines.network_parts import Part
+from baselines.reconstructing.network_parts import Part
 from quanttune.inputs import ModelInputs, call_model, logits_of, to_device
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines.spaces import Space
+from baselines.rotating.spaces import Space
 
 _SAME_PLACES = frozenset(
     {

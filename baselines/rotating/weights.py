@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from baselines.orthogonal import product
-from baselines.spaces import Head, Norm, Space, Writer
+from baselines.rotating.orthogonal import product
+from baselines.rotating.spaces import Head, Norm, Space, Writer
 from quanttune.quantization.equivalence import tied_names
 
 Draw = Callable[[str, int, bool], Tensor]

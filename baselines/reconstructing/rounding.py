@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from baselines.method import Context, Method
-from baselines.module_calls import calls_in, chunks_of
-from baselines.network_parts import Part
-from baselines.reconstruction import Settings, learn
+from baselines.reconstructing.module_calls import calls_in, chunks_of
+from baselines.reconstructing.network_parts import Part
+from baselines.reconstructing.reconstruction import Settings, learn
 from quanttune.digests import tensor_digest
 from quanttune.errors import ConfigError, QuantTuneError
 from quanttune.quantization import (

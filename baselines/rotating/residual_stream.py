@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from baselines.rms_norm import is_rms_norm
-from baselines.shadows import LIKE_ANOTHER, Shadow, averaged, moved, numbered, resized, rows_of
-from baselines.spaces import Reader, Space, Spaces, Writer
+from baselines.rotating.rms_norm import is_rms_norm
+from baselines.rotating.shadows import LIKE_ANOTHER, Shadow, averaged, moved, numbered, resized, rows_of
+from baselines.rotating.spaces import Reader, Space, Spaces, Writer
 from quanttune.inputs import ModelInputs, call_model, logits_of
 from quanttune.quantization.arrangements import REARRANGING, SCALING
 from quanttune.quantization.sites import SiteId

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from baselines.learned_rounding import LearnedRounding
 from baselines.method import Context
-from baselines.module_calls import (
+from baselines.reconstructing.learned_rounding import LearnedRounding
+from baselines.reconstructing.module_calls import (
     Call,
     captured,
     captured_inside,
@@ -27,7 +27,7 @@ from baselines.module_calls import (
     importances,
     runs_of,
 )
-from baselines.network_parts import Part
+from baselines.reconstructing.network_parts import Part
 from quanttune.quantization import Quantizer, SiteId, UniformQuantizer, simulate
 from quanttune.seeds import torch_generator
 

@@ -17,8 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from baselines.products import ProductData
-from baselines.search_settings import Settings
+from baselines.searching.products import ProductData
+from baselines.searching.search_settings import Settings
 from quanttune.quantization import Quantizer, exact
 from quanttune.quantization.exact import Operand
 from quanttune.quantization.quantizers.grid import Encoded, Grid, quotient

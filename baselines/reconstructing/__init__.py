@@ -1,0 +1,1 @@
+"""Learned rounding of weights: the parts of a network, and the reconstruction of what they give."""

@@ -1,0 +1,1 @@
+"""Rotation: residual streams found in a model, orthogonal matrices, and the weights they change."""

@@ -1,0 +1,1 @@
+"""Searches that several methods share: of scales, quantiles and clips, by the error they leave."""
