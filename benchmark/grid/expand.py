@@ -91,7 +91,13 @@ def expand(
             "autocast": autocast or suite.autocast,
             "noise": suite.noise,
         }
-        for cell in _model_cells(base | common, methods, suite, precisions, profiles, seeds):
+        # of a model that is not the suite's own nothing is left out
+        chosen = [
+            (spec, method)
+            for spec, method in methods
+            if not spec.models or model in spec.models or model not in suite.models
+        ]
+        for cell in _model_cells(base | common, chosen, suite, precisions, profiles, seeds):
             cells.setdefault(cell.cell_id, cell)
     if not cells:
         raise ConfigError(

@@ -26,11 +26,13 @@ class MethodSpec:
 
     Attributes:
         profiles: Those of the suite's profiles the method is measured in; empty for all of them.
+        models: Those of the suite's models the method is measured on; empty for all of them.
     """
 
     name: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     profiles: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,14 +122,15 @@ def parse_suite(name: str, text: str, origin: str) -> Suite:
         for value in values.get(key, ()):
             if value not in allowed:
                 raise ConfigError(f"{what}: {key} holds {value!r}; known: {', '.join(allowed)}")
-    of_suite = values.get("profiles", Suite.profiles)
-    for spec in methods:
-        for profile in spec.profiles:
-            if profile not in of_suite:
-                raise ConfigError(
-                    f"{what}: method {spec.name} asks for profile {profile!r}, the suite has "
-                    f"{', '.join(of_suite)}; add it to the suite's profiles"
-                )
+    for key in _PART_OF:
+        of_suite = values.get(key, getattr(Suite, key, ()))
+        for spec in methods:
+            for asked in getattr(spec, key):
+                if asked not in of_suite:
+                    raise ConfigError(
+                        f"{what}: method {spec.name} asks for {key.removesuffix('s')} {asked!r}, the suite "
+                        f"has {', '.join(of_suite)}; add it to the suite's {key}"
+                    )
     if values.get("split", "test") not in SPLITS:
         raise ConfigError(f"{what}: split = {values['split']!r}; known: {', '.join(SPLITS)}")
     if values.get("autocast", FULL_PRECISION) not in AUTOCAST:
@@ -155,6 +158,8 @@ _FIELDS: dict[str, type] = {
 }
 _SCALARS = ("description", "calibration_items", "limit", "split", "autocast", "noise")
 SPLITS = ("test", "validation")
+_PART_OF = ("profiles", "models")
+"""Axes of which a method may take a part of what the suite has."""
 
 
 def _check(origin: str, key: str, value: Any) -> Any:
@@ -175,16 +180,17 @@ def _methods(origin: str, item: Any) -> Iterator[MethodSpec]:
         raise ConfigError(
             f'{origin}: every [[methods]] table needs a name, e.g. name = "minmax"; got {item!r}'
         )
-    profiles = item.get("profiles", [])
-    if not isinstance(profiles, list):
-        raise ConfigError(f"{origin}: profiles = {profiles!r} of method {item['name']}; expected a list")
-    parameters = {key: value for key, value in item.items() if key not in ("name", "profiles")}
+    parts = {key: item.get(key, []) for key in _PART_OF}
+    for key, part in parts.items():
+        if not isinstance(part, list):
+            raise ConfigError(f"{origin}: {key} = {part!r} of method {item['name']}; expected a list")
+    parameters = {key: value for key, value in item.items() if key not in ("name", *_PART_OF)}
     for key, value in parameters.items():
         if value == []:
             raise ConfigError(f"{origin}: {key} = [] of method {item['name']}; give at least one value")
     axes = [[(key, choice) for choice in _choices(value)] for key, value in parameters.items()]
     for combination in itertools.product(*axes):
-        yield MethodSpec(item["name"], dict(combination), tuple(profiles))
+        yield MethodSpec(item["name"], dict(combination), **{key: tuple(part) for key, part in parts.items()})
 
 
 def _choices(value: Any) -> list[Any]:

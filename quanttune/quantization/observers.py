@@ -28,7 +28,8 @@ class ChannelBounds(Observer):
     def update(self, values: Tensor, bounds: Bounds) -> None:
         """Widen the bounds by a batch."""
         rows = values.detach().movedim(self.axis, -1).flatten(0, -2)
-        low, high = (bound.cpu() for bound in torch.aminmax(rows, dim=0))
+        # aminmax along a dimension takes twenty times as long on a CPU
+        low, high = rows.amin(dim=0).cpu(), rows.amax(dim=0).cpu()
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
 
@@ -55,9 +56,8 @@ class TokenExtremes(Observer):
 
     def update(self, values: Tensor, bounds: Bounds) -> None:
         """Add the tokens of a batch."""
-        low, high = torch.aminmax(values.detach(), dim=-1)
-        self._lows.append(low.flatten().cpu())
-        self._highs.append(high.flatten().cpu())
+        self._lows.append(values.detach().amin(dim=-1).flatten().cpu())
+        self._highs.append(values.detach().amax(dim=-1).flatten().cpu())
 
     @property
     def low(self) -> Tensor:

@@ -203,3 +203,31 @@ def test_a_method_can_be_measured_in_some_of_the_profiles_only() -> None:
 def test_a_methods_profiles_are_those_of_the_suite(profiles: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         parse_suite("s", PROFILED.replace('["matmul"]', profiles), "s")
+
+
+ON_SOME_MODELS = """
+models = ["toy", "tiny_vit"]
+precisions = ["W8A8"]
+calibration_items = 8
+[[methods]]
+name = "minmax"
+[[methods]]
+name = "mse"
+models = ["tiny_vit"]
+"""
+
+
+def test_a_method_can_be_measured_on_some_of_the_models_only() -> None:
+    suite = parse_suite("s", ON_SOME_MODELS, "s")
+    found = [(cell.model, cell.method) for cell in expand(suite)]
+    assert found == [("toy", "minmax"), ("tiny_vit", "minmax"), ("tiny_vit", "mse")]
+    # a model that is not the suite's takes every method
+    other = expand(suite, Selection(models=("tiny_deit",)))
+    assert [cell.method for cell in other] == ["minmax", "mse"]
+
+
+def test_a_methods_models_are_those_of_the_suite() -> None:
+    text = ON_SOME_MODELS.replace('models = ["tiny_vit"]', 'models = ["tiny_bert"]')
+    told = "mse asks for model 'tiny_bert', the suite has toy, tiny_vit; add it"
+    with pytest.raises(ConfigError, match=told):
+        parse_suite("s", text, "s")

@@ -28,7 +28,9 @@ class PerChannel(Granularity):
         from quanttune.quantization.quantizers import UniformQuantizer
 
         # Of the bounds, not of a copy: large copies freed between small kept scales would break up the heap.
-        low, high = torch.aminmax(weight.detach().movedim(axis, 0).flatten(1), dim=1)
+        # aminmax along a dimension takes twenty times as long on a CPU.
+        rows = weight.detach().movedim(axis, 0).flatten(1)
+        low, high = rows.amin(dim=1), rows.amax(dim=1)
         if symmetric:
             return UniformQuantizer.symmetric(torch.maximum(low.abs(), high.abs()).cpu(), bits, axis)
         return UniformQuantizer.asymmetric(low.cpu(), high.cpu(), bits, axis)

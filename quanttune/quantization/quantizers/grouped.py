@@ -50,7 +50,8 @@ class GroupQuantizer(Quantizer):
     def of_weight(cls, weight: Tensor, bits: int, size: int, symmetric: bool = True) -> GroupQuantizer:
         """The min-max quantizer of a weight; a group of zeros gets the range 1."""
         groups = _grouped(weight.detach().flatten(1), size)
-        low, high = (bound.double().cpu() for bound in torch.aminmax(groups, dim=-1))
+        # aminmax along a dimension takes twenty times as long on a CPU
+        low, high = groups.amin(dim=-1).double().cpu(), groups.amax(dim=-1).double().cpu()
         if symmetric:
             scale, code_max = symmetric_scale(torch.maximum(low.abs(), high.abs()), bits)
             return cls(scale, torch.zeros_like(scale), -code_max, code_max, size)
