@@ -126,8 +126,9 @@ def table(
         metric: Another metric than the leading one of the suite's tasks.
 
     Returns:
-        One line a cell in the suite's order, with the columns of ``benchmark.report.rows.ROW_FIELDS``,
-            and those of ``NOISE_FIELDS`` there if the noise of rounding was measured of a cell.
+        One line a cell in the suite's order, with the columns of ``benchmark.report.rows.ROW_FIELDS``, those
+            of ``NOISE_FIELDS`` there if the noise of rounding was measured of a cell, and those of
+            ``COST_FIELDS`` if a record tells what its method takes.
 
     Raises:
         ConfigError: If cells are missing and ``allow_partial`` is false, or a task does not offer the metric.

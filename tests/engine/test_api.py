@@ -18,7 +18,7 @@ from benchmark.grid.expand import expand
 from benchmark.grid.suite import load_suite
 from benchmark.keep.status import status_of
 from benchmark.keep.store import Store
-from benchmark.report.rows import NOISE_FIELDS, ROW_FIELDS, collect_rows
+from benchmark.report.rows import COST_FIELDS, NOISE_FIELDS, ROW_FIELDS, collect_rows
 from quanttune.errors import ConfigError, UnknownNameError
 
 
@@ -58,7 +58,7 @@ def test_the_frame_has_a_line_for_each_cell(suite_file: str, results: Path) -> N
     with pytest.raises(ConfigError, match="2 of 5 cells"):
         benchmark.table(suite_file, results=results)
     frame = benchmark.table(suite_file, results=str(results), allow_partial=True)
-    assert tuple(frame.columns) == (*ROW_FIELDS, *NOISE_FIELDS)
+    assert tuple(frame.columns) == (*ROW_FIELDS, *NOISE_FIELDS, *COST_FIELDS)
     assert len(frame) == 5
     assert list(frame[frame["method"] == "minmax"]["status"]) == ["done", "done"]
     assert set(frame[frame["method"] != "minmax"]["status"]) == {"missing"}

@@ -185,13 +185,14 @@ def test_the_reference_has_none_nor_has_a_cell_that_does_not_ask(
         assert record.result is not None
         assert record.result.noise is None
         assert set(record.metrics["accuracy"]) == {"value", "fp32", "fp32_own"}
-        assert record.to_json()["schema"] == 2
+        assert dataclasses.replace(record, cost={}).to_json()["schema"] == 2
 
 
 def test_a_record_with_noise_comes_back_and_one_without_is_as_it_was(
     run: Callable[..., tuple[Record, Progress]], cells: list[Cell]
 ) -> None:
-    record, _ = run(cells[1])
+    measured, _ = run(cells[1])
+    record = dataclasses.replace(measured, cost={})
     body = json.loads(json.dumps(record.to_json()))
     assert body["schema"] == 3
     assert Record.from_json(body, "here") == record
