@@ -1,0 +1,131 @@
+"""``verify``: published results measured again and compared."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from benchmark.cli import cli, examples
+from benchmark.options import include_option
+
+if TYPE_CHECKING:
+    from benchmark.engine.verification import Verdict
+    from benchmark.keep.record import Record
+
+
+@cli.command(
+    short_help="Measure published cells again and compare.",
+    epilog=examples("verify", "verify --suite laptop --sample 20", "verify --cell 3f9a --results mine"),
+)
+@click.option("--suite", metavar="NAME", help="Only cells of this suite.")
+@click.option(
+    "--sample",
+    type=click.IntRange(min=1),
+    default=5,
+    metavar="N",
+    show_default=True,
+    help="How many cells, of every model and method some.",
+)
+@click.option("--cell", metavar="PREFIX", help="This one cell, by the start of its id.")
+@click.option("--trained", is_flag=True, help="Cells of methods that train, in place of the cheap ones.")
+@click.option(
+    "--of",
+    "folder",
+    type=click.Path(path_type=Path),
+    default=Path("reference"),
+    metavar="DIR",
+    help="Folder of published results.  [default: those that came with the code]",
+)
+@click.option("--device", default="cpu", metavar="NAME", show_default=True, help="cpu or cuda.")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=2,
+    metavar="N",
+    show_default=True,
+    help="PyTorch threads; a matter of speed where the weights are the same.",
+)
+@include_option
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    default=Path("results/verified"),
+    metavar="DIR",
+    show_default=True,
+    help="Folder of the new measurements; what it has is not measured again.",
+)
+def verify(
+    suite: str | None,
+    sample: int,
+    cell: str | None,
+    trained: bool,
+    folder: Path,
+    device: str,
+    threads: int,
+    results: Path,
+) -> None:
+    """Measure published cells again, in a folder of their own, and say by which rule they agree.
+
+    Where the weights are the same, every prediction of every item must be, on any processor. Where they were
+    trained on another machine, the intervals of both drops must touch. The files are checked first. Exit code
+    0 if all agree, 1 if not.
+    """
+    from benchmark.engine import verification
+    from benchmark.engine.progress import Display
+    from benchmark.engine.runner import CellRunner, Settings
+    from benchmark.keep.reference_store import ReferenceStore, open_store
+    from quanttune.errors import ConfigError
+
+    published = open_store(folder)
+    if not isinstance(published, ReferenceStore):
+        raise ConfigError(f"{folder} holds no published results; `python -m benchmark publish` makes them")
+    if suite is not None and suite not in published.suites:
+        raise ConfigError(f"no suite {suite!r} is published there; it has {', '.join(published.suites)}")
+    if cell is not None:
+        chosen = [published.find(cell)]
+    else:
+        of_suite = [
+            record
+            for record in published.records()
+            if suite is None or suite in published.suites_of[record.cell.cell_id]
+        ]
+        chosen = verification.sample(of_suite, sample, trained)
+    if not chosen:
+        raise ConfigError("no published cell is of that kind")
+    click.echo(f"files and records of {published.root}: as published")
+    display = Display((), 1, live=False)
+    runner = CellRunner(
+        Settings(results, threads=threads, device=device),
+        lambda name, done, total: display.stage(0, name, done, total),
+    )
+    runner.store.prepare()
+    verdicts = []
+    for number, record in enumerate(chosen, start=1):
+        outcome = runner.run(record.cell)
+        again = runner.store.load(record.cell)
+        verdict = verification.compare(record, published, again, runner.store, outcome.message)
+        verdicts.append(verdict)
+        click.echo(f"[{number}/{len(chosen)}] {_told(verdict)}")
+    agree = sum(verdict.holds for verdict in verdicts)
+    rules = (verification.TO_THE_BIT, verification.WITHIN)
+    by_rule = {rule: sum(verdict.rule == rule and verdict.holds for verdict in verdicts) for rule in rules}
+    counts = ", ".join(f"{count} {rule}" for rule, count in by_rule.items() if count)
+    click.echo(f"{agree} of {len(verdicts)} cells agree" + (f": {counts}" if counts else ""))
+    if agree < len(verdicts):
+        sys.exit(1)
+
+
+def _told(verdict: Verdict) -> str:
+    record = verdict.published
+    cell = record.cell
+    name = f"{cell.cell_id[:12]} {cell.model} {cell.label} {cell.scheme_text} {cell.profile}"
+    if verdict.holds:
+        return f"agrees {verdict.rule}: {name}  {_value(record)}"
+    return f"differs: {name}  {_value(record)}: {verdict.why}"
+
+
+def _value(record: Record) -> str:
+    return "" if record.result is None else f"{record.result.value:.2f}"

@@ -1,0 +1,130 @@
+"""Measuring published cells again, and what may be expected of the second number.
+
+Two rules, of which the record says the one that holds:
+
+- *to the bit*: where the weights are the same, the quantized model is computed exactly
+  (docs/reproducibility.md), so each prediction and score of each item must be the published one, and so must
+  the noise of rounding, whatever the processor.
+- *within the interval*: where weights were trained here, on another processor or by another version of a
+  library, their last digits differ. The drop must then lie within the published 95 % interval, widened by
+  that of the new one: two estimates of one number whose intervals touch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from benchmark.grid.order import phase_of
+from benchmark.keep.record import DONE, Record
+from quanttune.digests import json_digest
+
+if TYPE_CHECKING:
+    from benchmark.keep.store import Store
+
+TO_THE_BIT, WITHIN = "to the bit", "within the interval"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a second measurement of a cell says of the first.
+
+    Attributes:
+        published: The record that came with the code.
+        again: The new one; ``None`` where the cell could not be measured.
+        rule: :data:`TO_THE_BIT` or :data:`WITHIN`; empty where there is no second number.
+        holds: Whether the second number is as the rule says.
+        why: What is not, or why there is no number; empty if it holds.
+    """
+
+    published: Record
+    again: Record | None
+    rule: str
+    holds: bool
+    why: str = ""
+
+
+def sample(records: Iterable[Record], count: int | None, trained: bool = False) -> list[Record]:
+    """Records to measure again: of each model and kind of method some, drawn by a hash of their ids.
+
+    Args:
+        records: Published records.
+        count: How many; ``None`` for all.
+        trained: Only those of methods that train or optimise, in place of the others.
+
+    Returns:
+        In the order in which their models and methods take turns.
+    """
+    groups: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
+    for record in sorted(records, key=lambda each: json_digest([each.cell.cell_id])):
+        cell = record.cell
+        expensive = phase_of(cell) > 1
+        if record.status == DONE and not cell.is_reference and expensive == trained:
+            groups[cell.model, cell.profile, cell.method].append(record)
+    by_model: dict[str, list[list[Record]]] = defaultdict(list)
+    for key in sorted(groups, key=lambda each: json_digest(list(each))):
+        by_model[key[0]].append(groups[key])
+    # Models take turns, and within a model the methods do: a small sample then has some of each.
+    turns = {model: _in_turn(found) for model, found in sorted(by_model.items())}
+    chosen = _in_turn(list(turns.values()))
+    return chosen if count is None else chosen[:count]
+
+
+def _in_turn(lists: list[list[Record]]) -> list[Record]:
+    longest = max((len(found) for found in lists), default=0)
+    return [found[index] for index in range(longest) for found in lists if index < len(found)]
+
+
+def compare(published: Record, old: Store, again: Record | None, new: Store, failure: str = "") -> Verdict:
+    """Hold a second measurement against the published one.
+
+    Args:
+        published: The record that came with the code.
+        old: Where its items are.
+        again: The new record of the same cell.
+        new: Where its items are.
+        failure: Why there is none.
+    """
+    if again is None or again.result is None or published.result is None:
+        return Verdict(published, again, "", False, failure or "no number was measured")
+    weights = (published.reference_digest, published.weights_digest)
+    if (again.reference_digest, again.weights_digest) == weights:
+        why = _unequal(published, old.items(published.cell.cell_id), again, new.items(again.cell.cell_id))
+        return Verdict(published, again, TO_THE_BIT, not why, why)
+    return Verdict(published, again, WITHIN, *_apart(published, again))
+
+
+def _unequal(
+    published: Record, old: Mapping[str, np.ndarray], again: Record, new: Mapping[str, np.ndarray]
+) -> str:
+    """What differs although nothing may."""
+    for name in sorted(old):
+        if name not in new or old[name].shape != new[name].shape:
+            return f"{name} of the items are others"
+        differing = int((old[name] != new[name]).reshape(len(old[name]), -1).any(axis=1).sum())
+        if differing:
+            return f"{name} of {differing} of {len(old[name])} items differ"
+    assert published.result is not None  # noqa: S101 - the caller looked; tells the type checker
+    assert again.result is not None  # noqa: S101
+    if published.result.value != again.result.value:
+        return f"the metric is {again.result.value!r} and not {published.result.value!r}"
+    return "" if published.result.noise == again.result.noise else "the noise of rounding differs"
+
+
+def _apart(published: Record, again: Record) -> tuple[bool, str]:
+    """Whether the intervals of two drops touch, and by how much they do not."""
+    first, second = published.result, again.result
+    assert first is not None  # noqa: S101 - the caller looked; tells the type checker
+    assert second is not None  # noqa: S101
+    ends = (first.ci_low, first.ci_high, second.ci_low, second.ci_high)
+    known = [end for end in ends if end is not None]
+    if len(known) < len(ends):
+        return False, "a drop has no interval"
+    low, high, other_low, other_high = known
+    gap = max(other_low - high, low - other_high)
+    told = f"drop {second.drop:.2f} and not {first.drop:.2f}: the intervals are {gap:.2f} apart"
+    return gap <= 0, "" if gap <= 0 else told
