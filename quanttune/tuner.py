@@ -78,6 +78,8 @@ EXPLODED = 10.0
 WORSENED = 0.5
 """Nats by which the smoothed task loss may end above its first value; a run that ends worse is refused."""
 _SMOOTHING = 0.95
+_OPENING = 10
+"""Steps, at most a tenth of all, whose mean loss counts as the first: one small batch may be anywhere."""
 
 
 def tune(
@@ -183,7 +185,7 @@ def tune(
             optimizer.zero_grad(set_to_none=True)
             if outliers is not None:
                 outliers.step()
-            state.advance(task)
+            state.advance(task, min(_OPENING, max(1, schedule.steps // 10)))
             if progress is not None and is_main:
                 progress(state.step, schedule.steps, state.smoothed)
             if is_main and state.step % checkpoint_every == 0 and state.step < schedule.steps:
@@ -221,7 +223,13 @@ class _Progress:
     first: float = math.nan
     smoothed: float = math.nan
 
-    def advance(self, task: float) -> None:
+    def advance(self, task: float, opening: int) -> None:
+        """Count a step.
+
+        Args:
+            task: Its task loss.
+            opening: Steps whose mean loss is where the run began.
+        """
         self.step += 1
         if not math.isfinite(task) and self.step == 1:
             raise TuningDivergedError(
@@ -230,8 +238,9 @@ class _Progress:
             )
         if not math.isfinite(task):
             raise TuningDivergedError(f"the loss is {task} at step {self.step}; lower the learning rate")
-        if self.step == 1:
-            self.first = self.smoothed = task
+        if self.step <= opening:
+            before = 0.0 if self.step == 1 else self.first
+            self.first = self.smoothed = before + (task - before) / self.step
         self.smoothed = _SMOOTHING * self.smoothed + (1 - _SMOOTHING) * task
         if self.smoothed > self.first + EXPLODED:
             raise TuningDivergedError(self._told("rose"))

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -294,3 +295,18 @@ def test_the_rate_rises_then_falls_to_zero() -> None:
     assert max(rates) == pytest.approx(1.0)
     assert rates.index(max(rates)) == 9
     assert rates[-1] == pytest.approx(1 / 90)
+
+
+def test_one_easy_first_batch_does_not_make_a_run_useless() -> None:
+    """Of small batches the first may have hardly any loss; where a run began is the mean of the first ten."""
+    layer = nn.Linear(1, 2, bias=False)
+    nn.init.zeros_(layer.weight)
+    with torch.no_grad():
+        layer.weight[0] = 2.0
+    right = (torch.full((4, 1), 2.0), torch.zeros(4, dtype=torch.long))
+    half = (torch.full((4, 1), 2.0), torch.tensor([0, 1, 0, 1]))
+    data = itertools.chain([right], itertools.repeat(half))
+    report = tune(layer, data, cross_entropy, Schedule(steps=100, learning_rate=1e-6, batch_size=4))
+    low, high = np.log1p(np.exp(-4.0)), (np.log1p(np.exp(-4.0)) + 4 + np.log1p(np.exp(-4.0))) / 2
+    assert report["first_loss"] == pytest.approx((low + 9 * high) / 10, rel=1e-3)
+    assert report["last_loss"] == pytest.approx(high, rel=1e-2)
