@@ -86,21 +86,24 @@ def _how(*names: str, **settings: Any) -> Callable[[Callable[..., None]], Callab
     help="Which kept cells to measure again: none, those that failed, or every one.",
 )
 @_how(
-    "--executor", default=None, metavar="NAME", help="serial or local; by default local if --jobs is above 1."
+    "--executor",
+    default=None,
+    metavar="NAME",
+    help="serial or local; by default local for several jobs.",
 )
 @_how(
     "--jobs",
     type=int,
     default=None,
     metavar="N",
-    help="Processes of the local executor; by default cores / threads.",
+    help="Processes at a time; by default cores / threads, at most 4, and 1 on a GPU.",
 )
 @_how(
     "--threads",
     type=int,
     default=None,
     metavar="N",
-    help="PyTorch threads per process (default 2); may change last digits of what is trained.",
+    help="PyTorch threads per process (default 1); may change last digits of what is trained.",
 )
 @_how("--device", default="cpu", metavar="NAME", show_default=True, help="cpu or cuda.")
 @_how(
@@ -181,7 +184,7 @@ def _plan(given: dict[str, Any]) -> Plan:
         given["batch"],
         included(),
     )
-    return make_plan(request, settings, given["executor"], given["jobs"])
+    return make_plan(request, settings, given["executor"], given["jobs"], spread=True)
 
 
 def _tell_interrupted(plan: Plan) -> None:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
-    default=2,
+    default=1,
     metavar="N",
     show_default=True,
     help="PyTorch threads; a matter of speed where the weights are the same.",

@@ -15,10 +15,12 @@ from quanttune.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-DEFAULT_THREADS = 2
-"""PyTorch threads per cell, whatever the machine and the executor. Sums are split by thread: the forward pass
-of a small ViT was the same to the bit with 1 to 4 threads, its gradients differed by 2e-8, so tuned weights
-would, too."""
+DEFAULT_THREADS = 1
+"""PyTorch threads per cell, whatever the machine and the executor. Sums of gradients are split by thread, so
+tuned weights have other last digits with another number. One is the fastest as long as there are cells
+for all cores: two cells took 20 s on a thread each and 36 s one after the other on two threads."""
+MOST_JOBS = 4
+"""Processes that a run starts by itself: each holds a model, and memory is what a laptop has least of."""
 
 _PACKAGES = (
     "torch",

@@ -6,6 +6,7 @@ import os
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from benchmark.engine import environment
 from benchmark.engine.assets import fetch_models
 from benchmark.engine.environment import prepare_torch
 from benchmark.engine.events import Events
@@ -140,7 +141,11 @@ class Plan:
 
 
 def make_plan(
-    request: Request, settings: Settings, executor: str | None = None, jobs: int | None = None
+    request: Request,
+    settings: Settings,
+    executor: str | None = None,
+    jobs: int | None = None,
+    spread: bool = False,
 ) -> Plan:
     """Check a request and choose what it leaves open; nothing is written and nothing fetched.
 
@@ -149,6 +154,8 @@ def make_plan(
         settings: How to run.
         executor: A registered name; by default ``local`` if ``jobs`` is above 1, else ``serial``.
         jobs: Processes of the executor; by default cores / threads, one for ``serial``.
+        spread: Whether to use several processes where neither executor nor jobs are given: as many as there
+            are cores, cells and :data:`~benchmark.engine.environment.MOST_JOBS`, on a CPU.
 
     Raises:
         UnknownNameError: If there is no such suite, model, method, profile or executor.
@@ -167,6 +174,8 @@ def make_plan(
         raise UnknownNameError("choice of --overwrite", settings.overwrite, OVERWRITE)
     cells = tuple(request.cells())
     by_cores = max(1, (os.cpu_count() or 1) // settings.threads)
+    if jobs is None and executor is None and spread and settings.device == "cpu" and settings.processes == 1:
+        jobs = min(by_cores, len(cells), environment.MOST_JOBS)
     count = jobs or (1 if executor in (None, "serial") else by_cores)
     name = executor or ("local" if count > 1 else "serial")
     EXECUTORS.get(name)

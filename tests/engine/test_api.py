@@ -14,7 +14,7 @@ from benchmark.cli import cli
 from benchmark.engine.plan import Plan, Request, make_plan
 from benchmark.engine.runner import CellRunner, Outcome, Settings
 from benchmark.grid.cells import Cell
-from benchmark.grid.expand import expand
+from benchmark.grid.expand import Selection, expand
 from benchmark.grid.suite import load_suite
 from benchmark.keep.status import status_of
 from benchmark.keep.store import Store
@@ -151,6 +151,26 @@ def test_a_plan_says_what_it_will_do(suite_file: str, results: Path) -> None:
     assert make_plan(Request(suite_file), Settings(results), jobs=2).executor == "local"
     assert plan.known() == {}
     assert not results.exists()
+
+
+def test_the_command_spreads_over_the_cores(
+    suite_file: str, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmark.engine.environment.MOST_JOBS", 4)
+    for cores, given, expected in (
+        (8, {}, ("local", 4)),
+        (2, {}, ("local", 2)),
+        (1, {}, ("serial", 1)),
+        (8, {"threads": 4}, ("local", 2)),
+        (8, {"device": "cuda"}, ("serial", 1)),
+        (8, {"processes": 2}, ("serial", 1)),
+    ):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        plan = make_plan(Request(suite_file), Settings(results, **given), spread=True)
+        assert (plan.executor, plan.jobs) == expected
+    one = Selection(methods=("minmax",), precisions=("W8A8",))
+    plan = make_plan(Request(suite_file, one), Settings(results), spread=True)
+    assert (plan.executor, plan.jobs) == ("serial", 1)
 
 
 def test_one_answer_to_what_the_store_says(suite_file: str, store: Store, cells: list[Cell]) -> None:

@@ -30,7 +30,7 @@ def test_threads_are_pinned() -> None:
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
-    assert DEFAULT_THREADS == 2
+    assert DEFAULT_THREADS == 1
 
 
 @pytest.mark.parametrize("device", ["nonsense", "meta", ""])

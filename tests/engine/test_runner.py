@@ -55,7 +55,7 @@ def test_a_whole_grid(runner: Run, store: Store, cells: list[Cell], toy: Any) ->
         assert np.array_equal(items["predictions"] == targets, items["scores"] == 1)
         assert result.drop == result.fp32 - result.value
         assert result.ci_low <= result.drop <= result.ci_high
-        assert record.provenance["threads"] == 2
+        assert record.provenance["threads"] == 1
         assert record.provenance["versions"]["torch"]
         assert (len(record.sites) > 0) == (not cell.is_reference)
         assert all(site["low"] <= 0 <= site["high"] for site in record.sites)
