@@ -64,7 +64,7 @@ class Setting:
 SETTINGS = (
     Setting("as it is"),
     *(Setting(name, environment=variables) for name, variables in INSTRUCTION_SETS.items()),
-    Setting("1 thread", ("--threads", "1")),
+    Setting("2 threads", ("--threads", "2")),
     Setting("batches of 1", ("--batch", "1")),
     Setting("batches of 32", ("--batch", "32")),
     Setting("cuda", ("--device", "cuda")),
