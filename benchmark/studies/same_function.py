@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from tabulate import tabulate
+
+if TYPE_CHECKING:
+    from quanttune.inputs import ModelInputs
+
+MODELS = ("dinov2_vits14", "minilm_l6", "opt_mini")
 
 
 @dataclass(frozen=True)
@@ -72,12 +78,7 @@ def differences(models: tuple[str, ...], items: int, results: Path) -> Iterator[
                 changed = copy.deepcopy(context.model)
                 load_weights(changed, state)
                 wide = copy.deepcopy(context.model).double(), copy.deepcopy(changed).double()
-                inputs64 = [
-                    inputs.double()
-                    if isinstance(inputs, torch.Tensor) and inputs.is_floating_point()
-                    else inputs
-                    for inputs in batches
-                ]
+                inputs64 = [_wide(inputs) for inputs in batches]
                 yield Difference(
                     model,
                     name,
@@ -85,6 +86,11 @@ def differences(models: tuple[str, ...], items: int, results: Path) -> Iterator[
                     relative_difference(context.model, changed, batches),
                     relative_difference(*wide, inputs64),
                 )
+
+
+def _wide(inputs: ModelInputs) -> ModelInputs:
+    """Pixels in float64; token ids as they are."""
+    return inputs if isinstance(inputs, Mapping) else inputs.double()
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
