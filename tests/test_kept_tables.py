@@ -1,6 +1,7 @@
-"""The tables and overviews kept in ``results/`` come out of their own rows, byte for byte.
+"""The tables and overviews kept in ``results/`` come out of the published records, byte for byte.
 
-Ids alone may differ: some fine-tuned cells were measured before their methods had all of today's parameters.
+Those of suites that are not published come out of their own rows. Ids alone may differ there: some fine-tuned
+cells were measured before their methods had all of today's parameters.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from benchmark.engine.noise import COPIES, RELATIVE
 from benchmark.grid.expand import expand
 from benchmark.grid.suite import load_suite, suite_names
 from benchmark.keep.record import Noise, Record, Result
+from benchmark.keep.reference_store import ReferenceStore, reference_folder
 from benchmark.keep.store import Store
 from benchmark.report.figures.overview import Overview
 from benchmark.report.gallery import csv_of
 from benchmark.report.latex import to_latex
-from benchmark.report.rows import SuiteRows
+from benchmark.report.rows import SuiteRows, collect_rows
 from benchmark.report.tables import make_table, to_frame, to_markdown
 from quanttune.digests import json_digest
 
-ENGINE_OF = {"laptop": 3, "rivals": 3}
+ENGINE_OF = {"rivals": 3}
 """What measured them, where it was not the first engine; raised when they are measured again."""
 RAISED_SINCE = frozenset({"base_ptq", "fq_vit", "ptq4vit"})
 """Methods whose versions are others than when the first engine measured."""
@@ -43,6 +45,10 @@ def kept_rows(name: str) -> SuiteRows:
     suite = load_suite(
         name if name in suite_names() else str(ROOT / "benchmark" / "studies" / f"{name}.toml")
     )
+    folder = reference_folder()
+    published = None if folder is None else ReferenceStore(folder)
+    if published is not None and name in published.suites:
+        return collect_rows(published, suite)
     cells = expand(suite)
     records = {}
     for cell, line in zip(cells, json.loads((TABLES / f"{name}.json").read_text()), strict=True):
