@@ -75,7 +75,6 @@ class OutlierSuppression(Method):
     name: ClassVar[str] = "outlier_suppression"
     variant: ClassVar[str] = "ours"
     version: ClassVar[int] = 1
-    per_width: ClassVar[bool] = True
     changes: ClassVar[str] = "weights, same function; ranges"
     source: ClassVar[str] = "arXiv 2209.13325, NeurIPS 2022"
     licence: ClassVar[str] = "none"

@@ -55,7 +55,6 @@ class OutlierSuppressionPlus(FoldingMethod):
     name: ClassVar[str] = "outlier_suppression_plus"
     variant: ClassVar[str] = "ours"
     version: ClassVar[int] = 1
-    per_width: ClassVar[bool] = True
     changes: ClassVar[str] = "weights, same function"
     source: ClassVar[str] = "arXiv 2304.09145, EMNLP 2023"
     licence: ClassVar[str] = "MIT"

@@ -40,7 +40,7 @@ def rows() -> Iterator[tuple[str, ...]]:
             continue
         trains = ("each width" if kind.per_width else "once") if kind.trains else "no"
         if kind.per_width and not kind.trains:
-            trains = "no, searched at each width"
+            trains = "no, learned at each width"
         yield (
             f"`{kind.name}`",
             kind.changes,

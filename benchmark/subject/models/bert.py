@@ -142,7 +142,7 @@ MODELS.register("minilm_l6")(
         source="minilm_l6",
         task="movie_reviews",
         keep_pooler=True,
-        # Validation accuracy 85.5; three epochs, the first setting tried, kept because it was good enough.
+        # Validation accuracy 85.5; three epochs, the first setting tried. Half of it at 1e-4 gives 84.5.
         training={"steps": 700, "learning_rate": 5e-5, "batch_size": 32},
         # Plain fine-tuning gives the same validation accuracy, within its noise, from 3e-5 to 2e-4.
         recipe={"steps": 480, "learning_rate": 1.2e-4, "batch_size": 32},
