@@ -66,21 +66,28 @@ def show(cell_id_prefix: str, results: Path) -> None:
 
     Standard error has the lines of Python that give its quantized model back.
     """
-    from benchmark.keep.reference_store import open_store
+    from benchmark.keep.reference_store import ReferenceStore, open_store
 
-    record = open_store(results).find(cell_id_prefix)
+    store = open_store(results)
+    record = store.find(cell_id_prefix)
     click.echo(json.dumps(record.to_json(), indent=2))
-    for line in _reopening(record, results):
+    for line in _reopening(record, results, not isinstance(store, ReferenceStore)):
         click.echo(line, err=True)
 
 
-def _reopening(record: Record, results: Path) -> list[str]:
-    """The lines of Python that give a cell's quantized model back, or why there is none."""
+def _reopening(record: Record, results: Path, models: bool) -> list[str]:
+    """The lines of Python that give a cell's quantized model back, or why there is none.
+
+    Args:
+        record: Of the cell.
+        results: The store's folder as it was given.
+        models: Whether the store keeps quantized models.
+    """
     cell = record.cell
     if cell.is_reference:
         call = _call("reference", cell.model, results)
         return ["# the FP32 model itself:", "import benchmark", f"model = {call}"]
-    if record.quantized is None:
+    if record.quantized is None or not models:
         if record.reason is not None:
             return ["# skipped, so there is no quantized model"]
         from benchmark.engine.reopen import measure_again

@@ -12,7 +12,6 @@ from benchmark.grid.expand import Selection, expand
 from benchmark.grid.suite import Suite, load_suite, suite_names
 from benchmark.keep.lock import Lock
 from benchmark.keep.record import SKIPPED
-from benchmark.keep.stages import Stages
 from benchmark.keep.store import Store
 from quanttune.errors import AssetError, QuantTuneError, StoreError
 
@@ -77,8 +76,8 @@ def load_reference(store: Store, model: str) -> nn.Module:
     device = prepare_torch(_threads(), "cpu")
     for failure in fetch_models([model], say=lambda line: None).values():
         raise AssetError(failure)
-    session = Session(model, Stages(store.root / "stages"), device, lambda *_: None)
-    Lock(store.root).check(model, session.pins)
+    session = Session(model, store.stages, device, lambda *_: None)
+    Lock(store.views).check(model, session.pins)
     return session.model
 
 

@@ -150,17 +150,12 @@ class ReferenceStore(Store):
         return dict(self.arrays[cell_id])
 
     def quantized(self, record: Record) -> Quantized:
-        """Quantized models are not published; they are made again by a run.
+        """Quantized models are not published: a run makes them again.
 
         Raises:
-            StoreError: Always, with the command.
+            StoreError: Always.
         """
-        cell = record.cell
-        raise StoreError(
-            f"the quantized model of {cell.cell_id[:12]} is not among the published results; make it with "
-            f"`python -m benchmark run --model '{cell.model}' --method '{cell.method}' --precision "
-            f"{cell.precision}` and load it from your own results"
-        )
+        raise StoreError("quantized models are not among the published results")
 
     def load_failure(self, cell_id: str) -> dict[str, Any] | None:
         """No failure is published."""

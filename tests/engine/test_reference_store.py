@@ -170,7 +170,7 @@ def test_nothing_is_measured_into_it(published: ReferenceStore) -> None:
     with pytest.raises(StoreError, match="cannot be measured into; choose another --results"):
         published.prepare()
     (record, *_) = published.records()
-    with pytest.raises(StoreError, match="make it with `python -m benchmark run --model 'toy'"):
+    with pytest.raises(StoreError, match="quantized models are not among the published results"):
         published.quantized(record)
 
 
@@ -206,7 +206,10 @@ def test_the_commands_publish_and_show(command: Command, store: Store, tmp_path:
     assert (folder / "tables" / "first.json").is_file()
     assert len(list((folder / "reference").iterdir())) == 3
     (cell_id,) = {row["cell_id"] for row in own if row["precision"] == "W6A6"}
-    assert cell_id in command("show", cell_id[:12], "--results", str(folder / "reference"))
+    shown = command("show", cell_id[:12], "--results", str(folder / "reference"))
+    assert cell_id in shown
+    assert "measure it again:\n# python -m benchmark run" in shown
+    assert "benchmark.load" not in shown
     into = ("--suite", first, "--results", str(folder / "reference"))
     assert "3 cached" in command("run", "--all", *into)
     assert "holds published results" in command("run", "--precision", "W5A5", *into, code=2)
