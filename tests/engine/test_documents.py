@@ -16,7 +16,6 @@ from benchmark.engine.runner import CellRunner, Settings
 from benchmark.grid.expand import expand
 from benchmark.grid.suite import parse_suite
 from benchmark.keep.store import Store
-from benchmark.studies import methods_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,16 +97,3 @@ def test_packaged_data_is_packaged() -> None:
                 assert (path.parent / "__init__.py").exists() or any(
                     (parent / "__init__.py").exists() for parent in path.parents
                 )
-
-
-def test_the_table_of_methods_is_what_the_methods_say() -> None:
-    """Every registered method has its row, and each cell of it is made from the method itself."""
-    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    written = [
-        tuple(cell.strip() for cell in line.strip("|").split("|"))
-        for line in page.splitlines()
-        if line.startswith("|")
-    ]
-    assert written[0] == methods_table.HEADS
-    assert written[2:] == list(methods_table.rows())
-    assert len(written) - 2 == len(METHODS.names()) - 1
