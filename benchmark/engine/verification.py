@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from benchmark.grid.order import phase_of
-from benchmark.keep.record import DONE, Record
+from benchmark.keep.record import DONE, Record, Result
 from quanttune.digests import json_digest
 
 if TYPE_CHECKING:
@@ -92,39 +92,41 @@ def compare(published: Record, old: Store, again: Record | None, new: Store, fai
     if again is None or again.result is None or published.result is None:
         return Verdict(published, again, "", False, failure or "no number was measured")
     weights = (published.reference_digest, published.weights_digest)
+    first, second = published.result, again.result
     if (again.reference_digest, again.weights_digest) == weights:
-        why = _unequal(published, old.items(published.cell.cell_id), again, new.items(again.cell.cell_id))
+        items = old.items(published.cell.cell_id), new.items(again.cell.cell_id)
+        why = _unequal_items(*items) or _unequal(first, second)
         return Verdict(published, again, TO_THE_BIT, not why, why)
-    return Verdict(published, again, WITHIN, *_apart(published, again))
+    why = _apart(first, second)
+    return Verdict(published, again, WITHIN, not why, why)
 
 
-def _unequal(
-    published: Record, old: Mapping[str, np.ndarray], again: Record, new: Mapping[str, np.ndarray]
-) -> str:
-    """What differs although nothing may."""
+def _unequal_items(old: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]) -> str:
+    """What differs of the items although nothing may."""
     for name in sorted(old):
         if name not in new or old[name].shape != new[name].shape:
             return f"{name} of the items are others"
         differing = int((old[name] != new[name]).reshape(len(old[name]), -1).any(axis=1).sum())
         if differing:
             return f"{name} of {differing} of {len(old[name])} items differ"
-    assert published.result is not None  # noqa: S101 - the caller looked; tells the type checker
-    assert again.result is not None  # noqa: S101
-    if published.result.value != again.result.value:
-        return f"the metric is {again.result.value!r} and not {published.result.value!r}"
-    return "" if published.result.noise == again.result.noise else "the noise of rounding differs"
+    return ""
 
 
-def _apart(published: Record, again: Record) -> tuple[bool, str]:
-    """Whether the intervals of two drops touch, and by how much they do not."""
-    first, second = published.result, again.result
-    assert first is not None  # noqa: S101 - the caller looked; tells the type checker
-    assert second is not None  # noqa: S101
+def _unequal(first: Result, second: Result) -> str:
+    """What differs of the numbers although nothing may."""
+    if first.value != second.value:
+        return f"the metric is {second.value!r} and not {first.value!r}"
+    return "" if first.noise == second.noise else "the noise of rounding differs"
+
+
+def _apart(first: Result, second: Result) -> str:
+    """By how much the intervals of two drops do not touch; nothing if they do."""
     ends = (first.ci_low, first.ci_high, second.ci_low, second.ci_high)
     known = [end for end in ends if end is not None]
     if len(known) < len(ends):
-        return False, "a drop has no interval"
+        return "a drop has no interval"
     low, high, other_low, other_high = known
     gap = max(other_low - high, low - other_high)
-    told = f"drop {second.drop:.2f} and not {first.drop:.2f}: the intervals are {gap:.2f} apart"
-    return gap <= 0, "" if gap <= 0 else told
+    if gap <= 0:
+        return ""
+    return f"drop {second.drop:.2f} and not {first.drop:.2f}: the intervals are {gap:.2f} apart"
