@@ -11,6 +11,8 @@ from torch import Tensor
 
 from baselines.folding import Group, find_groups, folded_state, has_groups
 from baselines.method import METHODS, Context, FoldingMethod
+from baselines.ptq4vit import first_items
+from baselines.searching.attention_error import attention_error, attention_of
 from baselines.searching.output_error import Channels, collect_channels, output_error
 from quanttune.errors import ConfigError
 from quanttune.quantization import RANGE_RULES, Quantized, Scheme, SiteTable, build_quantizers
@@ -29,12 +31,12 @@ class OutlierSuppressionPlus(FoldingMethod):
     ``z_j = (max_j + min_j) / 2`` and ``s_j = max(1, max|x_j - z_j| / t)``: channels below the threshold ``t``
     stay as they are. There is one ``t`` a tensor, from a grid between the largest magnitude and 1. Shift and
     scale go into the normalisation and, inverted, into the layers that read it (:mod:`baselines.folding`), so
-    the weights change and the function does not.
+    the weights change and the function does not. ``t`` has the least squared error of the quantized layers'
+    outputs or, where they are queries, keys and values, of the attention's output.
 
     Ours:
 
-    - ``t`` has the least squared error of the quantized layers' outputs, on up to 256 tokens. For queries,
-      keys and values the paper takes the error of the attention's output instead.
+    - Layers' outputs are compared on up to 256 tokens, the attention's on the first ``images`` items.
     - Where a tensor has other readers, as in post-norm models, or a layer has no bias that could take up the
       shift, the scale alone is used, in a scaled quantizer pair; ``extra_operations`` records what it costs.
       The authors' code knows pre-norm models alone.
@@ -46,15 +48,18 @@ class OutlierSuppressionPlus(FoldingMethod):
         scale: Whether channels are scaled.
         candidates: Thresholds tried, evenly spaced, at least 2; the paper takes at least 100.
         rule: Range rule of the activations.
+        attention: Whether the attention's output is compared behind queries, keys and values; their own
+            outputs otherwise.
+        images: Items on which it is compared.
 
     Raises:
-        ConfigError: If there are too few candidates.
+        ConfigError: If there are too few candidates, or there is no item.
         UnknownNameError: If there is no such range rule.
     """
 
     name: ClassVar[str] = "outlier_suppression_plus"
     variant: ClassVar[str] = "ours"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     changes: ClassVar[str] = "weights, same function"
     source: ClassVar[str] = "arXiv 2304.09145, EMNLP 2023"
     licence: ClassVar[str] = "MIT"
@@ -62,11 +67,17 @@ class OutlierSuppressionPlus(FoldingMethod):
     scale: bool = True
     candidates: int = 100
     rule: str = "minmax"
+    attention: bool = True
+    images: int = 32
 
     def __post_init__(self) -> None:
         if self.candidates < 2:
             raise ConfigError(
                 f"outlier_suppression_plus: {self.candidates} candidates are no grid; give at least 2"
+            )
+        if self.images < 1:
+            raise ConfigError(
+                f"outlier_suppression_plus images {self.images}: give at least one item to compare"
             )
         RANGE_RULES.get(self.rule)
 
@@ -153,6 +164,7 @@ class OutlierSuppressionPlus(FoldingMethod):
     def _search(self, context: Context, groups: list[Group]) -> dict[str, Tensor]:
         channels = collect_channels(context, groups, _ROWS, "OS+ channel bounds")
         parameters = dict(context.model.named_parameters())
+        compared = list(first_items(context.calibration, self.images))
         found: dict[str, Tensor] = {}
         for done, group in enumerate(groups, start=1):
             seen = channels[group.site]
@@ -161,7 +173,10 @@ class OutlierSuppressionPlus(FoldingMethod):
             thresholds = thresholds_from(float(largest.max()), self.candidates if self.scale else 1)
             best = thresholds[0]
             if len(thresholds) > 1:
-                error_of = output_error(context, group, seen, parameters, shift)
+                if self.attention and attention_of(context, group) is not None:
+                    error_of = attention_error(context, group, seen, parameters, compared, shift)
+                else:
+                    error_of = output_error(context, group, seen, parameters, shift)
                 errors = [error_of(factors_of(largest, each)) for each in thresholds]
                 best = thresholds[errors.index(min(errors))]
             found[f"{group.site}|shift"] = shift

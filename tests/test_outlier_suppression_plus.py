@@ -17,6 +17,7 @@ from baselines.outlier_suppression_plus import (
     factors_of,
     thresholds_from,
 )
+from baselines.searching.attention_error import attention_of
 from baselines.searching.output_error import Channels
 from quanttune.errors import ConfigError, UnknownNameError
 from quanttune.quantization.equivalence import check_same_function, refuse_untied
@@ -81,32 +82,76 @@ def test_post_norm_tensors_have_pairs_and_a_price() -> None:
     assert FEW.quantize(context_for("vit")).extra_operations == {}
 
 
-@pytest.mark.parametrize("shift", [True, False])
-def test_the_threshold_has_the_least_error(shift: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "attention", "count"),
+    [
+        ("vit", "blocks.0.attn", 2),
+        ("deit_distilled", "blocks.0.attn", 2),
+        ("swin", "layers.0.blocks.0.attn", 4),
+        ("bert", "bert.encoder.layer.0.attention.self", 2),
+        ("opt", "model.decoder.layers.0.self_attn", 2),
+        # the first reads the embeddings, which no normalisation returned
+        ("opt_post_norm", "model.decoder.layers.1.self_attn", 1),
+        ("llama", "model.layers.0.self_attn", 2),
+    ],
+)
+def test_queries_keys_and_values_are_found(name: str, attention: str, count: int) -> None:
+    context = context_for(name)
+    found = [attention_of(context, group) for group in find_groups(context)]
+    assert attention in found
+    assert sum(path is not None for path in found) == count
+    # MLPs feed none
+    assert None in found
+
+
+@pytest.mark.parametrize(("shift", "attention"), [(True, True), (False, True), (True, False)])
+def test_the_threshold_has_the_least_error(shift: bool, attention: bool) -> None:
     context = context_for("vit", precision="W6A4")
-    details = OutlierSuppressionPlus(candidates=20, shift=shift).quantize(context).details
+    method = OutlierSuppressionPlus(candidates=20, shift=shift, attention=attention)
+    details = method.quantize(context).details
     for block in range(2):
         for norm, layer in (("norm1", "attn.qkv"), ("norm2", "mlp.fc1")):
             site = f"blocks.{block}.{norm}/layer_norm.output"
             x = activations("vit", context, f"blocks.{block}.{norm}")
-            w = context.model.get_submodule(f"blocks.{block}.{layer}").weight.detach().double().numpy()
-            if shift:
-                x = x - significant((x.max(0) + x.min(0)) / 2)
+            module = context.model.get_submodule(f"blocks.{block}.{layer}")
+            w, c = (each.detach().double().numpy() for each in (module.weight, module.bias))
+            z = significant((x.max(0) + x.min(0)) / 2) if shift else np.zeros(x.shape[1])
+            expected = x @ w.T + c
+            output = attention_output if attention and norm == "norm1" else np.asarray
+            x = x - z
             largest = np.abs(x).max(0)
             grid = np.linspace(largest.max(), 1.0, 20)
-            errors = [error_of(x, w, significant(np.maximum(1, largest / t))) for t in grid]
+            errors = [
+                squared(
+                    output(product_of(x, w, significant(np.maximum(1, largest / t))) + c + w @ z)
+                    - output(expected)
+                )
+                for t in grid
+            ]
             place = int(np.abs(grid - details["thresholds"][site]).argmin())
             assert details["thresholds"][site] == pytest.approx(grid[place], abs=1e-6)
             assert errors[place] <= min(errors) * (1 + 1e-3)
             assert details["scaled_channels"][site] == int((largest / grid[place] > 1).sum())
 
 
-def error_of(x: np.ndarray, w: np.ndarray, s: np.ndarray) -> float:
+def squared(error: np.ndarray) -> float:
+    return float((error**2).sum())
+
+
+def attention_output(qkv: np.ndarray) -> np.ndarray:
+    """``softmax(Q K' / sqrt(8)) V`` of 3 heads and 5 tokens an item."""
+    q, k, v = qkv.reshape(-1, 5, 3, 3, 8).transpose(2, 0, 3, 1, 4)
+    scores = q @ k.transpose(0, 1, 3, 2) / np.sqrt(8)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return (weights / weights.sum(-1, keepdims=True)) @ v
+
+
+def product_of(x: np.ndarray, w: np.ndarray, s: np.ndarray) -> np.ndarray:
     """With activations of 4 bits and weights of 6."""
     step_x = significant(np.abs(x / s).max() / 7)
     step_w = significant(np.abs(w * s).max(1, keepdims=True) / 31)
     q_x, q_w = np.rint(x / s / step_x) * step_x, np.rint(w * s / step_w) * step_w
-    return float(((q_x @ q_w.T - x @ w.T) ** 2).sum())
+    return q_x @ q_w.T
 
 
 def test_shift_and_scale_help_where_channels_lie_apart() -> None:
@@ -169,5 +214,7 @@ def test_weights_alone_are_left_as_they_are() -> None:
 def test_refuses() -> None:
     with pytest.raises(ConfigError, match="1 candidates are no grid"):
         OutlierSuppressionPlus(candidates=1)
+    with pytest.raises(ConfigError, match="images 0"):
+        OutlierSuppressionPlus(images=0)
     with pytest.raises(UnknownNameError, match="range rule"):
         OutlierSuppressionPlus(rule="largest")

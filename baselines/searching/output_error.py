@@ -100,6 +100,78 @@ class _Rows(Observer):
         self.rows.append(rows[places.to(rows.device)].float().cpu())
 
 
+class QuantizedReaders:
+    """The linear layers that read a tensor, as quantization leaves them for given factors.
+
+    The activation's range is min-max over all data, the weight's min-max too, in the scheme's formats.
+
+    Args:
+        context: Tells the scheme and the device.
+        group: The tensor and its readers.
+        channels: What calibration saw of it.
+        parameters: The weights, by name.
+        shift: ``z``, float64, shape ``(channels,)``; ``None`` for none.
+
+    Raises:
+        ConfigError: If the scheme leaves activations in float.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        group: Group,
+        channels: Channels,
+        parameters: Mapping[str, Tensor],
+        shift: Tensor | None = None,
+    ) -> None:
+        form = context.scheme.activations
+        if form is None:
+            raise ConfigError(
+                f"scheme {context.scheme} leaves activations in float; no error can be compared"
+            )
+        self._form, self._weight_form = form, context.scheme.weights
+        self._site = context.sites[group.inputs[0]]
+        self._low, self._high = channels.low, channels.high
+        self._device = context.device
+        self.shift = torch.zeros_like(channels.low) if shift is None else shift
+        self.weights = [parameters[name].detach().double() for name in group.parameters]
+
+    def moved(self, rows: Tensor) -> Tensor:
+        """``x - z``, float32, on the context's device.
+
+        Args:
+            rows: ``x``, shape ``(rows, channels)``.
+        """
+        return (rows - self.shift.float().to(rows.device)).to(self._device)
+
+    def scaled_by(self, factors: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """The products under these factors.
+
+        Args:
+            factors: ``s``, positive, float64, shape ``(channels,)``.
+
+        Returns:
+            From ``x - z``, shape ``(rows, channels)``, and the number of a layer to
+            ``Q((x - z) / s) Q(W s)'``, shape ``(rows, outputs)``.
+        """
+        low, high = ((bound - self.shift) / factors for bound in (self._low, self._high))
+        statistics = TensorStatistics(low=float(low.min()), high=float(high.max()))
+        quantizer = activation_quantizer(self._site, statistics, self._form, RANGE_RULES.get("minmax"))
+        rights = []
+        for weight in self.weights:
+            scaled = (weight * factors.to(self._device)).float()
+            rights.append(_operand(weight_quantizer(scaled, self._weight_form), scaled))
+        divisors = factors.float().to(self._device)
+
+        def product(moved: Tensor, number: int) -> Tensor:
+            # In the shape of a batch of one, by which a quantizer at run time knows its axes.
+            shape = [1] * (len(self._site.shape) - 1) + list(moved.shape)
+            left = _operand(quantizer, (moved / divisors).view(shape))
+            return exact.linear(left, rights[number], None).view(len(moved), -1)
+
+        return product
+
+
 def output_error(
     context: Context,
     group: Group,
@@ -110,7 +182,7 @@ def output_error(
     """What a candidate of the factors costs.
 
     That is the squared error of ``Q((x - z) / s) Q(W s)'`` against ``(x - z) W'``, summed over layers and
-    rows. The activation's range is min-max over all data, the weight's min-max too, in the scheme's formats.
+    rows, with ranges as in :class:`QuantizedReaders`.
 
     Args:
         context: Tells the scheme and the device.
@@ -125,30 +197,16 @@ def output_error(
     Raises:
         ConfigError: If the scheme leaves activations in float.
     """
-    form = context.scheme.activations
-    if form is None:
-        raise ConfigError(f"scheme {context.scheme} leaves activations in float; no error can be compared")
-    site = context.sites[group.inputs[0]]
-    moved = torch.zeros_like(channels.low) if shift is None else shift
-    device = context.device
-    rows = (channels.rows - moved.float()).to(device)
-    weights = [parameters[name].detach().double() for name in group.parameters]
-    exactly = [rows.double() @ weight.T for weight in weights]
-    # In the shape of a batch of one, by which a quantizer at run time knows its axes.
-    shape = [1] * (len(site.shape) - 1) + list(rows.shape)
+    quantized = QuantizedReaders(context, group, channels, parameters, shift)
+    rows = quantized.moved(channels.rows)
+    exactly = [rows.double() @ weight.T for weight in quantized.weights]
 
     def error_of(factors: Tensor) -> float:
-        low, high = ((bound - moved) / factors for bound in (channels.low, channels.high))
-        statistics = TensorStatistics(low=float(low.min()), high=float(high.max()))
-        quantizer = activation_quantizer(site, statistics, form, RANGE_RULES.get("minmax"))
-        left = _operand(quantizer, (rows / factors.float().to(device)).view(shape))
-        error = 0.0
-        for weight, expected in zip(weights, exactly, strict=True):
-            scaled = (weight * factors.to(device)).float()
-            right = _operand(weight_quantizer(scaled, context.scheme.weights), scaled)
-            found = exact.linear(left, right, None).view(expected.shape)
-            error += float((found.double() - expected).square().sum())
-        return error
+        product = quantized.scaled_by(factors)
+        return sum(
+            float((product(rows, number).double() - expected).square().sum())
+            for number, expected in enumerate(exactly)
+        )
 
     return error_of
 
