@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from benchmark.grid.suite import DEFAULT_SUITE
+from benchmark.report.site_tables import SWEEP_ITEMS
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -80,7 +81,7 @@ def include_option(function: _Function) -> _Function:
 
 
 def analysis_options(function: _Function) -> _Function:
-    """Options of the commands that may have to run models."""
+    """Options of the commands that measure, or show, what figures need of the models themselves."""
     for option in (
         click.option(
             "--allow-partial", is_flag=True, help="Go on although cells are missing, and say how many."
@@ -88,12 +89,18 @@ def analysis_options(function: _Function) -> _Function:
         click.option(
             "--items",
             type=click.IntRange(min=1),
-            default=500,
+            default=SWEEP_ITEMS,
             metavar="N",
             show_default=True,
             help="Items of the saturation sweep.",
         ),
-        click.option("--device", default="cpu", metavar="NAME", show_default=True, help="cpu or cuda."),
+        click.option(
+            "--device",
+            default="cpu",
+            metavar="NAME",
+            show_default=True,
+            help="cpu or cuda: where models are analysed, or were.",
+        ),
     ):
         function = option(function)
     return function

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,17 +106,24 @@ class _Obstacles:
 
 
 def open_suite(
-    suite: str, results: Path, device: str, allow_partial: bool
+    suite: str, results: Path, device: str, allow_partial: bool, *, measure: bool = False
 ) -> tuple[SuiteRows, list[ModelAnalysis]]:
     """A suite's finished cells and an analysis of each of its models.
 
+    Args:
+        suite: A suite's name, or a path to a ``.toml`` file.
+        results: Folder of the store.
+        device: Where what the analyses need is measured, or was.
+        allow_partial: Whether cells may be missing.
+        measure: Whether the analyses measure what is not kept; they only read by default.
+
     Raises:
         ConfigError: If cells are missing and ``allow_partial`` is false, nothing at all is done, or the
-            device is not there.
+            device is not there to measure on.
         StoreError: If nothing can be written to the folder.
         UnknownNameError: If no suite has the name.
     """
-    from benchmark.engine.environment import DEFAULT_THREADS, prepare_torch
+    from benchmark.engine.environment import DEFAULT_THREADS, device_named, prepare_torch
     from benchmark.engine.progress import Display
     from benchmark.grid.suite import load_suite
     from benchmark.keep.reference_store import open_store
@@ -131,10 +139,70 @@ def open_suite(
             f"run `python -m benchmark run --all --suite {rows.suite.origin}`"
         )
     store.require_writable()
-    display = Display((), 1, live=False)
-    chosen = prepare_torch(DEFAULT_THREADS, device)
     if not rows.complete:
         click.echo(f"partial: {rows.finished} of {len(rows.cells)} cells", err=True)
+    chosen = prepare_torch(DEFAULT_THREADS, device) if measure else device_named(device)
+    if not measure:
+        return rows, analyses_of(rows, store, chosen, None)
+    display = Display((), 1, live=False)
     return rows, analyses_of(
         rows, store, chosen, lambda name, done, total: display.stage(0, name, done, total)
+    )
+
+
+def measure_analyses(
+    suite: str,
+    results: Path,
+    *,
+    device: str = "cpu",
+    allow_partial: bool = False,
+    items: int | None = None,
+    only: Sequence[str] = (),
+) -> None:
+    """Measure what figures need of the models of a suite unless it is kept, and say of how many.
+
+    Args:
+        suite: A suite's name, or a path to a ``.toml`` file.
+        results: Folder of the store.
+        device: Where to compute.
+        allow_partial: Whether cells may be missing.
+        items: Items of the saturation sweep; the usual number for ``None``.
+        only: Names of figures; all for none.
+
+    Raises:
+        QuantTuneError: As of :func:`open_suite`.
+    """
+    from benchmark.report.figures.figure import ModelFigure, choose
+    from benchmark.report.gallery import make_frames
+    from benchmark.report.site_tables import SWEEP_ITEMS
+
+    figures = [figure for figure in choose(only) if isinstance(figure, ModelFigure)]
+    rows, analyses = open_suite(suite, results, device, allow_partial, measure=True)
+    for number, analysis in enumerate(analyses, start=1):
+        click.echo(f"[{number}/{len(analyses)}] analysing {analysis.model}", err=True)
+        # to make the frames is to measure what they hold
+        make_frames(figures, rows, [analysis], items or SWEEP_ITEMS)
+    click.echo(f"models of suite {rows.suite.name} analysed: {len(analyses)}")
+
+
+def tell_absent(absent: Mapping[str, Sequence[str]], suite: str, results: Path, items: int) -> None:
+    """One line, on standard error, about figures that lack what only a model can tell, and the remedy.
+
+    Args:
+        absent: The models that each figure lacks, by its name.
+        suite: What was given as the suite.
+        results: Folder of the store.
+        items: Items of the sweep that was asked for.
+    """
+    from benchmark.report.site_tables import SWEEP_ITEMS
+
+    if not absent:
+        return
+    words = ["analyse", "--suite", suite]
+    words += [] if items == SWEEP_ITEMS else ["--items", str(items)]
+    words += [] if results == Path("results") else ["--results", str(results)]
+    names = ", ".join(dict.fromkeys(model for models in absent.values() for model in models))
+    click.echo(
+        f"not measured: {', '.join(absent)} ({names}); run `python -m benchmark {shlex.join(words)}`",
+        err=True,
     )

@@ -24,14 +24,16 @@ def figure(
 ) -> None:
     """Draw the figures of a suite to RESULTS/figures/: PDF and SVG, with the data of each as CSV.
 
-    What needs a model is measured once and kept, so a second call only draws.
+    Nothing is measured: figures show what there is, and what only the models can tell comes from `analyse`.
     """
     from benchmark.report.figures.figure import choose
     from benchmark.report.gallery import make_frames, write_figures
-    from benchmark.views import open_suite
+    from benchmark.views import open_suite, tell_absent
 
     figures = choose(only)
     rows, analyses = open_suite(suite, results, device, allow_partial)
-    frames = make_frames(figures, rows, analyses, items)
+    absent: dict[str, list[str]] = {}
+    frames = make_frames(figures, rows, analyses, items, absent)
     for path in write_figures(figures, frames, rows.store.views / "figures", rows.suite.name):
         click.echo(str(path))
+    tell_absent(absent, suite, results, items)

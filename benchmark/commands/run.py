@@ -122,6 +122,11 @@ def _how(*names: str, **settings: Any) -> Callable[[Callable[..., None]], Callab
     help="Items of an evaluation batch of a quantized model; changes speed and memory alone.",
 )
 @_how("--no-tracking", is_flag=True, help="Do not log to MLflow; `sync` can do it later.")
+@_how(
+    "--analyse",
+    is_flag=True,
+    help="With --all: measure after the cells what figures need, as `analyse` does.",
+)
 @click.option(
     "--dry-run",
     is_flag=True,
@@ -130,8 +135,10 @@ def _how(*names: str, **settings: Any) -> Callable[[Callable[..., None]], Callab
 @suite_option
 @include_option
 @results_option
-def run(everything: bool, dry_run: bool, no_tracking: bool, **given: Any) -> None:
+def run(everything: bool, dry_run: bool, no_tracking: bool, analyse: bool, **given: Any) -> None:
     """Measure the cells of a suite; those the store already has are not measured again."""
+    if analyse and (not everything or given["limit"] or any(given[name] for name in _SELECTION)):
+        raise ConfigError("--analyse needs a whole suite: give --all, without a selection or --limit")
     if not (everything or dry_run or any(given[name] for name in _SELECTION)):
         raise ConfigError(
             "nothing is selected; give --all, or --model, --method, --precision, --profile or --seed"
@@ -162,6 +169,14 @@ def run(everything: bool, dry_run: bool, no_tracking: bool, **given: Any) -> Non
     _summary([found[cell.cell_id] for cell in plan.cells])
     if any(outcome.status == "failed" for outcome in found.values()):
         sys.exit(EXIT_FAILED)
+    if analyse:
+        from benchmark.views import measure_analyses
+
+        try:
+            measure_analyses(given["suite"], given["results"], device=given["device"])
+        except KeyboardInterrupt as error:
+            _tell_interrupted(plan)
+            sys.exit(exit_code(error))
 
 
 def _plan(given: dict[str, Any]) -> Plan:

@@ -49,17 +49,29 @@ def prepare_torch(threads: int, device: str) -> torch.device:
 
     torch.set_num_threads(threads)
     _limit_blas(threads)
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"--device {device}: not a device; use cpu or cuda") from error
+    chosen = device_named(device)
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError(f"--device {device}: no CUDA device is available; use --device cpu")
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
         torch.use_deterministic_algorithms(True, warn_only=True)
-    elif chosen.type != "cpu":
+    return chosen
+
+
+def device_named(device: str) -> torch.device:
+    """The device of a name, whether or not this machine has it.
+
+    Raises:
+        ConfigError: If it is none that results are measured on.
+    """
+    import torch
+
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {device}: not a device; use cpu or cuda") from error
+    if chosen.type not in ("cpu", "cuda"):
         raise ConfigError(f"--device {device}: use cpu or cuda")
     return chosen
 

@@ -1,4 +1,4 @@
-"""What figures need from the models themselves: measured once, kept as stages, read back without a model."""
+"""What figures need from the models themselves: measured by `analyse`, kept as stages, read without one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from benchmark.report.site_tables import (
 from benchmark.report.sweep import saturation_scores
 from benchmark.report.weight_sets import REFERENCE, WeightSet, weight_sets
 from quanttune.digests import tensor_digest
-from quanttune.errors import StoreError
+from quanttune.errors import QuantTuneError, StoreError
 from quanttune.quantization.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 
+class NotMeasuredError(QuantTuneError):
+    """What a figure asks for is not kept, and this analysis only reads."""
+
+
 class ModelAnalysis:
     """One model of a suite under its first profile, seed and granularity.
 
@@ -47,18 +51,20 @@ class ModelAnalysis:
         rows: The suite's finished cells.
         store: Where they are.
         model: Name of the model.
-        device: Where to compute what is not kept yet.
-        progress: Told of that work.
+        device: Where to compute what is not kept yet, and whose kept results are read.
+        progress: Told of that work; ``None`` if nothing is to be measured, which makes what is not kept a
+            :class:`NotMeasuredError`.
     """
 
     def __init__(
-        self, rows: SuiteRows, store: Store, model: str, device: torch.device, progress: Progress
+        self, rows: SuiteRows, store: Store, model: str, device: torch.device, progress: Progress | None
     ) -> None:
         self.model = model
         self.suite = rows.suite
         self._store = store
         self._device = device
-        self._progress = progress
+        self._reads_only = progress is None
+        self._progress = progress or _nobody
         self._done = [
             record
             for cell in rows.cells
@@ -74,8 +80,9 @@ class ModelAnalysis:
         )
 
     def close(self) -> None:
-        """Free the model, if it was needed; it is made again when it is needed again."""
-        self.__dict__.pop("_session", None)
+        """Free the model and what was read, if they were needed; both come back when they are asked for."""
+        for name in ("_session", "_read"):
+            self.__dict__.pop(name, None)
 
     @cached_property
     def weight_sets(self) -> list[WeightSet]:
@@ -114,7 +121,7 @@ class ModelAnalysis:
             return statistics_to_tensors({site_id: statistics[site_id] for site_id in sites})
 
         key = {**self._key(weights), "sites": sites, "layout": LAYOUT}
-        return statistics_from_tensors(self._stages.tensors("histograms", key, make))
+        return statistics_from_tensors(self._kept("histograms", key, make))
 
     def sweep(self, precision: str, items: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores of the reference's items under each saturation.
@@ -141,7 +148,7 @@ class ModelAnalysis:
         def make() -> dict[str, Tensor]:
             return saturation_scores(self._session, self.cell, precision, limit, self._progress)
 
-        kept = self._stages.tensors("saturation", key, make)
+        kept = self._kept("saturation", key, make)
         return kept["ids"].numpy(), kept["scores"].numpy()
 
     def reference_scores(self, ids: np.ndarray) -> np.ndarray | None:
@@ -153,6 +160,24 @@ class ModelAnalysis:
                 if all(int(item) in place for item in ids):
                     return items["scores"][[place[int(item)] for item in ids]]
         return None
+
+    def _kept(
+        self, stage: str, key: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """A stage: measured unless it is kept, or refused if it is not and nothing is to be measured."""
+        if not self._reads_only:
+            return self._stages.tensors(stage, key, make)
+        name = self._stages.reference(stage, key)
+        if name not in self._read:
+            found = self._stages.open(name)
+            if found is None:
+                raise NotMeasuredError(f"{stage} of {self.model} is not kept in {self._stages.folder}")
+            self._read[name] = found
+        return self._read[name]
+
+    @cached_property
+    def _read(self) -> dict[str, dict[str, Tensor]]:
+        return {}
 
     @cached_property
     def _stages(self) -> Stages:
@@ -188,7 +213,7 @@ class ModelAnalysis:
             "rules": list(self.rules),
             "reaches": list(REACHES),
         }
-        return self._stages.tensors("site_analysis", key, lambda: self._analyse(weights))
+        return self._kept("site_analysis", key, lambda: self._analyse(weights))
 
     def _analyse(self, weights: WeightSet) -> dict[str, Tensor]:
         from quanttune.analysis import infinity_norms
@@ -249,10 +274,21 @@ class ModelAnalysis:
         return session
 
 
+def _nobody(name: str, done: int, total: int) -> None:
+    """Told of work that is never done."""
+
+
 def analyses_of(
-    rows: SuiteRows, store: Store, device: torch.device, progress: Progress
+    rows: SuiteRows, store: Store, device: torch.device, progress: Progress | None
 ) -> list[ModelAnalysis]:
-    """One analysis for each model of which a cell with static ranges of activations is done."""
+    """One analysis for each model of which a cell with static ranges of activations is done.
+
+    Args:
+        rows: The suite's finished cells.
+        store: Where they are.
+        device: As of :class:`ModelAnalysis`.
+        progress: As of :class:`ModelAnalysis`.
+    """
     done = [rows.records[cell.cell_id] for cell in rows.cells if cell.cell_id in rows.records]
     models = dict.fromkeys(
         record.cell.model

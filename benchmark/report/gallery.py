@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from benchmark.keep.atomic import write_atomically, write_text_atomically
 from benchmark.report import canvas
-from benchmark.report.analyses import ModelAnalysis
+from benchmark.report.analyses import ModelAnalysis, NotMeasuredError
 from benchmark.report.figures.figure import FigureKind, ModelFigure, SuiteFigure
 from benchmark.report.rows import SuiteRows
 
@@ -22,22 +22,32 @@ def make_frames(
     rows: SuiteRows,
     analyses: Iterable[ModelAnalysis],
     items: int,
+    absent: dict[str, list[str]] | None = None,
 ) -> dict[str, pd.DataFrame]:
     """The data of each figure, by name.
+
+    A figure shows the models of which what it needs is there.
 
     Args:
         figures: Which figures.
         rows: The suite's finished cells.
-        analyses: One per model; what a figure needs of them is measured now unless it is kept.
+        analyses: One per model; what a figure needs of them is measured now unless it is kept, or they only
+            read.
         items: Items of a sweep.
+        absent: Is told, for each figure that lacks some, of which models nothing is kept.
     """
     import pandas as pd
 
     parts: dict[str, list[pd.DataFrame]] = {figure.name: [] for figure in figures}
     for analysis in analyses:  # model by model, so that one is in memory at a time
         for figure in figures:
-            if isinstance(figure, ModelFigure):
+            if not isinstance(figure, ModelFigure):
+                continue
+            try:
                 parts[figure.name].append(figure.frame(analysis, items))
+            except NotMeasuredError:
+                if absent is not None:
+                    absent.setdefault(figure.name, []).append(analysis.model)
         analysis.close()
     made = {}
     for figure in figures:

@@ -23,6 +23,8 @@ SOFTMAX = "softmax output"
 """The kind of site that the figures about outliers leave aside: its values lie between 0 and 1."""
 REACHES = (4.0, 5.0, 8.0)
 """Other limits of what is ordinary, in standard deviations, to show what the share owes to choosing 6."""
+SWEEP_ITEMS = 500
+"""Items of a saturation sweep where nothing else is asked for."""
 
 
 def rules_of(methods: Iterable[type[Method]]) -> tuple[str, ...]:

@@ -168,29 +168,6 @@ def test_coarse_bins_count_every_value_once(scale: float) -> None:
         assert binned.sum() == len(value)
 
 
-def test_a_second_call_needs_no_model_and_writes_the_same_bytes(
-    results: Path, suite_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = call("figure", suite_file, results, "--items", "40")
-    assert first.exit_code == 0, first.output
-    written = {path.name: path.read_bytes() for path in (results / "figures").iterdir()}
-    names = {f"drawn-{name}.{form}" for name in FIGURES.names() for form in ("pdf", "svg", "csv")}
-    assert set(written) == names | {"drawn-overview.png"}
-    assert sorted(first.stdout.split()) == sorted(str(results / "figures" / name) for name in written)
-
-    def refuse(*arguments: object) -> None:
-        raise AssertionError("a model was made")
-
-    monkeypatch.setattr("benchmark.report.analyses.Session", refuse)
-    for path in (results / "figures").iterdir():
-        path.unlink()
-    second = call("figure", suite_file, results, "--items", "40")
-    assert second.exit_code == 0, second.output
-    assert {path.name: path.read_bytes() for path in (results / "figures").iterdir()} == written
-    one = call("figure", suite_file, results, "--only", "overview")
-    assert len(one.stdout.split()) == 4
-
-
 def test_the_csv_beside_a_figure_is_its_data(results: Path, suite_file: Path, data: dict[str, Any]) -> None:
     assert call("figure", suite_file, results, "--items", "40").exit_code == 0
     for figure in choose():
@@ -266,6 +243,7 @@ def test_a_partial_grid_is_refused_unless_asked_for(
     assert refused.exit_code == 2
     assert "9 of 17 cells of suite wide are finished" in refused.output
     assert "--allow-partial" in refused.output
+    assert call("analyse", wide, results, "--allow-partial", "--items", "40").exit_code == 0
     partial = call(command, wide, results, "--allow-partial", "--items", "40")
     assert partial.exit_code == 0, partial.output
     assert "partial: 9 of 17 cells" in partial.stderr
