@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from benchmark.cli import cli, examples
 from benchmark.options import include_option
-
-if TYPE_CHECKING:
-    from benchmark.engine.verification import Verdict
-    from benchmark.keep.record import Record
 
 
 @cli.command(
@@ -101,31 +96,10 @@ def verify(
         Settings(results, threads=threads, device=device),
         lambda name, done, total: display.stage(0, name, done, total),
     )
-    runner.store.prepare()
     verdicts = []
-    for number, record in enumerate(chosen, start=1):
-        outcome = runner.run(record.cell)
-        again = runner.store.load(record.cell)
-        verdict = verification.compare(record, published, again, runner.store, outcome.message)
+    for verdict in verification.measured_again(chosen, published, runner):
         verdicts.append(verdict)
-        click.echo(f"[{number}/{len(chosen)}] {_told(verdict)}")
-    agree = sum(verdict.holds for verdict in verdicts)
-    rules = (verification.TO_THE_BIT, verification.WITHIN)
-    by_rule = {rule: sum(verdict.rule == rule and verdict.holds for verdict in verdicts) for rule in rules}
-    counts = ", ".join(f"{count} {rule}" for rule, count in by_rule.items() if count)
-    click.echo(f"{agree} of {len(verdicts)} cells agree" + (f": {counts}" if counts else ""))
-    if agree < len(verdicts):
+        click.echo(f"[{len(verdicts)}/{len(chosen)}] {verdict}")
+    click.echo(verification.summary(verdicts))
+    if not all(verdict.holds for verdict in verdicts):
         sys.exit(1)
-
-
-def _told(verdict: Verdict) -> str:
-    record = verdict.published
-    cell = record.cell
-    name = f"{cell.cell_id[:12]} {cell.model} {cell.label} {cell.scheme_text} {cell.profile}"
-    if verdict.holds:
-        return f"agrees {verdict.rule}: {name}  {_value(record)}"
-    return f"differs: {name}  {_value(record)}: {verdict.why}"
-
-
-def _value(record: Record) -> str:
-    return "" if record.result is None else f"{record.result.value:.2f}"

@@ -13,7 +13,7 @@ Two rules, of which the record says the one that holds:
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from benchmark.keep.record import DONE, Record, Result
 from quanttune.digests import json_digest
 
 if TYPE_CHECKING:
+    from benchmark.engine.runner import CellRunner
     from benchmark.keep.store import Store
 
 TO_THE_BIT, WITHIN = "to the bit", "within the interval"
@@ -46,6 +47,41 @@ class Verdict:
     rule: str
     holds: bool
     why: str = ""
+
+    def __str__(self) -> str:
+        record = self.published
+        cell = record.cell
+        name = f"{cell.cell_id[:12]} {cell.model} {cell.label} {cell.scheme_text} {cell.profile}"
+        value = "" if record.result is None else f"{record.result.value:.2f}"
+        if self.holds:
+            return f"agrees {self.rule}: {name}  {value}"
+        return f"differs: {name}  {value}: {self.why}"
+
+
+def measured_again(chosen: Iterable[Record], published: Store, runner: CellRunner) -> Iterator[Verdict]:
+    """Measure cells and compare, one after another.
+
+    Args:
+        chosen: Records of ``published``.
+        published: Where their items are.
+        runner: Measures into a store of its own; what that has is not measured again.
+    """
+    runner.store.prepare()
+    for record in chosen:
+        outcome = runner.run(record.cell)
+        again = runner.store.load(record.cell)
+        yield compare(record, published, again, runner.store, outcome.message)
+
+
+def summary(verdicts: Sequence[Verdict]) -> str:
+    """How many cells agree, and by which rule."""
+    agree = sum(verdict.holds for verdict in verdicts)
+    by_rule = {
+        rule: sum(verdict.rule == rule and verdict.holds for verdict in verdicts)
+        for rule in (TO_THE_BIT, WITHIN)
+    }
+    counts = ", ".join(f"{count} {rule}" for rule, count in by_rule.items() if count)
+    return f"{agree} of {len(verdicts)} cells agree" + (f": {counts}" if counts else "")
 
 
 def sample(records: Iterable[Record], count: int | None, trained: bool = False) -> list[Record]:

@@ -85,6 +85,37 @@ def publish(
     return _write(folder, texts, suites, arrays, largest)
 
 
+def extend(
+    folder: Path,
+    suites: Mapping[str, list[str]],
+    records: Iterable[Record],
+    items: Callable[[str], Mapping[str, np.ndarray]],
+    *,
+    largest: int = LARGEST,
+) -> Publication:
+    """Add cells to a folder of published results; all that it has stays.
+
+    Args:
+        folder: The folder.
+        suites: Names of the suites that a new cell is of, by its id.
+        records: The new cells.
+        items: The arrays of a cell, by its id.
+        largest: Bytes that the files may have together.
+
+    Raises:
+        StoreError: If the files would be larger, or cannot be written; nothing is changed then.
+    """
+    old = ReferenceStore(folder)
+    texts, names = dict(old.texts), dict(old.suites_of)
+    arrays: dict[str, Mapping[str, np.ndarray]] = {cell_id: old.arrays.get(cell_id, {}) for cell_id in texts}
+    for record in records:
+        cell_id = record.cell.cell_id
+        names[cell_id] = sorted({*names.get(cell_id, ()), *suites[cell_id]})
+        texts[cell_id] = json.dumps(record.to_json(), sort_keys=True, allow_nan=False)
+        arrays[cell_id] = items(cell_id) if record.items_sha256 else {}
+    return _write(folder, texts, names, arrays, largest)
+
+
 def _write(
     folder: Path,
     texts: Mapping[str, str],

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,10 +135,55 @@ class Stages:
         found = _load(self.folder / stage / f"{digest}.safetensors")
         return None if found is None else found.tensors
 
+    def hand_over(self, reference: str, other: Stages) -> None:
+        """Give another folder the stage that :meth:`reference` named, unless it has it or there is none here.
+
+        Raises:
+            StoreError: If the other folder cannot be written.
+        """
+        stage, _, digest = reference.partition("/")
+        path, to = (each.folder / stage / f"{digest}.safetensors" for each in (self, other))
+        if self.open(reference) is None or other.open(reference) is not None:
+            return
+        # the sidecar goes last, as when a stage is made
+        for ending in (".safetensors", ".json"):
+            content = path.with_suffix(ending).read_bytes()
+            write_atomically(to.with_suffix(ending), partial(_fill, content))
+        course = self._course(stage, digest)
+        if course.is_file():
+            write_atomically(other._course(stage, digest), partial(_fill, course.read_bytes()))
+
     def checkpoint(self, stage: str, key: Mapping[str, Any]) -> Path:
         """Where unfinished work on a stage is saved, so that an interrupted run goes on where it was."""
         _, digest = self._identify(stage, key)
         return self.folder / "unfinished" / f"{stage}-{digest}.safetensors"
+
+    def keep_course(self, stage: str, key: Mapping[str, Any], course: Sequence[Mapping[str, float]]) -> None:
+        """Keep how the work on a stage went, a row a step; views show it, and nothing depends on it."""
+        _, digest = self._identify(stage, key)
+        columns = {name: [row.get(name) for row in course] for name in (course[0] if course else ())}
+        text = json.dumps({"schema": SCHEMA, "stage": stage, "columns": columns}) + "\n"
+        with contextlib.suppress(StoreError):
+            write_text_atomically(self._course(stage, digest), text)
+
+    def course(self, reference: str) -> dict[str, list[float]]:
+        """Columns of what :meth:`keep_course` kept of a :meth:`reference`; empty if there is none."""
+        stage, _, digest = reference.partition("/")
+        if not (_NAME.fullmatch(stage) and _DIGEST.fullmatch(digest)):
+            return {}
+        columns = _read(self._course(stage, digest)).get("columns")
+        if not isinstance(columns, dict) or not isinstance(columns.get("step"), list):
+            return {}
+        length = len(columns["step"])
+        found = {
+            name: [_number(value) for value in values]
+            for name, values in columns.items()
+            if isinstance(values, list) and len(values) == length
+        }
+        return {name: numbers for name, values in found.items() if (numbers := _finite(values)) is not None}
+
+    def _course(self, stage: str, digest: str) -> Path:
+        return self.folder / "courses" / f"{stage}-{digest}.json"
 
     def kept(self, stage: str) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
         """Every intact result of a stage in this scope: its key, and its tensors.
@@ -184,6 +231,12 @@ def _number(value: Any) -> float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
+def _finite(values: Sequence[float | None]) -> list[float] | None:
+    """The numbers; ``None`` if one of them is none."""
+    numbers = [value for value in values if value is not None and math.isfinite(value)]
+    return numbers if len(numbers) == len(values) else None
+
+
 def _load(path: Path) -> _Stage | None:
     """What a stage file holds, ``None`` if it is absent, damaged, or another stage's under this name."""
     sidecar = _read(path.with_suffix(".json"))
@@ -218,6 +271,10 @@ def _read(sidecar: Path) -> dict[str, Any]:
     except OSError as error:
         raise unreadable(sidecar, error) from error
     return about if isinstance(about, dict) else {}
+
+
+def _fill(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
 
 
 def _save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:

@@ -48,6 +48,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _WRITTEN = ("cells", "failures", "references", "locks", "stages")
 _SWEPT = (".", "cells", "failures", "references", "tables", "figures", "report")
 _QUANTIZED = ".quantized.safetensors"
+_ENDINGS = (".safetensors", _QUANTIZED, ".json")
 _PREFIX = re.compile(r"[0-9a-f]{1,64}")
 
 
@@ -188,6 +189,19 @@ class Store:
             raise StoreError(f"cell {cell_id[:12]} has no per-item predictions; run it again")
         return dict(load_file(path))
 
+    def files_of(self, record: Record) -> list[Path]:
+        """The files of a finished cell that are there: its record, arrays and quantized model."""
+        paths = [self.path_of(record.cell.cell_id, ending) for ending in _ENDINGS]
+        return [path for path in paths if path.is_file() and not path.is_symlink()]
+
+    def path_of(self, cell_id: str, ending: str = ".json") -> Path:
+        """Where a file of a cell is, or would be.
+
+        Raises:
+            StoreError: If it is no cell's id.
+        """
+        return self._file("cells", cell_id, ending)
+
     def save_failure(self, cell: Cell, failure: Mapping[str, Any]) -> None:
         """Keep why a cell failed."""
         body = {"schema": SCHEMA, "cell_id": cell.cell_id, "cell": cell.identity(), **failure}
@@ -198,6 +212,10 @@ class Store:
         """Why a cell failed last: ``error``, ``traceback``, ``failed_at``; ``None`` if it did not."""
         failure = _read_json(self._file("failures", cell_id, ".json"))
         return failure if isinstance(failure, dict) and "error" in failure else None
+
+    def find_or_none(self, cell_id: str) -> Record | None:
+        """The intact record with this id, whatever reference it was measured against."""
+        return self._read(cell_id)
 
     def records(self) -> Iterator[Record]:
         """Every intact record, in order of cell id."""

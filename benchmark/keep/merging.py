@@ -1,0 +1,218 @@
+"""Taking the cells of one store into another: each once, and none over another's number.
+
+A cell that both have with the same number stays as it is. One with two numbers is a conflict: both are told
+and neither is touched. So is a model whose reference weights are others, because its drops are drops from
+another place.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from benchmark.grid.cells import Cell
+from benchmark.keep.atomic import write_atomically, write_text_atomically
+from benchmark.keep.lock import Lock, LockError
+from benchmark.keep.publishing import extend
+from benchmark.keep.record import Record
+from benchmark.keep.reference_store import ReferenceStore
+from benchmark.keep.store import Store
+from quanttune.errors import StoreError
+
+SUBMITTED = "submitted"
+"""Under which published results keep cells that no suite of theirs has."""
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Two values for one thing.
+
+    Attributes:
+        what: The cell, or the model whose weights or data are others.
+        ours: The value of the store that takes.
+        theirs: That of the store that gives.
+        cells: How many cells are left out for it.
+    """
+
+    what: str
+    ours: str
+    theirs: str
+    cells: int = 1
+
+    def __str__(self) -> str:
+        cells = "1 cell is" if self.cells == 1 else f"{self.cells} cells are"
+        return f"{self.what}: {self.ours} here, {self.theirs} there; {cells} left out"
+
+
+@dataclass
+class Difference:
+    """What one store has that another has not.
+
+    Attributes:
+        new: Records to take, in order of cell id.
+        present: Cells that both have with the same number.
+        conflicts: Cells and models with two.
+    """
+
+    new: list[Record] = field(default_factory=list)
+    present: int = 0
+    conflicts: list[Conflict] = field(default_factory=list)
+
+
+def difference(source: Store, target: Store) -> Difference:
+    """Compare two stores; nothing is written.
+
+    Args:
+        source: Which gives. Cells measured against other reference weights than it has now are left out, as
+            everywhere.
+        target: Which takes.
+    """
+    found = Difference()
+    weights: dict[str, str] = {}
+    others: dict[str, list[Record]] = {}
+    for record in source.records():
+        cell = record.cell
+        if source.load(cell) is None:
+            continue
+        known = target.find_or_none(cell.cell_id)
+        if known is not None:
+            conflict = _conflict(known, target, record, source)
+            if conflict is None:
+                found.present += 1
+            else:
+                found.conflicts.append(conflict)
+            continue
+        digest = record.reference_digest
+        if digest and not isinstance(target, ReferenceStore):
+            kept = target.reference_digest(cell.model_identity)
+            if weights.setdefault(cell.model_identity, kept or digest) != digest:
+                others.setdefault(cell.model_identity, []).append(record)
+                continue
+        found.new.append(record)
+    for identity, left in sorted(others.items()):
+        what = f"reference weights of {left[0].cell.model}"
+        theirs = str(left[0].reference_digest)[:12]
+        found.conflicts.append(Conflict(what, weights[identity][:12], theirs, len(left)))
+    return found
+
+
+def take(
+    source: Store,
+    target: Store,
+    records: Iterable[Record],
+    suites: Callable[[Record], list[str]] = lambda _: [SUBMITTED],
+) -> Difference:
+    """Copy cells with their arrays and quantized models; each is there whole or not at all.
+
+    Args:
+        source: Where they are.
+        target: Where they go: a store of the user, or published results, which then are written anew.
+        records: Of :func:`difference`.
+        suites: Under which suites published results keep a cell.
+
+    Returns:
+        What was taken as ``new``, and what a process beside this one brought meanwhile, or what the
+        folder's lock file refuses.
+
+    Raises:
+        StoreError: If they cannot be written, or published results would become too large; what was taken
+            until then stays, and the same call goes on from there.
+    """
+    records = list(records)
+    if isinstance(target, ReferenceStore):
+        names = {record.cell.cell_id: suites(record) for record in records}
+        extend(target.root, names, records, source.items)
+        return Difference(records)
+    if isinstance(source, ReferenceStore):
+        raise StoreError(
+            f"{source.root} holds published results without all that a store keeps; read them with --results"
+        )
+    taken = Difference()
+    target.prepare()
+    refused = _pin(source, target, records, taken)
+    for record in records:
+        cell = record.cell
+        if cell.model in refused:
+            continue
+        with target.cell_lock(cell.cell_id):
+            known = target.find_or_none(cell.cell_id)
+            if known is not None:
+                conflict = _conflict(known, target, record, source)
+                taken.present += conflict is None
+                taken.conflicts += [] if conflict is None else [conflict]
+                continue
+            if record.reference_digest and not target.reference_digest(cell.model_identity):
+                target.save_reference_digest(cell.model, cell.model_identity, record.reference_digest)
+            if record.quantized is not None and record.quantized.weights is not None:
+                source.stages.hand_over(record.quantized.weights, target.stages)
+            # the record comes last of its files, as when a cell is measured
+            for path in source.files_of(record):
+                write_atomically(target.root / "cells" / path.name, partial(_copy, path))
+            taken.new.append(record)
+    _take_failures(source, target)
+    return taken
+
+
+def _conflict(ours: Record, target: Store, theirs: Record, source: Store) -> Conflict | None:
+    """The two values of a cell that both stores have; ``None`` if there is but one."""
+    name = f"{ours.cell.cell_id[:12]} {ours.cell}"
+    told = _told(ours), _told(theirs)
+    if ours.result != theirs.result or ours.status != theirs.status:
+        if told[0] == told[1]:
+            return Conflict(f"{name}, interval or noise of {told[0]}", "one", "another")
+        return Conflict(name, *told)
+    if ours.weights_digest != theirs.weights_digest:
+        first, second = (str(each.weights_digest)[:12] for each in (ours, theirs))
+        return Conflict(f"{name}, weights of {told[0]}", first, second)
+    if ours.items_sha256 == theirs.items_sha256 or not (ours.items_sha256 and theirs.items_sha256):
+        return None
+    kept, given = target.items(ours.cell.cell_id), source.items(theirs.cell.cell_id)
+    for key in sorted(set(kept) & set(given)):
+        if not np.array_equal(kept[key], given[key]):
+            return Conflict(f"{name}, {key} of the items of {told[0]}", "one", "another")
+    return None
+
+
+def _told(record: Record) -> str:
+    result = record.result
+    return record.status if result is None else f"{result.metric} {result.value!r}"
+
+
+def _pin(source: Store, target: Store, records: Iterable[Record], taken: Difference) -> set[str]:
+    """Pin in the target what the source has pinned; the models of which it has pinned something else."""
+    refused = set()
+    pins, lock = Lock(source.root).read(), Lock(target.root)
+    wanted = [record.cell.model for record in records]
+    for model in sorted(set(wanted) & set(pins)):
+        try:
+            lock.check(model, pins[model])
+        except LockError as error:
+            refused.add(model)
+            what = f"pinned data of {model} ({error})"
+            taken.conflicts.append(Conflict(what, "one", "another", wanted.count(model)))
+    return refused
+
+
+def _take_failures(source: Store, target: Store) -> None:
+    """Why cells failed, where the target knows nothing of them."""
+    for path in sorted((source.root / "failures").glob("*.json")):
+        try:
+            failure = source.load_failure(path.stem)
+            cell = None if failure is None else Cell.from_identity(failure["cell"])
+        # damaged, or another thing of that name
+        except (StoreError, KeyError, TypeError, ValueError):
+            continue
+        if cell is None or cell.cell_id != path.stem:
+            continue
+        if target.find_or_none(cell.cell_id) is None and target.load_failure(cell.cell_id) is None:
+            text = path.read_text(encoding="utf-8")
+            write_text_atomically(target.root / "failures" / path.name, text)
+
+
+def _copy(path: Path, temporary: Path) -> None:
+    shutil.copyfile(path, temporary)
