@@ -81,6 +81,10 @@ class StageCache(Protocol):
         """Where unfinished work on that stage is saved for a resumption; ``None`` for nowhere."""
         ...
 
+    def keep_course(self, stage: str, key: Mapping[str, Any], course: Sequence[Mapping[str, float]]) -> None:
+        """Keep how the work on that stage went, a row a step, for whoever looks; nothing depends on it."""
+        ...
+
 
 class MemoryStages:
     """A stage cache for one process, for use without the suite."""
@@ -104,6 +108,9 @@ class MemoryStages:
     def checkpoint(self, stage: str, key: Mapping[str, Any]) -> Path | None:
         """Nothing outlives the process."""
         return None
+
+    def keep_course(self, stage: str, key: Mapping[str, Any], course: Sequence[Mapping[str, float]]) -> None:
+        """Nothing outlives the process."""
 
 
 def _inputs_digest(inputs: ModelInputs) -> str:

@@ -209,7 +209,8 @@ class FineTuning(Method):
         loss = context.training.loss
         if self.distillation:
             batches, loss = self._distilled(context, batches)
-        return self.train(
+        course: list[dict[str, float]] = []
+        trained = self.train(
             context,
             model,
             batches=batches,
@@ -221,8 +222,12 @@ class FineTuning(Method):
             autocast=context.autocast,
             checkpoint=context.stages.checkpoint("tuning", key),
             progress=lambda done, total, _: context.progress(f"{self.name} fine-tuning", done, total),
+            course=course,
             accelerator=accelerator,
         )
+        if accelerator is None or accelerator.is_main_process:
+            context.stages.keep_course("tuning", key, course)
+        return trained
 
     def train(self, context: Context, model: nn.Module, **settings: Any) -> dict[str, Tensor]:
         """What is kept of a training.

@@ -88,6 +88,11 @@ class ActivationPenalty(ABC):
             ConfigError: If the penalty is none that adds up over parts of a batch.
         """
 
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Largest distance from the mean, in standard deviations, at the last step; by site, if measured."""
+        return {}
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """What a training goes on from, as plain JSON values."""

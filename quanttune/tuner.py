@@ -97,6 +97,7 @@ def tune(
     checkpoint: Path | None = None,
     checkpoint_every: int = 100,
     progress: Callable[[int, int, float], None] | None = None,
+    course: list[dict[str, float]] | None = None,
     accelerator: Accelerator | None = None,
 ) -> dict[str, float]:
     """Fine-tune ``model`` in place.
@@ -120,6 +121,8 @@ def tune(
             resumed, and it is removed at the end.
         checkpoint_every: Steps between checkpoints.
         progress: Called with steps done, steps in all and the smoothed task loss.
+        course: Is given a row a step, also those of before an interruption: ``step``, ``loss`` of the task,
+            and with a penalty ``outlier_loss`` and, if it measures them, ``largest_ratio``.
         accelerator: ``accelerate.Accelerator`` of this process; its device takes the place of ``device``. The
             main process alone writes checkpoints, all read them.
 
@@ -149,9 +152,12 @@ def tune(
         progress = _Progress(**fitting(_Progress, saved["progress"]))
         if not 0 < progress.step < schedule.steps:
             raise ValueError(f"step {progress.step} of {schedule.steps}")
+        told = _rows(saved.get("course", []), progress.step)
         if outliers is not None:
             outliers.load_state_dict(saved["outliers"])
         state = progress
+        if course is not None:
+            course[:] = told
 
     keeper.load(go_on)
     if replicas is not None:
@@ -165,7 +171,7 @@ def tune(
             rank = () if replicas is None or replicas.count == 1 else (replicas.rank,)
             torch.manual_seed(derive_seed(seed, "dropout", state.step, *rank))
             _set_rate(optimizer, schedule, state.step)
-            task = 0.0
+            task = penalty = 0.0
             for _ in range(schedule.accumulation):
                 inputs, targets = next(remaining)
                 share = 1.0
@@ -174,7 +180,12 @@ def tune(
                 with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                     logits = logits_of(call_model(model, to_device(inputs, device)))
                 task_loss = share * loss(logits.float(), targets.to(device))
-                total = task_loss if outliers is None else task_loss + outliers.penalty().to(device)
+                total = task_loss
+                if outliers is not None:
+                    added = outliers.penalty().to(device)
+                    total = task_loss + added
+                    if course is not None:
+                        penalty += float(added.detach()) / schedule.accumulation
                 (total / schedule.accumulation).backward()
                 task += float(task_loss.detach()) / schedule.accumulation
             if replicas is not None:
@@ -186,6 +197,11 @@ def tune(
             if outliers is not None:
                 outliers.step()
             state.advance(task, min(_OPENING, max(1, schedule.steps // 10)))
+            if course is not None:
+                row = {"step": float(state.step), "loss": task}
+                if outliers is not None:
+                    row |= {"outlier_loss": penalty} | _largest(outliers)
+                course.append(row)
             if progress is not None and is_main:
                 progress(state.step, schedule.steps, state.smoothed)
             if is_main and state.step % checkpoint_every == 0 and state.step < schedule.steps:
@@ -193,6 +209,7 @@ def tune(
                     {
                         "progress": asdict(state),
                         "outliers": None if outliers is None else outliers.state_dict(),
+                        "course": course or [],
                     }
                 )
     model.eval()
@@ -200,6 +217,17 @@ def tune(
         keeper.remove()
     state.require_useful()
     return {"first_loss": state.first, "last_loss": state.smoothed}
+
+
+def _largest(outliers: ActivationPenalty) -> dict[str, float]:
+    ratios = outliers.ratios
+    return {"largest_ratio": max(ratios.values())} if ratios else {}
+
+
+def _rows(saved: Any, steps: int) -> list[dict[str, float]]:
+    """The course that a checkpoint tells of; none if it is not one of its steps."""
+    rows = [{str(name): float(value) for name, value in row.items()} for row in saved]
+    return rows if [row.get("step") for row in rows] == list(range(1, steps + 1)) else []
 
 
 def _join(replicas: Replicas, outliers: ActivationPenalty | None, step: int) -> None:

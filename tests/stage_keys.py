@@ -79,6 +79,9 @@ class SharedStages:
     def checkpoint(self, stage: str, key: Key) -> None:
         """Nothing outlives the test."""
 
+    def keep_course(self, stage: str, key: Key, course: Any) -> None:
+        """Nothing outlives the test."""
+
 
 @dataclass
 class Trial:
