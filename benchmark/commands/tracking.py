@@ -13,16 +13,22 @@ from quanttune.errors import ConfigError, StoreError
 
 @cli.command(
     short_help="Serve the MLflow UI on this machine.",
-    epilog=examples("ui", "ui --port 5001 --results my-results"),
+    epilog=examples("ui --open", "ui --port 5001 --results my-results"),
 )
 @click.option(
     "--port", type=int, default=5000, metavar="N", show_default=True, help="Port on 127.0.0.1 to serve on."
 )
+@click.option("--open", "open_it", is_flag=True, help="Open the comparison in a browser.")
 @results_option
-def ui(port: int, results: Path) -> None:
-    """Serve the MLflow UI on 127.0.0.1 over the suite's own database."""
+def ui(port: int, open_it: bool, results: Path) -> None:
+    """Serve the MLflow UI on 127.0.0.1 over the suite's own database.
+
+    Prints two addresses: the drop of each method by precision as of the last `run` or `sync`, and the table
+    of all cells.
+    """
     from benchmark.keep.store import Store
-    from benchmark.tracking.backend import database, is_local, serve_ui, tracking_uri
+    from benchmark.tracking.backend import connect, database, is_local, serve_ui, tracking_uri
+    from benchmark.tracking.view import CELLS, DROPS, address
 
     if not 1 <= port <= 65535:
         raise ConfigError(f"--port {port}: it must be between 1 and 65535")
@@ -30,20 +36,42 @@ def ui(port: int, results: Path) -> None:
     uri = tracking_uri(store)
     if is_local() and not database(store).exists():
         raise StoreError(f"{uri} does not exist yet; `run` makes it, or `sync` from the cells of {results}")
-    serve_ui(store, port)
+    try:
+        _, experiment = connect(store)
+    except StoreError:
+        raise
+    except Exception as error:  # of many kinds; the UI may say more about its backend
+        click.echo(f"warning: no addresses of the comparison: {error}".partition("\n")[0], err=True)
+        serve_ui(store, port)
+        return
+    links = {
+        "drop by precision": address(port, experiment, DROPS),
+        "all cells": address(port, experiment, CELLS),
+    }
+    for name, link in links.items():
+        click.echo(f"{name}: {link}")
+    serve_ui(store, port, links["drop by precision"] if open_it else None)
 
 
 @cli.command(
     short_help="Log the cells of the store to MLflow.", epilog=examples("sync", "sync --results my-results")
 )
+@click.option(
+    "--suite",
+    "suites",
+    multiple=True,
+    metavar="FILE",
+    help="A suite of your own whose cells are to be tagged with its name; repeatable.",
+)
 @include_option
 @results_option
-def sync(results: Path) -> None:
+def sync(suites: tuple[str, ...], results: Path) -> None:
     """Log every cell of the store that MLflow does not have yet, or has otherwise."""
     from benchmark.keep.store import Store
+    from benchmark.tracking.suites import suites_by_cell
     from benchmark.tracking.tracker import sync_store
 
     if not results.is_dir():
         raise StoreError(f"there is no folder {results}; give the one that `run` wrote to")
-    logged, present = sync_store(Store(results))
+    logged, present = sync_store(Store(results), suites_by_cell(suites))
     click.echo(f"{logged} cells logged, {present} were there already")

@@ -20,6 +20,11 @@ class Work(Protocol):
         ...
 
     @property
+    def cells(self) -> Sequence[Cell]:
+        """Everything that was asked for, measured before or not."""
+        ...
+
+    @property
     def executor(self) -> str:
         """Name of the executor."""
         ...

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmark.grid.cells import Cell
-from benchmark.keep.atomic import write_atomically, write_text_atomically
+from benchmark.keep.atomic import write_atomically
 from benchmark.keep.lock import Lock, LockError
 from benchmark.keep.publishing import extend
 from benchmark.keep.record import Record
@@ -200,18 +199,9 @@ def _pin(source: Store, target: Store, records: Iterable[Record], taken: Differe
 
 def _take_failures(source: Store, target: Store) -> None:
     """Why cells failed, where the target knows nothing of them."""
-    for path in sorted((source.root / "failures").glob("*.json")):
-        try:
-            failure = source.load_failure(path.stem)
-            cell = None if failure is None else Cell.from_identity(failure["cell"])
-        # damaged, or another thing of that name
-        except (StoreError, KeyError, TypeError, ValueError):
-            continue
-        if cell is None or cell.cell_id != path.stem:
-            continue
+    for cell, failure in source.failures():
         if target.find_or_none(cell.cell_id) is None and target.load_failure(cell.cell_id) is None:
-            text = path.read_text(encoding="utf-8")
-            write_text_atomically(target.root / "failures" / path.name, text)
+            target.save_failure(cell, failure)
 
 
 def _copy(path: Path, temporary: Path) -> None:

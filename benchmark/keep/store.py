@@ -213,6 +213,17 @@ class Store:
         failure = _read_json(self._file("failures", cell_id, ".json"))
         return failure if isinstance(failure, dict) and "error" in failure else None
 
+    def failures(self) -> Iterator[tuple[Cell, dict[str, Any]]]:
+        """Every cell that failed, with why, in order of cell id; damaged files are passed over."""
+        for path in sorted((self.root / "failures").glob("*.json")):
+            failure = self.load_failure(path.stem) if _DIGEST.fullmatch(path.stem) else None
+            try:
+                cell = None if failure is None else Cell.from_identity(failure["cell"])
+            except (AttributeError, KeyError, TypeError, ValueError):
+                continue
+            if cell is not None and failure is not None and cell.cell_id == path.stem:
+                yield cell, failure
+
     def find_or_none(self, cell_id: str) -> Record | None:
         """The intact record with this id, whatever reference it was measured against."""
         return self._read(cell_id)

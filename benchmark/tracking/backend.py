@@ -9,6 +9,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 EXPERIMENT = "quanttune-bench"
+_STARTS_WITHIN = 60.0  # seconds until the UI answers
 
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -145,9 +147,30 @@ def _has_runs(path: Path) -> bool:
         return False
 
 
-def serve_ui(store: Store, port: int) -> None:
-    """Serve MLflow's own UI on 127.0.0.1 until it is stopped."""
+def serve_ui(store: Store, port: int, link: str | None = None) -> None:
+    """Serve MLflow's own UI on 127.0.0.1 until it is stopped.
+
+    Args:
+        store: Whose database it shows.
+        port: Where it listens.
+        link: An address to open in a browser as soon as it answers.
+    """
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking_uri(store)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     click.echo(f"MLflow UI on http://127.0.0.1:{port}; stop it with Ctrl-C", err=True)
+    if link is not None:
+        threading.Thread(target=_open_later, args=(port, link), daemon=True).start()
     subprocess.run(command, check=False, env=os.environ | _QUIET)  # noqa: S603
+
+
+def _open_later(port: int, link: str) -> None:
+    """Open an address once somebody listens."""
+    import socket
+    import webbrowser
+
+    until = time.monotonic() + _STARTS_WITHIN
+    while time.monotonic() < until:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            webbrowser.open(link)
+            return
+        time.sleep(0.5)

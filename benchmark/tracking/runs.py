@@ -1,97 +1,164 @@
-"""A cell as a run of MLflow: tags, parameters, metrics, its data set, and files."""
+"""A cell as a run of MLflow: one run a cell, which is brought up to date when the cell is measured again."""
 
 from __future__ import annotations
 
-import json
 import tempfile
-import time
-from datetime import datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmark.grid.cells import Cell
 from benchmark.keep.atomic import is_free
-from benchmark.keep.record import Record
+from benchmark.keep.record import DONE, Record
 from benchmark.keep.store import Store
 from benchmark.tracking.backend import is_local
+from benchmark.tracking.contents import (
+    LONGEST,
+    course_of,
+    data_sets,
+    ended_at,
+    label_tags,
+    machine_tags,
+    metrics_of,
+    parameters_of,
+    tags_of,
+    write_files,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-    from benchmark.engine.runner import Outcome
+    from benchmark.tracking.weights import Weights
 
-_PARENT_TAG = "mlflow.parentRunId"
+PARENT_TAG = "mlflow.parentRunId"
 RESULTS_TAG = "results"
 """Names the folder whose cells a parent run logs: a server may have those of several."""
+_DIGEST_TAG, _SHOWN_TAG = "record_digest", "failure"
+_ENDS = {DONE: "FINISHED"}
+_BATCH = 1000
+_LINKED = ("score", "drop", "drop_ci_low", "drop_ci_high", "recovery")
+"""Metrics that are linked to the weights they were measured with."""
 
 
 def find_runs(client: MlflowClient, experiment_id: str, cell_id: str) -> list[Any]:
-    """The live runs of a cell."""
-    return list(client.search_runs([experiment_id], filter_string=f"tags.cell_id = '{cell_id}'"))
+    """The live runs of a cell, the oldest first."""
+    found = client.search_runs([experiment_id], filter_string=f"tags.cell_id = '{cell_id}'")
+    return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
 
 
-def log_record(client: MlflowClient, experiment_id: str, parent: str | None, record: Record) -> str:
-    """Log one finished cell as a run.
+def log_record(
+    client: MlflowClient,
+    experiment_id: str,
+    parent: str | None,
+    record: Record,
+    store: Store,
+    weights: Weights,
+    suites: str = "",
+) -> str:
+    """Show a finished cell as a run: the cell's own, if it has one, which keeps its parent.
+
+    Args:
+        client: Where.
+        experiment_id: Our experiment.
+        parent: The run of this invocation.
+        record: The cell.
+        store: Where it is.
+        weights: Tells which weights it was measured with.
+        suites: Names of the suites that have the cell.
 
     Returns:
         The run's id.
     """
-    from mlflow.entities import DatasetInput, InputTag, Metric, Param
-
-    cell = record.cell
-    ended = int(datetime.fromisoformat(record.finished_at).timestamp() * 1000)
-    tags = _tags(cell.cell_id, parent) | {
-        "status": record.status,
-        "record_digest": record_digest(record),
-        "reference_digest": record.reference_digest or "",
-        "weights_digest": record.weights_digest or "",
-    }
-    commit = record.provenance.get("commit")
-    if commit:
-        tags["mlflow.source.git.commit"] = str(commit)
-    if record.reason:
-        tags["reason"] = record.reason
+    cell, ended = record.cell, ended_at(record)
+    tags = tags_of(record) | ({"suite": suites} if suites else {})
     started = ended - int(record.duration_s * 1000)
-    run = client.create_run(experiment_id, start_time=started, tags=tags, run_name=str(cell))
-    run_id = run.info.run_id
-    identity = cell.identity()
-    parameters = {key: value for key, value in identity.items() if key != "parameters"}
-    parameters |= {f"method.{key}": value for key, value in identity["parameters"].items()}
-    parameters |= {f"env.{key}": record.provenance.get(key) for key in ("threads", "device", "cpu", "python")}
-    client.log_batch(
-        run_id,
-        metrics=[Metric(key, value, ended, 0) for key, value in _metrics(record).items()],
-        params=[Param(key, str(value)[:6000]) for key, value in parameters.items()],
-    )
-    dataset = _dataset(record)
-    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", cell.split)])])
+    run_id, new = _run_of(client, experiment_id, parent, cell, tags, started)
+    model = weights.of(record, run_id)
+    _log_metrics(client, run_id, record, store, model)
+    trains = bool(record.cost.get("trainings")) or record.weights_digest != record.reference_digest
+    if new:
+        items = None if record.result is None else record.result.n
+        client.log_inputs(run_id, data_sets(cell, items, trains and record.result is not None))
+        weights.link(record, run_id)
     with tempfile.TemporaryDirectory() as folder:
-        write_artifacts(Path(folder), record)
+        write_files(Path(folder), record)
         client.log_artifacts(run_id, folder)
-    client.set_terminated(run_id, "FINISHED", end_time=ended)
-    return str(run_id)
+    client.set_terminated(run_id, _ENDS.get(record.status, "KILLED"), end_time=ended)
+    # The last word: until it is said, the run does not show the record.
+    client.set_tag(run_id, _DIGEST_TAG, record_digest(record))
+    return run_id
 
 
-def log_failure(client: MlflowClient, experiment_id: str, parent: str | None, outcome: Outcome) -> None:
-    """Log a failed cell as a failed run."""
-    tags = _tags(outcome.cell.cell_id, parent) | {"status": "failed", "error": outcome.message[:5000]}
-    run = client.create_run(experiment_id, tags=tags, run_name=str(outcome.cell))
-    client.set_terminated(run.info.run_id, "FAILED")
+def log_failure(
+    client: MlflowClient,
+    experiment_id: str,
+    parent: str | None,
+    cell: Cell,
+    failure: Mapping[str, Any],
+    suites: str = "",
+) -> None:
+    """Show a failed cell as a failed run, with its parameters."""
+    error = str(failure.get("error", ""))[:LONGEST]
+    provenance = failure.get("provenance")
+    tags = {
+        "status": "failed",
+        "error": error,
+        "mlflow.note.content": f"failed: {error}"[:LONGEST],
+        _SHOWN_TAG: str(failure.get("failed_at", "")),
+        **label_tags(cell),
+        **machine_tags(provenance if isinstance(provenance, Mapping) else {}),
+        **({"suite": suites} if suites else {}),
+    }
+    run_id, _ = _run_of(client, experiment_id, parent, cell, tags, None)
+    client.set_terminated(run_id, "FAILED")
 
 
-def write_artifacts(folder: Path, record: Record) -> None:
-    """Write what a run carries besides numbers: record, site table, range plot and log."""
-    (folder / "record.json").write_text(json.dumps(record.to_json(), indent=1), encoding="utf-8")
-    (folder / "log.txt").write_text(_log_text(record), encoding="utf-8")
-    if record.sites:
-        import csv
+def _run_of(
+    client: MlflowClient,
+    experiment_id: str,
+    parent: str | None,
+    cell: Cell,
+    tags: dict[str, str],
+    started: int | None,
+) -> tuple[str, bool]:
+    """The run of a cell with these tags, and whether it is a new one."""
+    from mlflow.entities import Param, RunTag
 
-        with (folder / "sites.csv").open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, fieldnames=list(record.sites[0]))
-            writer.writeheader()
-            writer.writerows(record.sites)
-        from benchmark.report.ranges import save_range_plot
+    fixed = {"cell_id": cell.cell_id, "kind": "cell", "mlflow.source.name": "quanttune-bench"}
+    runs = find_runs(client, experiment_id, cell.cell_id)
+    for double in runs[1:]:
+        client.delete_run(double.info.run_id)
+    if runs:
+        run = runs[0]
+        stale = {_DIGEST_TAG, _SHOWN_TAG, "error", "reason", "mlflow.note.content"} & set(run.data.tags)
+        for name in sorted(stale - set(tags)):
+            client.delete_tag(run.info.run_id, name)
+        if parent is not None:
+            tags = {**tags, "updated_by": parent}
+        client.log_batch(run.info.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+        return str(run.info.run_id), False
+    family = {} if parent is None else {PARENT_TAG: parent}
+    made = client.create_run(
+        experiment_id, start_time=started, tags={**fixed, **tags, **family}, run_name=str(cell)
+    )
+    parameters = [Param(name, value) for name, value in parameters_of(cell).items()]
+    client.log_batch(made.info.run_id, params=parameters)
+    return str(made.info.run_id), True
 
-        save_range_plot(record, folder / "ranges.png")
+
+def _log_metrics(client: MlflowClient, run_id: str, record: Record, store: Store, model: str | None) -> None:
+    from mlflow.entities import Metric
+
+    ended, cell = ended_at(record), record.cell
+    data = {"dataset_name": cell.task, "dataset_digest": cell.task_fingerprint[:32]}
+    metrics = []
+    for name, value in metrics_of(record).items():
+        linked = {"model_id": model, "run_id": run_id, **data} if model and name in _LINKED else {}
+        metrics.append(Metric(name, value, ended, 0, **linked))
+    for name, points in course_of(record, store.stages).items():
+        metrics += [Metric(name, value, ended, step) for step, value in points]
+    for start in range(0, len(metrics), _BATCH):
+        client.log_batch(run_id, metrics=metrics[start : start + _BATCH])
 
 
 def record_digest(record: Record) -> str:
@@ -101,7 +168,13 @@ def record_digest(record: Record) -> str:
 
 def shows(run: Any, record: Record) -> bool:
     """Whether a run shows the record as it is now, whole: a killed process leaves one that never ended."""
-    return run.info.status == "FINISHED" and run.data.tags.get("record_digest") == record_digest(record)
+    whole = run.info.status == _ENDS.get(record.status, "KILLED")
+    return whole and run.data.tags.get(_DIGEST_TAG) == record_digest(record)
+
+
+def shows_failure(run: Any, failure: Mapping[str, Any]) -> bool:
+    """Whether a run shows this failure of its cell."""
+    return run.info.status == "FAILED" and run.data.tags.get(_SHOWN_TAG) == str(failure.get("failed_at", ""))
 
 
 def parent_lock(store: Store, run_id: str) -> Path:
@@ -122,9 +195,11 @@ def end_killed(client: MlflowClient, experiment_id: str, store: Store) -> None:
             dead.add(run.info.run_id)
             client.set_terminated(run.info.run_id, "KILLED")
             parent_lock(store, run.info.run_id).unlink(missing_ok=True)
+    alive = {run.info.run_id for run in running} - dead
     for run in running:
-        parent = run.data.tags.get(_PARENT_TAG)
-        if parent in dead or (parent is None and of_database and run.data.tags.get("kind") == "cell"):
+        parent = run.data.tags.get(PARENT_TAG)
+        orphan = of_database and run.data.tags.get("kind") == "cell" and parent not in alive
+        if parent in dead or orphan:
             client.delete_run(run.info.run_id)
 
 
@@ -138,55 +213,3 @@ def search_all(client: MlflowClient, experiment_id: str, which: str) -> list[Any
         token = page.token
         if not token:
             return found
-
-
-def _tags(cell_id: str, parent: str | None) -> dict[str, str]:
-    tags = {"cell_id": cell_id, "kind": "cell", "mlflow.source.name": "quanttune-bench"}
-    return tags if parent is None else {**tags, _PARENT_TAG: parent}
-
-
-def _metrics(record: Record) -> dict[str, float]:
-    result = record.result
-    if result is None:
-        return {"duration_s": record.duration_s}
-    noise = result.noise
-    values = {
-        result.metric: result.value,
-        "fp32": result.fp32,
-        "fp32_own": result.fp32_own,
-        "drop": result.drop,
-        "drop_ci_low": result.ci_low,
-        "drop_ci_high": result.ci_high,
-        "n": float(result.n),
-        "duration_s": record.duration_s,
-        "noise_mean": None if noise is None else noise.mean,
-        "noise_deviation": None if noise is None else noise.deviation,
-        "noise_common": None if noise is None else noise.common,
-        "flips": None if noise is None else noise.flips,
-        "largest_ratio": record.details.get("largest_ratio"),
-        **record.cost,
-    }
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def _dataset(record: Record) -> Any:
-    from mlflow.entities import Dataset
-
-    cell = record.cell
-    # MLflow keeps 36 characters of a digest; the whole one is in the profile
-    profile = json.dumps(
-        {"fingerprint": cell.task_fingerprint, "items": record.result.n if record.result else None}
-    )
-    source = json.dumps({"task": cell.task, "fingerprint": cell.task_fingerprint})
-    return Dataset(cell.task, cell.task_fingerprint[:32], "code", source, profile=profile)
-
-
-def _log_text(record: Record) -> str:
-    lines = [f"{record.finished_at} {record.status} {record.cell} in {record.duration_s:.1f} s"]
-    if record.reason:
-        lines.append(record.reason)
-    lines += [f"{key}: {value}" for key, value in _metrics(record).items()]
-    for title, block in (("details", record.details), ("provenance", record.provenance)):
-        lines.append(f"{title}: {json.dumps(dict(block), indent=1)}")
-    stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-    return "\n".join([*lines, f"logged to MLflow {stamp}", ""])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -23,7 +24,8 @@ from benchmark.keep.store import Store
 from benchmark.report.ranges import save_range_plot
 from benchmark.tracking.backend import EXPERIMENT, serve_ui, tracking_uri
 from benchmark.tracking.runs import find_runs
-from benchmark.tracking.tracker import sync_store
+from benchmark.tracking.tracker import Tracker, sync_store
+from benchmark.tracking.view import CELLS, DROPS, address
 from tests.sockets import LOOPBACK, listening
 
 mlflow = pytest.importorskip("mlflow")
@@ -73,20 +75,123 @@ def test_a_run_logs_a_parent_and_a_child_for_each_cell(results: Path, client: An
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.info.status == "FINISHED"
         assert run.data.params["precision"] == cell.precision
-        metrics = run.data.metrics
-        assert metrics["accuracy"] == record.result.value
+        tags, metrics = run.data.tags, run.data.metrics
+        assert (tags["suite"], tags["label"], tags["scheme"]) == ("toys", cell.label, cell.scheme_text)
+        assert tags["torch"] == record.provenance["versions"]["torch"]
+        assert tags["device_name"] == record.provenance["device_name"]
+        assert metrics["score"] == metrics["accuracy"] == record.result.value
+        assert metrics["drop"] == record.result.drop
+        assert metrics["recovery"] == pytest.approx(100 * record.result.value / record.result.fp32)
         assert (metrics["drop_ci_low"], metrics["drop_ci_high"]) == (
             record.result.ci_low,
             record.result.ci_high,
         )
         assert metrics.get("largest_ratio") == record.details.get("largest_ratio")
         assert ("largest_ratio" in metrics) == cell.make_method().trains
-        (dataset,) = run.inputs.dataset_inputs
-        assert dataset.dataset.digest == cell.task_fingerprint[:32]
+        uses = {each.tags[0].value: each.dataset for each in run.inputs.dataset_inputs}
+        assert uses["test"].digest == cell.task_fingerprint[:32]
+        assert set(uses) == {"test"} | (set() if cell.is_reference else {"calibration"})
+        (given,) = client.get_run(run.info.run_id).inputs.model_inputs
+        model = client.get_logged_model(given.model_id)
+        assert model.tags["weights_digest"] == record.reference_digest
+        linked = {(metric.key, metric.value) for metric in model.metrics if metric.run_id == run.info.run_id}
+        assert ("drop", record.result.drop) in linked
         names = {item.path for item in client.list_artifacts(run.info.run_id)}
         wanted = {"record.json", "log.txt"} | (set() if cell.is_reference else {"sites.csv", "ranges.png"})
         assert names == wanted
         assert str(results / "mlartifacts") in run.info.artifact_uri
+
+
+def test_the_parent_tells_the_drops(results: Path, client: Any, suite_file: str) -> None:
+    call("run", "--method", "minmax", "--suite", suite_file, "--results", str(results))
+    call("run", "--all", "--suite", suite_file, "--results", str(results))
+    last, first = parents(client)
+    store = Store(results)
+    records = {(each.cell.label, each.cell.precision): each.result for each in store.records()}
+    (series,) = (name for name in first.data.metrics if name.startswith("drop/"))
+    assert series == "drop/toy full/minmax"
+    history = {point.step: point.value for point in client.get_metric_history(first.info.run_id, series)}
+    for bits in (8, 4):
+        result = records["minmax", f"W{bits}A{bits}"]
+        assert result is not None
+        assert history[bits] == result.drop
+        assert first.data.metrics[f"drop W{bits}A{bits}/toy full/minmax"] == result.drop
+    assert first.data.metrics["cells_finished"] == 2
+    # all that it was asked for, what was there before too
+    assert last.data.metrics["cells_finished"] == 5
+    assert last.data.metrics["cells_logged"] == 3
+    assert {name for name in last.data.metrics if name.startswith("drop/")} == {
+        "drop/toy full/minmax",
+        "drop/toy full/mse",
+    }
+    assert last.data.tags["torch"]
+    assert last.data.tags["suite"] == suite_file
+    names = {item.path for item in client.list_artifacts(last.info.run_id)}
+    assert names == {"summary.json", "summary.md", "drop_by_precision.png"}
+    table = mlflow.artifacts.load_dict(f"{last.info.artifact_uri}/summary.json")
+    assert len(table["data"]) == 5
+    assert len(table["columns"]) == len(table["data"][0])
+
+
+def test_the_experiment_opens_with_its_comparison(results: Path, client: Any, suite_file: str) -> None:
+    call("run", "--all", "--suite", suite_file, "--results", str(results))
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    (parent,) = parents(client)
+    states = {
+        key: json.loads(json.loads(experiment.tags[f"mlflow.sharedViewState.{key}"])["state"])
+        for key in (DROPS, CELLS)
+    }
+    assert states[DROPS]["searchFilter"] == f"attributes.run_id = '{parent.info.run_id}'"
+    (chart,) = states[DROPS]["compareRunCharts"]
+    assert chart["selectedMetricKeys"] == ["drop/toy full/minmax", "drop/toy full/mse"]
+    assert set(chart["selectedMetricKeys"]) < set(parent.data.metrics)
+    found = client.search_runs([experiment.experiment_id], filter_string=states[CELLS]["searchFilter"])
+    assert len(found) == 5
+    assert address(5000, "1").startswith("http://127.0.0.1:5000/#/experiments/1/runs?")
+
+
+def test_a_training_is_drawn_by_step(results: Path, client: Any, tmp_path: Path) -> None:
+    """Loss and its like of the cells that share a training, from the store alone."""
+    store = Store(results)
+    path = tmp_path / "trained.toml"
+    path.write_text(
+        'models = ["toy"]\nprecisions = ["W8A8"]\ncalibration_items = 8\nmethods = [{name = "toy_trained"}]'
+    )
+    assert (
+        call("run", "--all", "--suite", str(path), "--results", str(results), "--no-tracking").exit_code == 0
+    )
+    (record,) = store.records()
+    assert record.quantized is not None
+    assert record.quantized.weights is not None
+    stage, digest = record.quantized.weights.split("/")
+    rows = {"step": [1, 2, 3], "loss": [3.0, 2.0, 1.5], "largest_ratio": [30.0, 20.0, 10.0]}
+    (results / "stages" / "courses").mkdir()
+    course = results / "stages" / "courses" / f"{stage}-{digest}.json"
+    course.write_text(json.dumps({"schema": 4, "columns": {**rows, "odd": ["x", 1, 2]}}))
+    sync_store(store)
+    (run,) = cell_runs(client)
+    for name in ("loss", "largest_ratio"):
+        found = client.get_metric_history(run.info.run_id, f"train/{name}")
+        assert [(point.step, point.value) for point in found] == list(zip([1, 2, 3], rows[name], strict=True))
+    assert {each.tags[0].value for each in run.inputs.dataset_inputs} == {"test", "calibration", "training"}
+    (made,) = client.get_run(run.info.run_id).outputs.model_outputs
+    assert client.get_logged_model(made.model_id).tags["weights_digest"] == record.weights_digest
+    assert "train/odd" not in run.data.metrics
+
+
+def test_a_skipped_cell_has_a_reason_and_no_number(results: Path, client: Any, tmp_path: Path) -> None:
+    path = tmp_path / "declined.toml"
+    path.write_text(
+        'models = ["toy"]\nprecisions = ["W8A8"]\ncalibration_items = 8\nmethods = [{name = "toy_declines"}]'
+    )
+    assert call("run", "--all", "--suite", str(path), "--results", str(results)).exit_code == 0
+    (run,) = cell_runs(client)
+    assert run.info.status == "KILLED"
+    assert run.data.tags["reason"] == "the toy has no softmax"
+    assert run.data.metrics == {}
+    assert run.data.params["method"] == "toy_declines"
+    assert sync_store(Store(results)) == (0, 1)
 
 
 def test_the_view_can_be_rebuilt(results: Path, client: Any, suite_file: str) -> None:
@@ -98,12 +203,22 @@ def test_the_view_can_be_rebuilt(results: Path, client: Any, suite_file: str) ->
     assert len(cell_runs(client)) == 5
 
 
-def test_measuring_again_replaces_the_run(results: Path, client: Any, suite_file: str) -> None:
+def test_measuring_again_updates_the_run(results: Path, client: Any, suite_file: str) -> None:
     arguments = ["run", "--method", "mse", "--suite", suite_file, "--results", str(results)]
     call(*arguments)
+    before = {run.info.run_id: run for run in cell_runs(client)}
     call(*arguments, "--overwrite", "always")
-    assert len(parents(client)) == 2
-    assert len(cell_runs(client)) == 2
+    last, first = parents(client)
+    after = {run.info.run_id: run for run in cell_runs(client)}
+    assert len(after) == 2
+    assert set(after) == set(before)
+    for run_id, run in after.items():
+        assert run.data.tags["mlflow.parentRunId"] == first.info.run_id
+        assert run.data.tags["updated_by"] == last.info.run_id
+        assert run.data.params == before[run_id].data.params
+        assert run.info.status == "FINISHED"
+    assert len([name for name in last.data.metrics if name.startswith("drop ")]) == 2
+    assert sync_store(Store(results)) == (0, 2)
 
 
 def test_failures_are_runs_too(results: Path, client: Any, tmp_path: Path) -> None:
@@ -115,7 +230,41 @@ def test_failures_are_runs_too(results: Path, client: Any, tmp_path: Path) -> No
     (run,) = cell_runs(client)
     assert run.info.status == "FAILED"
     assert "no range" in run.data.tags["error"]
-    assert sync_store(Store(results)) == (0, 0)
+    assert run.data.params["method"] == "toy_breaks"
+    assert sync_store(Store(results)) == (0, 1)
+    client.delete_run(run.info.run_id)
+    assert sync_store(Store(results)) == (1, 0)
+    (again,) = cell_runs(client)
+    assert (again.info.status, again.data.params) == ("FAILED", run.data.params)
+
+
+def test_a_cell_that_fails_and_then_does_not_is_one_run(
+    results: Path, client: Any, suite_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ValueError("not today")
+
+    arguments = ["run", "--method", "mse", "--suite", suite_file, "--results", str(results)]
+    with monkeypatch.context() as patched:
+        patched.setattr("baselines.mse.MeanSquaredError.quantize", broken)
+        assert call(*arguments).exit_code == 1
+    assert {run.info.status for run in cell_runs(client)} == {"FAILED"}
+    assert call(*arguments).exit_code == 0
+    runs = cell_runs(client)
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert len(runs) == 2
+    assert not any("error" in run.data.tags for run in runs)
+
+
+def test_the_next_invocation_closes_a_dead_one(results: Path, client: Any, suite_file: str) -> None:
+    killed = Tracker(Store(results))
+    killed.start("killed", {})
+    killed._alive.close()  # what the system does for a process that dies
+    call("run", "--method", "fp32", "--suite", suite_file, "--results", str(results))
+    assert {run.info.run_name: run.info.status for run in parents(client)} == {
+        "killed": "KILLED",
+        "run toys": "FINISHED",
+    }
 
 
 def test_a_broken_backend_costs_a_warning_only(

@@ -1,0 +1,153 @@
+"""What the run of an invocation shows of all its cells: drops by method and precision, a table, a figure."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmark.grid.cells import Cell
+from benchmark.keep.record import Record
+from benchmark.tracking.contents import recovery_of, table_text
+
+_COLUMNS = [
+    "model",
+    "method",
+    "scheme",
+    "profile",
+    "seed",
+    "status",
+    "metric",
+    "score",
+    "fp32",
+    "drop",
+    "ci_low",
+    "ci_high",
+    "recovery",
+    "training_s",
+    "calibration_s",
+    "peak_mb",
+    "cell_id",
+]
+_EVEN = re.compile(r"W(\d+)A\1")
+"""A scheme with one width for all, which can stand on an axis of bits."""
+_ODD = re.compile(r"[^A-Za-z0-9_.\- ]+")
+"""What the name of a metric cannot hold; a slash would make a section of the UI's."""
+TABLE, TABLE_TAG = "summary.json", "mlflow.loggedArtifacts"
+
+
+def series_of(record: Record) -> tuple[str, int] | None:
+    """The metric of a cell that is drawn over bits, and its bits: ``drop/<model> <profile>/<method>``."""
+    even = _EVEN.fullmatch(record.cell.scheme_text)
+    if record.result is None or record.cell.is_reference or even is None:
+        return None
+    return f"drop/{_section(record.cell)}/{_word(record.cell.label)}", int(even[1])
+
+
+def drops(records: Iterable[Record]) -> dict[tuple[str, int], float]:
+    """Metrics by name and step: the drop over bits, by precision, and the mean recovery by precision.
+
+    A drop is a mean over the seeds of a cell; a recovery one over models and profiles as well.
+    """
+    found: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for record in records:
+        cell, result = record.cell, record.result
+        if result is None or cell.is_reference:
+            continue
+        scheme, label = _word(cell.scheme_text), _word(cell.label)
+        found[f"drop {scheme}/{_section(cell)}/{label}", 0].append(result.drop)
+        recovery = recovery_of(record)
+        if recovery is not None:
+            found[f"recovery {scheme}/{label}", 0].append(recovery)
+        series = series_of(record)
+        if series is not None:
+            found[series].append(result.drop)
+    return {key: sum(values) / len(values) for key, values in sorted(found.items())}
+
+
+def write_summary(folder: Path, cells: Sequence[Cell], records: Mapping[str, Record]) -> None:
+    """Write the table of the cells, for MLflow and for people, and the figure of their drops."""
+    rows = [_row(cell, records.get(cell.cell_id)) for cell in cells]
+    (folder / TABLE).write_text(table_text(_COLUMNS, rows), encoding="utf-8")
+    from tabulate import tabulate
+
+    shown = [[_short(value) for value in row[:-1]] for row in rows]
+    text = tabulate(shown, headers=_COLUMNS[:-1], tablefmt="github", disable_numparse=True)
+    (folder / "summary.md").write_text(text + "\n", encoding="utf-8")
+    if any(series_of(record) for record in records.values()):
+        _draw(folder / "drop_by_precision.png", list(records.values()))
+
+
+def table_tag() -> str:
+    """The tag by which the UI knows the table."""
+    return json.dumps([{"path": TABLE, "type": "table"}])
+
+
+def _row(cell: Cell, record: Record | None) -> list[Any]:
+    result = None if record is None else record.result
+    cost: Mapping[str, float | None] = {} if record is None else record.cost
+    values = None if result is None else (result.metric, result.value, result.fp32, result.drop)
+    return [
+        cell.model,
+        cell.label,
+        cell.scheme_text,
+        cell.profile,
+        cell.seed,
+        "missing or failed" if record is None else record.status,
+        *(values or (None,) * 4),
+        None if result is None else result.ci_low,
+        None if result is None else result.ci_high,
+        None if record is None else recovery_of(record),
+        *(cost.get(name) for name in ("training_s", "calibration_s", "peak_mb")),
+        cell.cell_id,
+    ]
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _draw(path: Path, records: list[Record]) -> None:
+    """Lines of the drop over bits: a panel for each model and profile, a line for each method."""
+    from benchmark.report.canvas import COLOURS, DASHES, MARKERS, new_figure
+
+    panels: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for (name, step), value in drops(records).items():
+        kind, *where = name.split("/")
+        if kind == "drop":
+            panels[where[0]][where[1]][step] = value
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    figure = new_figure(2.6 * down, width=3.2 * across + 0.5)
+    for number, (title, lines) in enumerate(sorted(panels.items())):
+        axes = figure.add_subplot(down, across, number + 1)
+        for index, (label, points) in enumerate(sorted(lines.items())):
+            style = index % len(COLOURS)
+            bits = sorted(points)
+            axes.plot(
+                bits,
+                [points[each] for each in bits],
+                label=label,
+                color=COLOURS[style],
+                linestyle=DASHES[(index // len(COLOURS) + style) % len(DASHES)],
+                marker=MARKERS[style],
+            )
+        axes.set_title(title)
+        axes.set_xticks(sorted({each for points in lines.values() for each in points}))
+        axes.set_xlabel("bits")
+        axes.set_ylabel("drop")
+        axes.legend(fontsize=5)
+    figure.savefig(path, dpi=150)
+
+
+def _section(cell: Cell) -> str:
+    return f"{_word(cell.model)} {cell.profile}"
+
+
+def _word(text: str) -> str:
+    return _ODD.sub("_", text)[:80]
