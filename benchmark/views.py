@@ -50,26 +50,27 @@ def echo_cells(store: Store, cells: Sequence[Cell], as_json: bool = False) -> No
     """
     obstacles = _Obstacles()
     rows: list[dict[str, Any]] = []
-    for cell in cells:
-        status = status_of(store, cell)
-        note = status.message.partition("\n")[0] if status.word == "failed" else status.message
-        row = {
-            "cell_id": cell.cell_id if as_json else cell.cell_id[:12],
-            "model": cell.model,
-            "method": cell.label,
-            "precision": cell.scheme_text,
-            "profile": cell.profile,
-            "seed": cell.seed,
-            "status": "cached" if status.word == "done" else status.word,
-            "note": note,
-        }
-        found = () if status.finished else obstacles.of(cell)
-        if as_json:
-            row["obstacles"] = [{"reason": item.reason, "remedy": item.remedy} for item in found]
-        elif found:
-            numbers = " ".join(f"[{obstacles.number(item)}]" for item in found)
-            row["note"] = "; ".join(filter(None, (f"cannot run here: {numbers}", note)))
-        rows.append(row)
+    with store.indexed():
+        for cell in cells:
+            status = status_of(store, cell)
+            note = status.message.partition("\n")[0] if status.word == "failed" else status.message
+            row = {
+                "cell_id": cell.cell_id if as_json else cell.cell_id[:12],
+                "model": cell.model,
+                "method": cell.label,
+                "precision": cell.scheme_text,
+                "profile": cell.profile,
+                "seed": cell.seed,
+                "status": "cached" if status.word == "done" else status.word,
+                "note": note,
+            }
+            found = () if status.finished else obstacles.of(cell)
+            if as_json:
+                row["obstacles"] = [{"reason": item.reason, "remedy": item.remedy} for item in found]
+            elif found:
+                numbers = " ".join(f"[{obstacles.number(item)}]" for item in found)
+                row["note"] = "; ".join(filter(None, (f"cannot run here: {numbers}", note)))
+            rows.append(row)
     echo_rows(rows, as_json)
     if not as_json:
         obstacles.echo(len(rows))

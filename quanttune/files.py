@@ -80,8 +80,17 @@ def read_json(path: Path) -> Any:
         OSError: If it cannot be read.
         ValueError: If it is not JSON.
     """
+    return parse_json(path.read_bytes())
+
+
+def parse_json(content: bytes) -> Any:
+    """What the bytes of a JSON file say, whatever its shape.
+
+    Raises:
+        ValueError: If it is not JSON.
+    """
     # Editors of Windows begin a file with a byte-order mark.
-    text = path.read_text(encoding="utf-8-sig")
+    text = content.decode("utf-8-sig")
     try:
         return json.loads(text)
     except RecursionError as error:

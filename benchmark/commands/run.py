@@ -208,7 +208,8 @@ def _tell_interrupted(plan: Plan) -> None:
         at = arguments.index("--overwrite")
         del arguments[at : at + 2]
     store = plan.store
-    kept = sum(store.load(cell) is not None for cell in plan.cells)
+    with store.indexed():
+        kept = sum(store.load(cell) is not None for cell in plan.cells)
     click.echo(
         f"interrupted: {kept} of {len(plan.cells)} cells are kept; go on with: "
         f"python -m benchmark {shlex.join(arguments)}",

@@ -70,7 +70,10 @@ class Plan:
     def known(self) -> dict[str, Outcome]:
         """The outcomes that the store already has, by cell id; the other cells have to run."""
         store = self.store
-        found = {cell.cell_id: stored_outcome(store, cell, self.settings.overwrite) for cell in self.cells}
+        with store.indexed():
+            found = {
+                cell.cell_id: stored_outcome(store, cell, self.settings.overwrite) for cell in self.cells
+            }
         return {cell_id: outcome for cell_id, outcome in found.items() if outcome is not None}
 
     def outcomes(self, events: Events | None = None) -> Generator[Outcome, None, None]:
@@ -99,9 +102,9 @@ class Plan:
                 outcomes[outcome.cell.cell_id] = outcome
                 told.add(outcome.cell.cell_id)
                 yield outcome
-            for cell in self.cells:
-                if outcomes[cell.cell_id].status == "cached" and self.store.load(cell) is None:
-                    del outcomes[cell.cell_id]
+            cached = [cell for cell in self.cells if outcomes[cell.cell_id].status == "cached"]
+            for cell in self._not_kept(cached):
+                del outcomes[cell.cell_id]
         for cell in self.cells:
             if cell.cell_id not in told and cell.cell_id in outcomes:
                 yield outcomes[cell.cell_id]
@@ -109,14 +112,20 @@ class Plan:
 
     def _require_kept(self, outcomes: Mapping[str, Outcome]) -> None:
         """Refuse to call done what is no longer there: somebody may have removed the folder meanwhile."""
-        store = self.store
         finished = [cell for cell in self.cells if outcomes[cell.cell_id].status in ("done", "skipped")]
-        lost = sum(store.load(cell) is None for cell in finished)
+        lost = len(self._not_kept(finished))
         if lost:
             raise StoreError(
-                f"{lost} of the {len(finished)} cells that this run finished are no longer in {store.root}: "
-                "the folder was removed or changed meanwhile; run again to measure them anew"
+                f"{lost} of the {len(finished)} cells that this run finished are no longer in "
+                f"{self.store.root}: the folder was removed or changed meanwhile; run again to measure them "
+                "anew"
             )
+
+    def _not_kept(self, cells: Sequence[Cell]) -> list[Cell]:
+        """Those of the cells that the store has no finished record of."""
+        store = self.store
+        with store.indexed():
+            return [cell for cell in cells if store.load(cell) is None]
 
     def _run(self, cells: Sequence[Cell], events: Events) -> Generator[Outcome, None, None]:
         self.store.prepare()

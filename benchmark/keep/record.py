@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -118,13 +118,15 @@ class Record:
     items_sha256: str | None = None
     quantized: Kept | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
-    sites: list[dict[str, Any]] = field(default_factory=list)
+    sites: Sequence[dict[str, Any]] = field(default_factory=list)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     cost: Mapping[str, float | None] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that :meth:`from_json` reads back, sealed with the digest of its other fields."""
-        body = asdict(self) | {"cell": self.cell.identity(), "cell_id": self.cell.cell_id}
+        # sites that are read later are read now
+        whole = replace(self, sites=list(self.sites))
+        body = asdict(whole) | {"cell": self.cell.identity(), "cell_id": self.cell.cell_id}
         # What an older version could say is said as it did: its records keep the digests that views know.
         newer = {name for name in _NEWER if body[name]}
         body = {name: value for name, value in body.items() if name in newer or name not in _NEWER}

@@ -31,6 +31,7 @@ from quanttune.files import read_json
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from benchmark.grid.cells import Cell
     from quanttune.quantization import Quantized
 
 MANIFEST, RECORDS, ITEMS = "manifest.json", "records.parquet", "items.parquet"
@@ -131,7 +132,7 @@ class ReferenceStore(Store):
             found.setdefault(row["cell_id"], {})[row["name"]] = kept[row["digest"]]
         return found
 
-    def _read(self, cell_id: str) -> Record | None:
+    def _read(self, cell_id: str, cell: Cell | None = None) -> Record | None:
         text = self.texts.get(cell_id)
         record = None if text is None else Record.from_json(json.loads(text), str(self.root / RECORDS))
         return record if record is not None and record.cell.cell_id == cell_id else None

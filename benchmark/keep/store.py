@@ -9,6 +9,7 @@ Layout of a results folder::
     failures/<cell id>.json         why a cell failed last; never read as a result
     references/<identity>.json      digest of the reference weights a model has at present
     locks/<cell id>.lock            a cell under way, or interrupted
+    index.parquet                   what views read of many records, see :mod:`benchmark.keep.index`
     stages/<name>/<key>.safetensors expensive intermediate results, see :mod:`benchmark.keep.stages`
     tables/, mlflow.db, mlartifacts/  views, made again by `table` and `sync`
 """
@@ -18,8 +19,9 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +34,13 @@ from benchmark.keep.atomic import (
     write_atomically,
     write_text_atomically,
 )
+from benchmark.keep.index import Index
 from benchmark.keep.quantized import read_quantized, write_quantized
 from benchmark.keep.record import SCHEMA, Kept, Record, refuse_newer
 from benchmark.keep.stages import Stages
 from quanttune.digests import sha256_file
 from quanttune.errors import StoreError
-from quanttune.files import read_json, remove_abandoned
+from quanttune.files import parse_json, remove_abandoned
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,6 +72,24 @@ class Store:
         marker = _read_json(self.root / "store.json")
         if isinstance(marker, dict):
             refuse_newer(marker.get("schema"), str(self.root / "store.json"))
+        self._index: Index | None = None
+        self._references: dict[str, str | None] = {}
+
+    @contextlib.contextmanager
+    def indexed(self) -> Iterator[None]:
+        """Read many records: each file is hashed as ever, and parsed only where the index does not know it.
+
+        Whoever measures meanwhile is seen or not; a model's present reference is looked up once.
+        """
+        if self._index is not None:
+            yield
+            return
+        self._index = Index(self.root)
+        try:
+            yield
+            self._index.save()
+        finally:
+            self._index, self._references = None, {}
 
     def prepare(self) -> None:
         """Make the folder and its marker, so that a full or read-only disk is noticed before the work.
@@ -101,7 +122,7 @@ class Store:
             ``None`` if there is none, it was truncated or edited, its predictions are damaged, or it was
             measured against other reference weights than the model has now.
         """
-        record = self._read(cell.cell_id)
+        record = self._read(cell.cell_id, cell)
         if record is None:
             return None
         present = self.reference_digest(cell.model_identity)
@@ -257,9 +278,14 @@ class Store:
 
     def reference_digest(self, model_identity: str) -> str | None:
         """Digest of the reference weights a model has at present, ``None`` if they were not made yet."""
+        if model_identity in self._references:
+            return self._references[model_identity]
         found = _read_json(self._file("references", model_identity, ".json"))
         digest = found.get("digest") if isinstance(found, dict) else None
-        return digest if isinstance(digest, str) else None
+        digest = digest if isinstance(digest, str) else None
+        if self._index is not None:
+            self._references[model_identity] = digest
+        return digest
 
     def save_reference_digest(self, model: str, model_identity: str, digest: str) -> None:
         """Keep the digest of a model's reference weights, so that results against others count as missing."""
@@ -294,24 +320,64 @@ class Store:
             raise StoreError(f"{digest!r} is not a sha256 digest")
         return self.root / folder / f"{digest}{ending}"
 
-    def _read(self, cell_id: str) -> Record | None:
+    def _read(self, cell_id: str, cell: Cell | None = None) -> Record | None:
+        """The intact record of an id; ``cell`` is the cell of that id, where the caller has it."""
         path = self._file("cells", cell_id, ".json")
-        record = Record.from_json(_read_json(path), str(path))
-        if record is None or record.cell.cell_id != cell_id:
+        content = _content(path)
+        if content is None:
+            return None
+        digest = sha256(content).hexdigest()
+        record = None
+        if self._index is not None:
+            record = self._index.find(digest, cell_id, cell, lambda: self._sites(cell_id, digest))
+        if record is None:
+            record = _parsed(content, path, cell_id)
+            if record is not None and self._index is not None:
+                self._index.add(digest, record)
+        if record is None:
             return None
         items = record.items_sha256
         whole = items is None or _is_intact(self._file("cells", cell_id, ".safetensors"), items)
         return record if whole else None
 
+    def _sites(self, cell_id: str, digest: str) -> Sequence[dict[str, Any]]:
+        """The table of sites of a record whose file had this digest."""
+        path = self._file("cells", cell_id, ".json")
+        content = _content(path)
+        record = None
+        if content is not None and sha256(content).hexdigest() == digest:
+            record = _parsed(content, path, cell_id)
+        if record is None:
+            raise StoreError(f"{path} was changed while it was read; give the command again")
+        return record.sites
 
-def _read_json(path: Path) -> Any:
-    """The JSON of a file, ``None`` if it is absent or damaged."""
+
+def _parsed(content: bytes, path: Path, cell_id: str) -> Record | None:
+    """The record that a cell's file holds, ``None`` if it is damaged or another cell's."""
     try:
-        return read_json(path)
-    except (FileNotFoundError, ValueError):
+        record = Record.from_json(parse_json(content), str(path))
+    except ValueError:
+        return None
+    return record if record is not None and record.cell.cell_id == cell_id else None
+
+
+def _content(path: Path) -> bytes | None:
+    """The bytes of a file, ``None`` if it is absent."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
         return None
     except OSError as error:
         raise unreadable(path, error) from error
+
+
+def _read_json(path: Path) -> Any:
+    """The JSON of a file, ``None`` if it is absent or damaged."""
+    content = _content(path)
+    try:
+        return None if content is None else parse_json(content)
+    except ValueError:
+        return None
 
 
 def _is_intact(path: Path, sha256: str) -> bool:

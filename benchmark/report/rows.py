@@ -138,12 +138,13 @@ def rows_of(store: Store, suite: Suite, cells: Sequence[Cell]) -> SuiteRows:
     """
     records: dict[str, Record] = {}
     unfinished: dict[str, str] = {}
-    for cell in cells:
-        status = status_of(store, cell)
-        if status.record is not None:
-            records[cell.cell_id] = status.record
-        else:
-            unfinished[cell.cell_id] = status.word
+    with store.indexed():
+        for cell in cells:
+            status = status_of(store, cell)
+            if status.record is not None:
+                records[cell.cell_id] = status.record
+            else:
+                unfinished[cell.cell_id] = status.word
     return SuiteRows(suite, list(cells), records, unfinished, store)
 
 
@@ -172,11 +173,12 @@ def _refusal(store: Store, rows: SuiteRows) -> str:
     if failed:
         text += f", {failed} failed"
     wanted = {replace(cell, limit=None) for cell in missing}
-    limited = sum(
-        replace(record.cell, limit=None) in wanted
-        for record in store.records()
-        if record.cell.limit is not None and record.cell.limit != rows.suite.limit
-    )
+    with store.indexed():
+        limited = sum(
+            replace(record.cell, limit=None) in wanted
+            for record in store.records()
+            if record.cell.limit is not None and record.cell.limit != rows.suite.limit
+        )
     if limited:
         text += f"; {limited} measured with --limit are not used"
     return f"{text}; run `python -m benchmark run --all --suite {rows.suite.origin}`, or give --allow-partial"
