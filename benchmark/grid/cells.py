@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,8 @@ class Cell:
 
     def identity(self) -> dict[str, Any]:
         """The cell as a JSON object, with the engine's version: what :attr:`cell_id` is the digest of."""
-        fields = asdict(self)
+        # every field is a plain value, so there is nothing to copy deeply
+        fields: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["parameters"] = json.loads(fields.pop("parameters_json"))
         recipe = json.loads(fields.pop("recipe_json"))
         if recipe:

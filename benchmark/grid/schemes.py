@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 from quanttune.quantization.granularity import PerChannel, PerTensor
@@ -11,6 +12,7 @@ Axes = tuple[str, str, bool]
 """Precision, granularity of weights, symmetry of activations: one way to tell each scheme, so one cell id."""
 
 
+@functools.cache
 def scheme_of(precision: str, granularity: str, symmetric: bool, profile: str) -> Scheme:
     """The scheme that a precision and the suite's axes tell together; what the precision tells itself stands.
 
@@ -32,6 +34,7 @@ def scheme_of(precision: str, granularity: str, symmetric: bool, profile: str) -
     return replace(scheme, weights=weights, activations=activations)
 
 
+@functools.cache
 def axes_of(scheme: Scheme) -> Axes:
     """The inverse of :func:`scheme_of`: what a cell of this scheme is told by."""
     weights, activations = scheme.weights, scheme.activations

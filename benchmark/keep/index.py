@@ -98,7 +98,10 @@ class Index:
         return None if row is None or row[0] != digest else _unpacked(row, cell, sites)
 
     def add(self, digest: str, record: Record) -> None:
-        """Note a record that was parsed and found whole, in place of an earlier one of its cell."""
+        """Note a record that was parsed and found whole, in place of an earlier one of its cell.
+
+        :meth:`find` then gives it without its sites, of which thousands of records fill the memory.
+        """
         self._rows[record.cell.cell_id] = (digest, len(record.sites), _packed(record))
         self._new += 1
 
@@ -160,7 +163,8 @@ def _read(path: Path) -> list[tuple[str, _Row]]:
     import pyarrow.parquet as pq
 
     try:
-        table: pa.Table = pq.read_table(path)
+        # not `read_table`, which imports pandas
+        table: pa.Table = pq.ParquetFile(path).read()
         cell_ids, *others = (table[name].to_pylist() for name in _COLUMNS)
     except (OSError, KeyError, pa.ArrowException):
         return []

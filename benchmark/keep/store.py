@@ -327,18 +327,21 @@ class Store:
         if content is None:
             return None
         digest = sha256(content).hexdigest()
-        record = None
-        if self._index is not None:
-            record = self._index.find(digest, cell_id, cell, lambda: self._sites(cell_id, digest))
+        index = self._index
+        record = None if index is None else self._known(index, digest, cell_id, cell)
         if record is None:
             record = _parsed(content, path, cell_id)
-            if record is not None and self._index is not None:
-                self._index.add(digest, record)
-        if record is None:
-            return None
+            if record is None:
+                return None
+            if index is not None:
+                index.add(digest, record)
+                record = self._known(index, digest, cell_id, cell) or record
         items = record.items_sha256
         whole = items is None or _is_intact(self._file("cells", cell_id, ".safetensors"), items)
         return record if whole else None
+
+    def _known(self, index: Index, digest: str, cell_id: str, cell: Cell | None) -> Record | None:
+        return index.find(digest, cell_id, cell, lambda: self._sites(cell_id, digest))
 
     def _sites(self, cell_id: str, digest: str) -> Sequence[dict[str, Any]]:
         """The table of sites of a record whose file had this digest."""
