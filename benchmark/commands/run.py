@@ -89,14 +89,14 @@ def _how(*names: str, **settings: Any) -> Callable[[Callable[..., None]], Callab
     "--executor",
     default=None,
     metavar="NAME",
-    help="serial or local; by default local for several jobs.",
+    help="serial, local, or ray (several machines); by default local for several jobs.",
 )
 @_how(
     "--jobs",
     type=int,
     default=None,
     metavar="N",
-    help="Processes at a time; by default cores / threads, at most 4, and 1 on a GPU.",
+    help="Processes at a time; by default cores / threads, at most 4, and 1 on a GPU; ray takes all.",
 )
 @_how(
     "--threads",

@@ -11,6 +11,7 @@ from benchmark.engine.assets import fetch_models
 from benchmark.engine.environment import prepare_torch
 from benchmark.engine.events import Events
 from benchmark.engine.executors import EXECUTORS
+from benchmark.engine.executors.base import default_jobs
 from benchmark.engine.runner import OVERWRITE, Outcome, Settings, stored_outcome
 from benchmark.grid.cells import Cell
 from benchmark.grid.expand import Selection, expand
@@ -185,9 +186,9 @@ def make_plan(
     by_cores = max(1, (os.cpu_count() or 1) // settings.threads)
     if jobs is None and executor is None and spread and settings.device == "cpu" and settings.processes == 1:
         jobs = min(by_cores, len(cells), environment.MOST_JOBS)
-    count = jobs or (1 if executor in (None, "serial") else by_cores)
-    name = executor or ("local" if count > 1 else "serial")
-    EXECUTORS.get(name)
+    name = executor or ("local" if (jobs or 1) > 1 else "serial")
+    chosen = EXECUTORS.get(name)
+    count = jobs or (1 if name == "serial" else default_jobs(chosen, settings))
     if name == "serial" and count > 1:
         raise ConfigError(
             f"--executor serial runs one cell at a time; leave out --jobs {count} or use --executor local"

@@ -121,7 +121,7 @@ class Cell:
         """sha256 of the identity, 64 hexadecimal digits."""
         return json_digest(self.identity())
 
-    @property
+    @cached_property
     def training_group(self) -> str:
         """Digest shared by the cells that may reuse one expensive stage, such as tuned weights.
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 
 from baselines.method import METHODS, Method
-from benchmark.engine.executors import local
+from benchmark.engine.executors.handing import next_cell
 from benchmark.engine.plan import Request, make_plan
 from benchmark.engine.runner import CellRunner, Settings
 from benchmark.grid.cells import Cell
@@ -82,7 +82,7 @@ def test_workers_take_the_phases_in_turn(mixed: list[Cell], workers: int) -> Non
     while pending:
         worker = draw.choice(crew)
         worker.cell = None
-        worker.cell = local._next(pending, worker, crew)  # type: ignore[arg-type]
+        worker.cell = next_cell(pending, worker, crew)  # type: ignore[arg-type]
         worker.model = worker.cell.model
         begun.append(worker.cell)
     assert len(begun) == len(mixed)
@@ -96,11 +96,11 @@ def test_a_worker_without_a_model_takes_one_that_nobody_is_at(mixed: list[Cell])
     pending = running_order(mixed)
     crew = [SimpleNamespace(cell=None, model=None) for _ in range(2)]
     for worker in crew:
-        worker.cell = local._next(pending, worker, crew)  # type: ignore[arg-type]
+        worker.cell = next_cell(pending, worker, crew)  # type: ignore[arg-type]
         worker.model = worker.cell.model
     assert [worker.model for worker in crew] == ["toy", "toy_too"]
     for worker in crew:  # and stays at its own as long as that has cells of the phase
-        worker.cell = local._next(pending, worker, crew)  # type: ignore[arg-type]
+        worker.cell = next_cell(pending, worker, crew)  # type: ignore[arg-type]
         assert worker.cell.model == worker.model
 
 
@@ -109,7 +109,7 @@ def test_nobody_waits_for_a_training(mixed: list[Cell]) -> None:
     busy = SimpleNamespace(cell=trained[0], model="toy")
     free = SimpleNamespace(cell=None, model="toy")
     same = [cell for cell in trained if cell.training_group == trained[0].training_group]
-    taken = local._next([*same[1:], *trained[len(same) :]], free, [busy, free])  # type: ignore[arg-type]
+    taken = next_cell([*same[1:], *trained[len(same) :]], free, [busy, free])  # type: ignore[arg-type]
     assert taken.training_group != trained[0].training_group
 
 

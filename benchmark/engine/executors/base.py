@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from benchmark.engine.events import Events
@@ -23,6 +24,15 @@ class Executor(Protocol):
     ) -> Iterator[Outcome]:
         """Run ``cells`` with ``jobs`` processes at most."""
         ...
+
+
+def default_jobs(executor: Executor, settings: Settings) -> int:
+    """How many processes an executor uses if nobody says: as many as this machine has cores for.
+
+    One that has other machines says so by an attribute ``default_jobs``, a function of the settings.
+    """
+    own: Callable[[Settings], int] | None = getattr(executor, "default_jobs", None)
+    return own(settings) if own is not None else max(1, (os.cpu_count() or 1) // settings.threads)
 
 
 EXECUTORS: Registry[Executor] = Registry("executor", packages=("benchmark.engine.executors",))

@@ -19,10 +19,10 @@ from typing import Any
 
 from benchmark.engine.events import Events
 from benchmark.engine.executors.base import EXECUTORS
+from benchmark.engine.executors.handing import next_cell
 from benchmark.engine.runner import CellRunner, Outcome, Settings
 from benchmark.engine.stopping import leave_to_parent
 from benchmark.grid.cells import Cell
-from benchmark.grid.order import CHEAP, phase_of
 from benchmark.keep.status import FAILED
 from benchmark.keep.store import Store
 from quanttune.errors import QuantTuneError, StoreError
@@ -41,7 +41,7 @@ def local(cells: Sequence[Cell], settings: Settings, jobs: int, events: Events) 
     workers = [_Worker.start(number, settings) for number in range(min(jobs, len(pending)))]
     try:
         for worker in workers:
-            worker.give(_next(pending, worker, workers), events)
+            worker.give(next_cell(pending, worker, workers), events)
         while busy := [worker for worker in workers if worker.cell is not None]:
             for connection in wait([worker.connection for worker in busy]):
                 worker = next(worker for worker in busy if worker.connection is connection)
@@ -53,7 +53,7 @@ def local(cells: Sequence[Cell], settings: Settings, jobs: int, events: Events) 
                 if pending:
                     if not worker.process.is_alive():
                         worker.process, worker.connection = _spawn(settings)
-                    worker.give(_next(pending, worker, workers), events)
+                    worker.give(next_cell(pending, worker, workers), events)
     finally:
         for worker in workers:
             worker.stop()
@@ -104,29 +104,6 @@ def _spawn(settings: Settings) -> tuple[BaseProcess, Connection]:
             del os.environ["OMP_WAIT_POLICY"]
     theirs.close()
     return process, ours
-
-
-def _next(pending: list[Cell], worker: _Worker, workers: list[_Worker]) -> Cell:
-    """Take the first cell that waits for nobody, of the earliest phase, of the model the worker has loaded.
-
-    If that model has none left in the phase, or none is loaded, a model that no other worker is at comes
-    first. What calibrators share takes seconds, so nobody waits for the end of theirs.
-    """
-    others = [other.cell for other in workers if other is not worker and other.cell is not None]
-    under_way = {cell.training_group for cell in others if phase_of(cell) != CHEAP}
-    taken = {cell.model for cell in others}
-
-    def cost(cell: Cell) -> tuple[bool, int, bool, bool]:
-        return (
-            cell.training_group in under_way,
-            phase_of(cell),
-            worker.model != cell.model,
-            cell.model in taken,
-        )
-
-    chosen = min(pending, key=cost)
-    pending.remove(chosen)
-    return chosen
 
 
 def _outcome_of(worker: _Worker, events: Events, settings: Settings) -> Outcome | None:
