@@ -110,8 +110,8 @@ class Trial:
             with suppress(QuantTuneError, *(() if without is None else (LookupError, RuntimeError))):
                 method.quantize(dataclasses.replace(context, stages=shared))
             yield from shared.wrong
-            # Statistics are no method's own, nor is what a model with given quantizers is worth.
-            common = ("statistics", "validation")
+            # Statistics are no method's own, nor is what given quantizers do to a model.
+            common = ("statistics", "validation", "sensitivity")
             ignored = [stage for stage in shared.taken if change == IDENTITY or stage not in common]
             if change in (IDENTITY, VERSION):
                 yield from (f"{change}: takes {stage}" for stage in ignored)
