@@ -19,7 +19,6 @@ from torch import Tensor
 _DROPPED = 24 - 11
 CODES = 1 << (32 - _DROPPED)
 """Number of codes of the short format."""
-_FEW = 1 << 14  # values that are sorted faster than a count of every code is laid out
 
 
 @dataclass(frozen=True)
@@ -76,18 +75,6 @@ class CodeCounts:
     codes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
-    def added(self, *values: Tensor) -> CodeCounts:
-        """The counts with more values, tensors of one shape; those of tensor ``k`` are at ``k CODES + code``.
-
-        Several at once, because each count costs the same few calls however few values there are.
-        """
-        codes = short_codes(torch.stack(values)).view(len(values), -1)
-        codes += torch.arange(len(values), dtype=codes.dtype, device=codes.device)[:, None] * CODES
-        codes = codes.view(-1)
-        if codes.numel() > _FEW:
-            return CodeCounts(*counted(codes, self.codes, self.counts, len(values) * CODES))
-        return self.merge(CodeCounts(*codes.cpu().long().unique(return_counts=True)))
-
     def part(self, number: int) -> CodeCounts:
         """The counts of one of several tensors that were added together."""
         edges = torch.tensor([number * CODES, (number + 1) * CODES])
@@ -136,25 +123,6 @@ def short_codes(values: Tensor) -> Tensor:
 def values_of_codes(codes: np.ndarray) -> np.ndarray:
     """The value of each code, float64 of the same shape; infinite for what the largest values round up to."""
     return (codes.astype(np.uint32) << _DROPPED).view(np.float32).astype(np.float64)
-
-
-def counted(codes: Tensor, occupied: Tensor, counts: Tensor, size: int = CODES) -> tuple[Tensor, Tensor]:
-    """Counts of codes added to those so far.
-
-    Args:
-        codes: Codes to count, shape ``(values,)``.
-        occupied: Codes that have a count so far, ascending, int64.
-        counts: Their counts, int64, on the CPU.
-        size: All codes are below it.
-
-    Returns:
-        The occupied codes and their counts after that, on the CPU.
-    """
-    # Most codes never occur: dense for the sum, sparse to be kept.
-    dense = torch.bincount(codes, minlength=size).cpu()
-    dense[occupied] += counts
-    occupied = dense.nonzero().squeeze(1)
-    return occupied, dense[occupied]
 
 
 def cell_edges(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from quanttune.errors import QuantTuneError
 from quanttune.inputs import ModelInputs
-from quanttune.quantization.histogram import CodeCounts, Histogram, counted, short_codes
+from quanttune.quantization.histogram import CodeCounts, Histogram
 from quanttune.quantization.observation import Bounds, Observer, finite_bounds, observe
 from quanttune.quantization.sites import SiteTable
+from quanttune.quantization.tally import ExtremesTally, Tally
 from quanttune.quantization.transforms import Transform
 
 _SCALARS = ("low", "high", "ema_low", "ema_high", "first_low", "first_high", "batches")
@@ -76,8 +77,12 @@ class TensorStatistics:
         Raises:
             QuantTuneError: If a value is not finite.
         """
-        values = values.detach()
-        low, high = finite_bounds(values, "a calibration activation") if bounds is None else bounds
+        counting = Counting(self, axis)
+        counting.add(values, bounds)
+        counting.finish()
+
+    def widen(self, low: float, high: float) -> None:
+        """Take in the bounds of a batch, and nothing else of it."""
         if not self.batches:
             self.first_low, self.first_high = low, high
         momentum = EMA_MOMENTUM if self.batches else 1.0
@@ -85,12 +90,6 @@ class TensorStatistics:
         self.ema_high += momentum * (high - self.ema_high)
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.batches += 1
-        self.__dict__.pop("histogram", None)  # made from the counts so far
-        self.codes, self.counts = counted(short_codes(values), self.codes, self.counts)
-        axis = -1 if axis is None else axis
-        # Taken apart: on a CPU both together are many times slower along a dimension.
-        lows, highs = values.amin(dim=axis), values.amax(dim=axis)
-        self.extremes = self.extremes.added(lows, highs, torch.maximum(lows.abs(), highs.abs()))
 
     def merge(self, other: TensorStatistics) -> TensorStatistics:
         """The statistics of both sets of values, as if the other's batches had followed this set's."""
@@ -165,6 +164,37 @@ class TensorStatistics:
         return max(self.high - self.mean, self.mean - self.low) / std if std > 0 else math.nan
 
 
+class Counting:
+    """Adds batches to a summary, whose counts lag behind until :meth:`finish`.
+
+    Args:
+        statistics: The summary.
+        axis: The dimension that holds the channels of a token; the last one by default.
+    """
+
+    def __init__(self, statistics: TensorStatistics, axis: int | None = None) -> None:
+        self.statistics = statistics
+        self._axis = -1 if axis is None else axis
+        self._values = Tally(CodeCounts(statistics.codes, statistics.counts))
+        self._extremes = ExtremesTally(statistics.extremes)
+
+    def add(self, values: Tensor, bounds: Bounds | None = None) -> None:
+        """Add a batch; arguments and errors of :meth:`TensorStatistics.update`."""
+        values = values.detach()
+        low, high = finite_bounds(values, "a calibration activation") if bounds is None else bounds
+        self.statistics.widen(low, high)
+        self._values.add(values, max(-low, high))
+        self._extremes.add(values, self._axis)
+
+    def finish(self) -> TensorStatistics:
+        """The summary, with all counts."""
+        self.statistics.__dict__.pop("histogram", None)  # made from the counts so far
+        counts = self._values.counts()
+        self.statistics.codes, self.statistics.counts = counts.codes, counts.counts
+        self.statistics.extremes = self._extremes.counts()
+        return self.statistics
+
+
 def statistics_to_tensors(statistics: Mapping[str, TensorStatistics]) -> dict[str, Tensor]:
     """Pack statistics into tensors that safetensors can hold."""
     packed: dict[str, Tensor] = {}
@@ -222,10 +252,11 @@ def collect_statistics(
     if not observers:
         return {}
     observe(model, batches, observers, progress=progress, known=sites.known)
-    unseen = [site_id for site_id, observer in observers.items() if not observer.statistics.batches]
+    found = {site_id: observer.statistics for site_id, observer in observers.items()}
+    unseen = [site_id for site_id, statistics in found.items() if not statistics.batches]
     if unseen:
         raise no_value(unseen[0])
-    return {site_id: observer.statistics for site_id, observer in observers.items()}
+    return found
 
 
 def no_value(site_id: str) -> QuantTuneError:
@@ -243,17 +274,20 @@ class StatisticsObserver(Observer):
         seen: From the tensor to what is summarised; the tensor itself by default.
         axis: The dimension that holds the channels; the last one by default.
 
-    Attributes:
-        statistics: The summary so far.
     """
 
     def __init__(self, seen: Callable[[Tensor], Tensor] | None = None, axis: int | None = None) -> None:
-        self.statistics = TensorStatistics()
-        self._seen, self._axis = seen, axis
+        self._counting = Counting(TensorStatistics(), axis)
+        self._seen = seen
 
     def update(self, values: Tensor, bounds: Bounds) -> None:
         """Add a batch."""
         if self._seen is None:
-            self.statistics.update(values, bounds, self._axis)
+            self._counting.add(values, bounds)
         else:
-            self.statistics.update(self._seen(values.detach()), axis=self._axis)
+            self._counting.add(self._seen(values.detach()))
+
+    @property
+    def statistics(self) -> TensorStatistics:
+        """The summary so far."""
+        return self._counting.finish()
