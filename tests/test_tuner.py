@@ -95,6 +95,31 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     assert not checkpoint.exists()
 
 
+def test_the_course_is_told_step_by_step_and_changes_nothing(vit: nn.Module, tmp_path: Path) -> None:
+    course: list[dict[str, float]] = []
+    assert tuned(vit, course=course) == tuned(vit)
+    assert [row["step"] for row in course] == list(range(1, SCHEDULE.steps + 1))
+    assert all(set(row) == {"step", "loss", "outlier_loss", "largest_ratio"} for row in course)
+    # the first step only measures
+    assert course[0]["outlier_loss"] == 0 < course[1]["outlier_loss"]
+    assert all(row["largest_ratio"] > 1 for row in course)
+    plain: list[dict[str, float]] = []
+    tuned(vit, outliers=False, course=plain)
+    assert all(set(row) == {"step", "loss"} for row in plain)
+    assert plain[0]["loss"] == course[0]["loss"]
+
+    def stop(done: int, total: int, loss: float) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    again: list[dict[str, float]] = []
+    kept = {"checkpoint": tmp_path / "state", "checkpoint_every": 2}
+    with pytest.raises(KeyboardInterrupt):
+        tuned(vit, progress=stop, course=[], **kept)
+    tuned(vit, course=again, **kept)
+    assert again == course
+
+
 def test_a_damaged_or_foreign_checkpoint_is_ignored(vit: nn.Module, tmp_path: Path) -> None:
     checkpoint = tmp_path / "run.safetensors"
     checkpoint.write_bytes(b"not safetensors")

@@ -100,6 +100,8 @@ def _merge(
     from benchmark.keep.merging import difference, take
 
     found = difference(source, target)
+    if found.limited:
+        click.echo(f"{found.limited} cells measured with --limit are not published")
     if found.new and sample is None:
         click.echo("no cell was measured again: the new numbers are taken as they were given")
     elif found.new and sample is not None and not _verified(found.new, source, sample, measured):

@@ -27,7 +27,7 @@ def ui(port: int, open_it: bool, results: Path) -> None:
     of all cells.
     """
     from benchmark.keep.store import Store
-    from benchmark.tracking.backend import connect, database, is_local, serve_ui, tracking_uri
+    from benchmark.tracking.backend import database, experiment_of, is_local, serve_ui, tracking_uri
     from benchmark.tracking.view import CELLS, DROPS, address
 
     if not 1 <= port <= 65535:
@@ -36,21 +36,13 @@ def ui(port: int, open_it: bool, results: Path) -> None:
     uri = tracking_uri(store)
     if is_local() and not database(store).exists():
         raise StoreError(f"{uri} does not exist yet; `run` makes it, or `sync` from the cells of {results}")
-    try:
-        _, experiment = connect(store)
-    except StoreError:
-        raise
-    except Exception as error:  # of many kinds; the UI may say more about its backend
-        click.echo(f"warning: no addresses of the comparison: {error}".partition("\n")[0], err=True)
-        serve_ui(store, port)
-        return
-    links = {
-        "drop by precision": address(port, experiment, DROPS),
-        "all cells": address(port, experiment, CELLS),
-    }
-    for name, link in links.items():
-        click.echo(f"{name}: {link}")
-    serve_ui(store, port, links["drop by precision"] if open_it else None)
+    experiment = experiment_of(store)
+    first = None
+    if experiment is not None:
+        first = address(port, experiment, DROPS)
+        click.echo(f"drop by precision: {first}")
+        click.echo(f"all cells: {address(port, experiment, CELLS)}")
+    serve_ui(store, port, (first or f"http://127.0.0.1:{port}") if open_it else None)
 
 
 @cli.command(

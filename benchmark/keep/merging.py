@@ -56,11 +56,13 @@ class Difference:
         new: Records to take, in order of cell id.
         present: Cells that both have with the same number.
         conflicts: Cells and models with two.
+        limited: Cells of ``--limit``, which published results do not take.
     """
 
     new: list[Record] = field(default_factory=list)
     present: int = 0
     conflicts: list[Conflict] = field(default_factory=list)
+    limited: int = 0
 
 
 def difference(source: Store, target: Store) -> Difference:
@@ -77,6 +79,9 @@ def difference(source: Store, target: Store) -> Difference:
     for record in source.records():
         cell = record.cell
         if source.load(cell) is None:
+            continue
+        if cell.limit is not None and isinstance(target, ReferenceStore):
+            found.limited += 1
             continue
         known = target.find_or_none(cell.cell_id)
         if known is not None:

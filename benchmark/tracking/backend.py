@@ -147,6 +147,23 @@ def _has_runs(path: Path) -> bool:
         return False
 
 
+def experiment_of(store: Store) -> str | None:
+    """The id of our experiment, looked up without MLflow where the database is a file; ``None`` if unknown.
+
+    Raises:
+        StoreError: If a server does not answer.
+    """
+    if not is_local():
+        return connect(store)[1]
+    try:
+        with contextlib.closing(sqlite3.connect(database(store).as_uri() + "?mode=ro", uri=True)) as opened:
+            asked = "select experiment_id from experiments where name = ?"
+            found = opened.execute(asked, (EXPERIMENT,)).fetchone()
+    except sqlite3.Error:  # half made, or none; MLflow says what is wrong with it
+        return None
+    return None if found is None else str(found[0])
+
+
 def serve_ui(store: Store, port: int, link: str | None = None) -> None:
     """Serve MLflow's own UI on 127.0.0.1 until it is stopped.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from benchmark.tracking.contents import (
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Metric
 
     from benchmark.tracking.weights import Weights
 
@@ -72,9 +74,14 @@ def log_record(
     cell, ended = record.cell, ended_at(record)
     tags = tags_of(record) | ({"suite": suites} if suites else {})
     started = ended - int(record.duration_s * 1000)
-    run_id, new = _run_of(client, experiment_id, parent, cell, tags, started)
-    model = weights.of(record, run_id)
-    _log_metrics(client, run_id, record, store, model)
+    run_id, known = _run_of(client, experiment_id, parent, cell, tags, started)
+    new = known is None
+    # MLflow refuses a number of a model at a time at which it has one, and shows the latest of a run
+    at = ended if new else max(ended + 1, int(time.time() * 1000))
+    metrics = _metrics(record, run_id, weights.of(record, run_id), at)
+    metrics += _steps(record, store, at, known or frozenset())
+    for start in range(0, len(metrics), _BATCH):
+        client.log_batch(run_id, metrics=metrics[start : start + _BATCH])
     trains = bool(record.cost.get("trainings")) or record.weights_digest != record.reference_digest
     if new:
         items = None if record.result is None else record.result.n
@@ -120,8 +127,8 @@ def _run_of(
     cell: Cell,
     tags: dict[str, str],
     started: int | None,
-) -> tuple[str, bool]:
-    """The run of a cell with these tags, and whether it is a new one."""
+) -> tuple[str, frozenset[str] | None]:
+    """The run of a cell with these tags, and the metrics that it has; ``None`` for a new one."""
     from mlflow.entities import Param, RunTag
 
     fixed = {"cell_id": cell.cell_id, "kind": "cell", "mlflow.source.name": "quanttune-bench"}
@@ -136,29 +143,38 @@ def _run_of(
         if parent is not None:
             tags = {**tags, "updated_by": parent}
         client.log_batch(run.info.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
-        return str(run.info.run_id), False
+        return str(run.info.run_id), frozenset(run.data.metrics)
     family = {} if parent is None else {PARENT_TAG: parent}
     made = client.create_run(
         experiment_id, start_time=started, tags={**fixed, **tags, **family}, run_name=str(cell)
     )
     parameters = [Param(name, value) for name, value in parameters_of(cell).items()]
     client.log_batch(made.info.run_id, params=parameters)
-    return str(made.info.run_id), True
+    return str(made.info.run_id), None
 
 
-def _log_metrics(client: MlflowClient, run_id: str, record: Record, store: Store, model: str | None) -> None:
+def _metrics(record: Record, run_id: str, model: str | None, at: int) -> list[Metric]:
     from mlflow.entities import Metric
 
-    ended, cell = ended_at(record), record.cell
+    cell = record.cell
     data = {"dataset_name": cell.task, "dataset_digest": cell.task_fingerprint[:32]}
     metrics = []
     for name, value in metrics_of(record).items():
         linked = {"model_id": model, "run_id": run_id, **data} if model and name in _LINKED else {}
-        metrics.append(Metric(name, value, ended, 0, **linked))
-    for name, points in course_of(record, store.stages).items():
-        metrics += [Metric(name, value, ended, step) for step, value in points]
-    for start in range(0, len(metrics), _BATCH):
-        client.log_batch(run_id, metrics=metrics[start : start + _BATCH])
+        metrics.append(Metric(name, value, at, 0, **linked))
+    return metrics
+
+
+def _steps(record: Record, store: Store, at: int, known: frozenset[str]) -> list[Metric]:
+    """The course of a training that the run does not have: each step would be drawn twice."""
+    from mlflow.entities import Metric
+
+    return [
+        Metric(name, value, at, step)
+        for name, points in course_of(record, store.stages).items()
+        if name not in known
+        for step, value in points
+    ]
 
 
 def record_digest(record: Record) -> str:

@@ -39,16 +39,22 @@ _ODD = re.compile(r"[^A-Za-z0-9_.\- ]+")
 TABLE, TABLE_TAG = "summary.json", "mlflow.loggedArtifacts"
 
 
+def bits_of(cell: Cell) -> int | None:
+    """The bits of a cell that has one width for weights and activations."""
+    even = None if cell.is_reference else _EVEN.fullmatch(cell.scheme_text)
+    return None if even is None else int(even[1])
+
+
 def series_of(record: Record) -> tuple[str, int] | None:
-    """The metric of a cell that is drawn over bits, and its bits: ``drop/<model> <profile>/<method>``."""
-    even = _EVEN.fullmatch(record.cell.scheme_text)
-    if record.result is None or record.cell.is_reference or even is None:
+    """The metric of an invocation that a cell is a point of, and its bits."""
+    bits = bits_of(record.cell)
+    if record.result is None or bits is None:
         return None
-    return f"drop/{_section(record.cell)}/{_word(record.cell.label)}", int(even[1])
+    return f"drop/{section(record.cell)}/{_word(record.cell.label)}", bits
 
 
 def drops(records: Iterable[Record]) -> dict[tuple[str, int], float]:
-    """Metrics by name and step: the drop over bits, by precision, and the mean recovery by precision.
+    """Metrics of an invocation by name and step: drop over bits, drop and mean recovery by precision.
 
     A drop is a mean over the seeds of a cell; a recovery one over models and profiles as well.
     """
@@ -58,13 +64,32 @@ def drops(records: Iterable[Record]) -> dict[tuple[str, int], float]:
         if result is None or cell.is_reference:
             continue
         scheme, label = _word(cell.scheme_text), _word(cell.label)
-        found[f"drop {scheme}/{_section(cell)}/{label}", 0].append(result.drop)
+        found[f"drop {scheme}/{section(cell)}/{label}", 0].append(result.drop)
         recovery = recovery_of(record)
         if recovery is not None:
             found[f"recovery {scheme}/{label}", 0].append(recovery)
         series = series_of(record)
         if series is not None:
             found[series].append(result.drop)
+    return _means(found)
+
+
+def means(records: Iterable[Record]) -> dict[tuple[str, int], float]:
+    """Metrics of one method by name and step: drop and recovery of a model over bits, drop by precision."""
+    found: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for record in records:
+        cell, bits, recovery = record.cell, bits_of(record.cell), recovery_of(record)
+        if record.result is None:
+            continue
+        found[f"drop {_word(cell.scheme_text)}/{section(cell)}", 0].append(record.result.drop)
+        if bits is not None:
+            found[f"drop/{section(cell)}", bits].append(record.result.drop)
+            if recovery is not None:
+                found[f"recovery/{section(cell)}", bits].append(recovery)
+    return _means(found)
+
+
+def _means(found: Mapping[tuple[str, int], list[float]]) -> dict[tuple[str, int], float]:
     return {key: sum(values) / len(values) for key, values in sorted(found.items())}
 
 
@@ -145,7 +170,8 @@ def _draw(path: Path, records: list[Record]) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _section(cell: Cell) -> str:
+def section(cell: Cell) -> str:
+    """What a drop is of, as it stands in the name of a metric: model and profile."""
     return f"{_word(cell.model)} {cell.profile}"
 
 

@@ -23,6 +23,7 @@ from benchmark.keep.record import Record
 from benchmark.keep.store import Store
 from benchmark.tracking.backend import connect, database, is_local, move_aside, tracking_uri
 from benchmark.tracking.contents import machine_tags
+from benchmark.tracking.methods import log_methods
 from benchmark.tracking.runs import (
     RESULTS_TAG,
     end_killed,
@@ -33,7 +34,7 @@ from benchmark.tracking.runs import (
     shows,
     shows_failure,
 )
-from benchmark.tracking.summary import TABLE_TAG, drops, series_of, table_tag, write_summary
+from benchmark.tracking.summary import TABLE_TAG, drops, section, series_of, table_tag, write_summary
 from benchmark.tracking.system import watch_system
 from benchmark.tracking.view import mark_experiment, save_views
 from benchmark.tracking.weights import Weights
@@ -145,9 +146,9 @@ class Tracker:
             write_summary(Path(folder), self._cells, records)
             self.client.log_artifacts(parent, folder)
         self.client.set_tag(parent, TABLE_TAG, table_tag())
-        series = [name for name, step in numbers if step]
-        if series:
-            save_views(self.client, self.experiment_id, parent, series)
+        log_methods(self.client, self.experiment_id, records.values(), str(self.store.root))
+        found = {section(each.cell) for each in records.values() if series_of(each) is not None}
+        save_views(self.client, self.experiment_id, found)
 
     def _log_metrics(self, parent: str, values: Mapping[tuple[str, int], float]) -> None:
         from mlflow.entities import Metric

@@ -8,7 +8,6 @@ the tag, or shows its own defaults.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
-"""By which the UI opens with runs, models and charts, and not with traces."""
+"""By which the UI opens with runs, models and charts, not with traces; that of 3.17 goes by its address."""
 DROPS, CELLS = "drop-by-precision", "cells"
 _TAG = "mlflow.sharedViewState."
 _SINCE = 1767225600000  # 2026-01-01: a view that is written again is the same view
@@ -30,7 +29,8 @@ _NOTE = """Cells of QuantTune-Bench: each run is one model quantized by one meth
 * `drop` is FP32 minus the quantized model's metric, with its paired 95 % interval; `recovery` is what is left
   in percent; `score` is the task's own metric.
 * Saved view *Drop by precision* has a chart a model and a line a method, over bits; *Cells* is the table.
-* A run tagged `kind = 'invocation'` is a call of `run` or `sync`; its cells are its children.
+* Runs of `tags.kind = 'method'` are methods; one of `'invocation'` is a call of `run` or `sync`, whose
+  children, of `'cell'`, are cells.
 * Searches: `tags.suite LIKE '%laptop%' and tags.scheme = 'W6A6' and metrics.drop < 1`; see docs/mlflow.md.
 """
 
@@ -39,7 +39,7 @@ def address(port: int, experiment_id: str, view: str = DROPS) -> str:
     """The address of a view on a UI of this machine."""
     mode = "CHART" if view == DROPS else "TABLE"
     where = f"http://127.0.0.1:{port}/#/experiments/{experiment_id}/runs"
-    return f"{where}?compareRunsMode={mode}&viewStateShareKey={view}"
+    return f"{where}?workflowType=machine_learning&compareRunsMode={mode}&viewStateShareKey={view}"
 
 
 def mark_experiment(client: MlflowClient, experiment_id: str) -> None:
@@ -51,58 +51,71 @@ def mark_experiment(client: MlflowClient, experiment_id: str) -> None:
         client.set_experiment_tag(experiment_id, "mlflow.note.content", _NOTE)
 
 
-def save_views(client: MlflowClient, experiment_id: str, parent: str, series: Iterable[str]) -> None:
-    """Let the views show an invocation.
+def save_views(client: MlflowClient, experiment_id: str, sections: Iterable[str]) -> None:
+    """Let the views show what there is; charts of what an earlier call named stay.
 
     Args:
         client: Where.
         experiment_id: Our experiment.
-        parent: The invocation's run.
-        series: Its metrics that are drawn over bits, ``drop/<model> <profile>/<method>``.
+        sections: What the runs of methods have a ``drop/`` of: models and profiles.
     """
-    states = {DROPS: ("Drop by precision", _drops(parent, series)), CELLS: ("Cells", _cells())}
+    tags = client.get_experiment(experiment_id).tags
+    every = sorted({*sections, *_drawn(tags.get(_TAG + DROPS))})
+    states = {DROPS: ("Drop by precision", _drops(every)), CELLS: ("Cells", _cells())}
     for key, (name, state) in states.items():
         view = {"name": name, "createdAt": _SINCE, "updatedAt": _SINCE, "state": json.dumps(state)}
-        client.set_experiment_tag(experiment_id, _TAG + key, json.dumps(view))
+        if tags.get(_TAG + key) != json.dumps(view):
+            client.set_experiment_tag(experiment_id, _TAG + key, json.dumps(view))
 
 
-def _drops(parent: str, series: Iterable[str]) -> dict[str, Any]:
-    by_model: dict[str, list[str]] = defaultdict(list)
-    for name in sorted(set(series)):
-        by_model[name.rpartition("/")[0]].append(name)
-    section = {"uuid": "drops", "name": "Drop by precision (bits), per method", "display": True}
+def _drawn(view: str | None) -> list[str]:
+    """What a saved view has charts of; nothing if somebody made another one of it."""
+    try:
+        charts = json.loads(json.loads(view or "")["state"])["compareRunCharts"]
+        return [str(chart["displayName"]) for chart in charts if chart["metricKey"].startswith("drop/")]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return []
+
+
+def _drops(sections: Iterable[str]) -> dict[str, Any]:
+    line = {
+        "type": "LINE",
+        "isGenerated": False,
+        "deleted": False,
+        "xAxisKey": "step",
+        "useGlobalXaxisKey": False,
+        "xAxisScaleType": "linear",
+        "scaleType": "linear",
+        "lineSmoothness": 0,
+        "useGlobalLineSmoothing": False,
+        "displayPoints": True,
+        "selectedXAxisMetricKey": "",
+        "yAxisKey": "metric",
+        "yAxisExpressions": [],
+        "ignoreOutliers": False,
+        "range": {},
+    }
+    parts = {"drop": "Drop by precision: bits on the axis", "recovery": "Percent of FP32 by precision"}
     charts = [
         {
-            "type": "LINE",
-            "uuid": f"drop-{number}",
-            "metricSectionId": "drops",
-            "isGenerated": False,
-            "deleted": False,
-            "displayName": model.removeprefix("drop/"),
-            "metricKey": names[0],
-            "selectedMetricKeys": names,
-            "xAxisKey": "step",
-            "useGlobalXaxisKey": False,
-            "xAxisScaleType": "linear",
-            "scaleType": "linear",
-            "lineSmoothness": 0,
-            "useGlobalLineSmoothing": False,
-            "displayPoints": True,
-            "selectedXAxisMetricKey": "",
-            "yAxisKey": "metric",
-            "yAxisExpressions": [],
-            "ignoreOutliers": False,
-            "range": {},
+            **line,
+            "uuid": f"{part}-{number}",
+            "metricSectionId": part,
+            "displayName": section,
+            "metricKey": f"{part}/{section}",
         }
-        for number, (model, names) in enumerate(sorted(by_model.items()))
+        for part in parts
+        for number, section in enumerate(sections)
     ]
     return _state(
-        searchFilter=f"attributes.run_id = '{parent}'",
-        orderByKey="attributes.start_time",
-        orderByAsc=False,
+        searchFilter="tags.kind = 'method'",
+        orderByKey="tags.`mlflow.runName`",
+        orderByAsc=True,
         compareRunCharts=charts,
-        compareRunSections=[{**section, "isReordered": True}],
-        runListHidden=False,
+        compareRunSections=[
+            {"uuid": part, "name": name, "display": True, "isReordered": True} for part, name in parts.items()
+        ],
+        runsHiddenMode="SHOW_ALL",
     )
 
 

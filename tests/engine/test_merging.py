@@ -28,6 +28,7 @@ from benchmark.keep.publishing import publish
 from benchmark.keep.record import Record, Result
 from benchmark.keep.reference_store import ReferenceStore
 from benchmark.keep.store import Store
+from quanttune.errors import StoreError
 from tests.engine.conftest import SUITE
 
 METHOD = '''
@@ -181,7 +182,10 @@ def test_published_results_take_cells_and_keep_theirs(tmp_path: Path) -> None:
     assert numbers(again) == numbers(theirs)
     assert again.suites == {"many": 1, "submitted": 2}
     assert merged(theirs, again).present == 3
-    with pytest.raises(Exception, match="holds published results without all"):
+    few = record_of(5, 70.0)
+    theirs.save(dataclasses.replace(few, cell=dataclasses.replace(few.cell, limit=4)))
+    assert (merged(theirs, again).new, difference(theirs, again).limited) == ([], 1)
+    with pytest.raises(StoreError, match="holds published results without all"):
         merged(again, Store(tmp_path / "c"))
 
 

@@ -145,6 +145,25 @@ def test_a_stage_that_fails_leaves_nothing(stages: Stages) -> None:
     assert stages.tensors("tuned", {}, lambda: {"w": torch.ones(1)})["w"].item() == 1.0
 
 
+def test_how_the_work_went_is_kept_and_nothing_depends_on_it(stages: Stages, tmp_path: Path) -> None:
+    key = {"a": 1}
+    stages.tensors("tuning", key, lambda: {"w": torch.ones(2)})
+    name = stages.reference("tuning", key)
+    assert stages.course(name) == {}
+    stages.keep_course("tuning", key, [{"step": 1.0, "loss": 2.0}, {"step": 2.0, "loss": 1.5}])
+    assert stages.course(name) == {"step": [1.0, 2.0], "loss": [2.0, 1.5]}
+    other = Stages(tmp_path / "other")
+    stages.hand_over(name, other)
+    assert other.course(name) == stages.course(name)
+    assert torch.equal((other.open(name) or {})["w"], torch.ones(2))
+    (path,) = (tmp_path / "stages" / "courses").iterdir()
+    for harm in ('{"columns": {"step": [1, NaN]}}', '{"columns": 3}', "[1]", "{", ""):
+        path.write_text(harm)
+        assert stages.course(name) == {}
+    stages.hand_over(stages.reference("tuning", {"a": 2}), other)  # there is none
+    assert stages.course("../../x") == {}
+
+
 def test_names_cannot_be_paths(stages: Stages) -> None:
     with pytest.raises(ConfigError, match="lower-case"):
         stages.tensors("../out", {}, dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -137,18 +138,47 @@ def test_the_experiment_opens_with_its_comparison(results: Path, client: Any, su
     call("run", "--all", "--suite", suite_file, "--results", str(results))
     experiment = client.get_experiment_by_name(EXPERIMENT)
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
-    (parent,) = parents(client)
     states = {
         key: json.loads(json.loads(experiment.tags[f"mlflow.sharedViewState.{key}"])["state"])
         for key in (DROPS, CELLS)
     }
-    assert states[DROPS]["searchFilter"] == f"attributes.run_id = '{parent.info.run_id}'"
-    (chart,) = states[DROPS]["compareRunCharts"]
-    assert chart["selectedMetricKeys"] == ["drop/toy full/minmax", "drop/toy full/mse"]
-    assert set(chart["selectedMetricKeys"]) < set(parent.data.metrics)
+    drop, recovery = states[DROPS]["compareRunCharts"]
+    assert (drop["metricKey"], recovery["metricKey"]) == ("drop/toy full", "recovery/toy full")
+    methods = client.search_runs([experiment.experiment_id], filter_string=states[DROPS]["searchFilter"])
+    assert sorted(run.info.run_name for run in methods) == ["minmax", "mse"]
+    for run in methods:
+        for chart in (drop, recovery):
+            points = client.get_metric_history(run.info.run_id, chart["metricKey"])
+            assert sorted(point.step for point in points) == [4, 8]
     found = client.search_runs([experiment.experiment_id], filter_string=states[CELLS]["searchFilter"])
     assert len(found) == 5
-    assert address(5000, "1").startswith("http://127.0.0.1:5000/#/experiments/1/runs?")
+    assert address(5000, "1").startswith("http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_")
+
+
+def test_a_method_is_a_run_that_has_each_number_once(results: Path, client: Any, suite_file: str) -> None:
+    def methods() -> dict[str, Any]:
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        runs = client.search_runs([experiment.experiment_id], filter_string="tags.kind = 'method'")
+        return {run.info.run_name: run for run in runs}
+
+    store = Store(results)
+    call("run", "--method", "mse", "--precision", "W8A8", "--suite", suite_file, "--results", str(results))
+    first = methods()["mse"].info.run_id
+    call("run", "--all", "--suite", suite_file, "--results", str(results))
+    assert methods()["mse"].info.run_id == first
+    history = client.get_metric_history(first, "drop/toy full")
+    assert sorted(point.step for point in history) == [4, 8]
+    record = next(each for each in store.records() if each.cell.label == "mse")
+    assert record.result is not None
+    result = dataclasses.replace(record.result, drop=7.5)
+    store.save(dataclasses.replace(record, result=result), store.items(record.cell.cell_id))
+    sync_store(store)
+    second = methods()["mse"].info.run_id
+    assert second != first
+    bits = int(record.cell.precision[1])
+    history = client.get_metric_history(second, "drop/toy full")
+    assert {point.step: point.value for point in history}[bits] == 7.5
+    assert len(history) == 2
 
 
 def test_a_training_is_drawn_by_step(results: Path, client: Any, tmp_path: Path) -> None:
@@ -331,6 +361,27 @@ def test_the_ui_is_asked_to_serve_on_this_machine_only(store: Store, monkeypatch
     serve_ui(store, 5000)
     ((*_, host, address, _, _, _, _),) = commands
     assert (host, address) == ("--host", "127.0.0.1")
+
+
+def test_the_ui_names_and_opens_its_comparison(
+    results: Path, suite_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        monkeypatch.setattr(subprocess, "run", lambda *_, **__: time.sleep(1))
+        without = call("ui", "--port", str(port), "--results", str(results))
+        assert "drop by precision" not in without.stdout
+        assert not opened
+        call("run", "--method", "mse", "--suite", suite_file, "--results", str(results))
+        told = call("ui", "--open", "--port", str(port), "--results", str(results))
+    first, second = told.stdout.splitlines()
+    assert first == f"drop by precision: {address(port, '1')}"
+    assert "viewStateShareKey=cells" in second
+    assert opened == [address(port, "1")]
 
 
 @pytest.mark.slow
