@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,10 +28,10 @@ from benchmark.tracking.methods import log_methods
 from benchmark.tracking.runs import (
     RESULTS_TAG,
     end_killed,
-    find_runs,
     log_failure,
     log_record,
     parent_lock,
+    search_all,
     shows,
     shows_failure,
 )
@@ -251,14 +252,17 @@ def _sync(tracker: Tracker) -> tuple[int, int]:
     store = tracker.store
     end_killed(tracker.client, tracker.experiment_id, store)
     records = [record for record in store.records() if store.load(record.cell) is not None]
+    runs: dict[str, list[Any]] = defaultdict(list)
+    # all at once: a search for each of thousands of cells takes minutes
+    for run in search_all(tracker.client, tracker.experiment_id, "tags.kind = 'cell'"):
+        runs[run.data.tags.get("cell_id", "")].append(run)
     stale, present = [], 0
     for record in records:
-        runs = find_runs(tracker.client, tracker.experiment_id, record.cell.cell_id)
-        if any(shows(run, record) for run in runs):
+        if any(shows(run, record) for run in runs[record.cell.cell_id]):
             present += 1
         else:
             stale.append(record)
-    failed, shown = _failures(tracker, {record.cell.cell_id for record in records})
+    failed, shown = _failures(store, runs, {record.cell.cell_id for record in records})
     if stale or failed:
         cells = [record.cell for record in records]
         tracker.start("sync", {"cells": len(records), "cells_to_log": len(stale) + len(failed)}, cells)
@@ -271,15 +275,16 @@ def _sync(tracker: Tracker) -> tuple[int, int]:
     return len(stale) + len(failed), present + shown
 
 
-def _failures(tracker: Tracker, finished: set[str]) -> tuple[list[tuple[Cell, Mapping[str, Any]]], int]:
+def _failures(
+    store: Store, runs: Mapping[str, list[Any]], finished: set[str]
+) -> tuple[list[tuple[Cell, Mapping[str, Any]]], int]:
     """Failures that are not shown yet, and how many are."""
     stale: list[tuple[Cell, Mapping[str, Any]]] = []
     shown = 0
-    for cell, failure in tracker.store.failures():
+    for cell, failure in store.failures():
         if cell.cell_id in finished:
             continue
-        runs = find_runs(tracker.client, tracker.experiment_id, cell.cell_id)
-        if any(shows_failure(run, failure) for run in runs):
+        if any(shows_failure(run, failure) for run in runs.get(cell.cell_id, ())):
             shown += 1
         else:
             stale.append((cell, failure))
