@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,8 @@ from click.testing import CliRunner
 from benchmark.performance.__main__ import main
 from benchmark.performance.architectures import ARCHITECTURES
 from benchmark.performance.full_size import in_own_process
-from benchmark.performance.measurement import MEASUREMENTS, interleaved
+from benchmark.performance.growth import Point, _views, exponents, measured
+from benchmark.performance.measurement import MEASUREMENTS, Setup, interleaved
 from benchmark.performance.peak_memory import PeakMemory, saved_bytes
 
 
@@ -103,3 +105,27 @@ def test_fewer_layers_of_the_full_width_stay_within_the_limit(key: str) -> None:
     assert 0 < peak <= 1
     steps = [row for what, row in rows.items() if what.startswith("step of")]
     assert len(steps) == (2 if ARCHITECTURES[key].tuned else 0)
+
+
+def test_growth_measures_every_axis_and_fits_exponents(tmp_path: Path) -> None:
+    setup = Setup("tiny_vit", tmp_path, torch.device("cpu"), 1, lambda _: None)
+    rows = measured(setup, (), (), (32, 64))
+    points = [Point(**point) for point in json.loads((tmp_path / "growth.json").read_text())]
+    assert [(point.axis, point.size) for point in points] == [
+        ("calibration items", 32),
+        ("calibration items", 64),
+    ]
+    assert (tmp_path / "growth.pdf").read_bytes().startswith(b"%PDF")
+    assert "exponents" in rows[-1].note
+    line = [Point("table", "cells", size, 0.001 * size**1.5, 2.0 * size) for size in (10, 100, 1000)]
+    assert exponents(line) == pytest.approx((1.5, 1.0))
+
+
+def test_growth_times_the_command_line_on_synthetic_stores(tmp_path: Path) -> None:
+    table, dry, cached = (point for point in list(_views(tmp_path, 66))[1:])
+    assert [point.what for point in (table, dry, cached)] == [
+        "table",
+        "run --dry-run",
+        "run --all, all cached",
+    ]
+    assert all(point.seconds > 0.3 and 100 < point.peak_mb < 2000 for point in (table, dry, cached))

@@ -98,11 +98,7 @@ class _Run:
 
     def outcomes(self, jobs: int) -> Iterator[Outcome]:
         """Every outcome, as it comes."""
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        here = NodeAffinitySchedulingStrategy(self._ray.get_runtime_context().get_node_id(), soft=True)
-        # its thread is this process's node: progress is no reason to lose a run
-        self._board = self._ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
+        self._board = self._new_board()
         self._workers = [_Worker(number) for number in range(min(jobs, len(self._pending)))]
         try:
             for worker in self._workers:
@@ -222,11 +218,20 @@ class _Run:
             )
         try:
             stages = json.loads(self._ray.get(self._board.take.remote(), timeout=_LOOK))
-        except RayError:  # late or lost: a bar does not move
+        except RayError:
+            # Late, or lost with its node and soon made again: a bar does not move.
             return
         for number, (name, done, total) in stages.items():
             if self._workers[int(number)].cell is not None:
                 self._events.stage(int(number), name, done, total)
+
+    def _new_board(self) -> Any:
+        """Where workers say how far they are: on this process's node, which is lost with it only."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(self._ray.get_runtime_context().get_node_id(), soft=True)
+        options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1}
+        return self._ray.remote(_Board).options(**options).remote()
 
     def _share(self, cell: Cell) -> float:
         """The part of a GPU for a cell; nothing without one."""

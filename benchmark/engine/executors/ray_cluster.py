@@ -31,6 +31,10 @@ def ray_module() -> ModuleType:
     """
     # before it is imported: nothing of what is measured here is reported to anybody
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if is_here(os.environ.get(ADDRESS)):
+        # Ray's own switch for "127.0.0.1 and no other", which it has by default on macOS and Windows;
+        # elsewhere it takes 127.0.0.1 for the address that other machines know
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     with _signals_kept():
         try:
             import ray
@@ -39,6 +43,14 @@ def ray_module() -> ModuleType:
                 f"--executor ray: {error}; install it with `pip install 'quanttune-bench[ray]'`"
             ) from error
     return ray
+
+
+def is_here(address: str | None) -> bool:
+    """Whether a cluster is one of this machine alone: our own, or one at a loopback address."""
+    if not address:
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    return host in ("127.0.0.1", "localhost", "::1")
 
 
 @contextlib.contextmanager
