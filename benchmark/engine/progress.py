@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from benchmark.engine.events import Work
 
+_SLOW = 0.005  # seconds: an estimate that takes longer, over thousands of cells, is made less often
+_SHARE = 20  # of the time that passes, at most one part in so many goes into estimates
 _PLAIN_EVERY = 30.0  # seconds between two lines about a long stage when there is no terminal
 
 
@@ -85,6 +87,8 @@ class Display(Events):
         self._estimator = Estimator()
         self._stages: dict[int, tuple[str, float, int]] = {}
         self._spoke: dict[int, float] = {}
+        self._estimate: float | None = None
+        self._estimate_again = 0.0
         self._bars: Progress | None = None
         self._overall: TaskID | None = None
         self._workers: dict[int, TaskID] = {}
@@ -159,7 +163,7 @@ class Display(Events):
         self._estimator.add(outcome)
         self._pending.pop(outcome.cell.cell_id, None)
         number = self._total - len(self._pending)
-        left = self._estimator.seconds(list(self._pending.values()))
+        left = self._time_left()
         left_text = f", {duration_text((left or 0) / self._jobs)} left" if self._pending else ""
         width = len(str(self._total))
         line = f"[{number:>{width}}/{self._total}] {outcome_line(outcome)}"
@@ -169,6 +173,14 @@ class Display(Events):
             self._bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
             if self._overall is not None:
                 self._bars.update(self._overall, completed=number, left=left_text.removeprefix(", "))
+
+    def _time_left(self) -> float | None:
+        started = time.monotonic()
+        if started >= self._estimate_again:
+            self._estimate = self._estimator.seconds(list(self._pending.values()))
+            taken = time.monotonic() - started
+            self._estimate_again = started + (_SHARE * taken if taken > _SLOW else 0.0)
+        return self._estimate
 
     def _drop_bar(self, worker: int) -> None:
         if self._bars is not None and worker in self._workers:

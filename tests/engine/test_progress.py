@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from benchmark.engine.progress import Display, Estimator, duration_text, outcome_line
@@ -83,3 +85,24 @@ def test_resumed_work_is_timed_from_where_it_began(
             now[0] += 10.0
     done, _, left = capsys.readouterr().err.splitlines()[-1].strip().partition("/1000 tuning, ")
     assert left == f"{duration_text(10.0 * (1000 - int(done)))} left"
+
+
+def test_an_estimate_that_takes_long_is_made_less_often(
+    cells: list[Cell], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, made = [0.0], []
+
+    def seconds(self: Estimator, pending: list[Cell]) -> float:
+        made.append(len(pending))
+        now[0] += 0.1  # as over ten thousand cells
+        return 1.0 * len(pending)
+
+    monkeypatch.setattr("benchmark.engine.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(Estimator, "seconds", seconds)
+    many = [dataclasses.replace(cells[1], seed=seed) for seed in range(100)]
+    with Display(many, 1) as display:
+        for cell in many:
+            now[0] += 0.1
+            display.finished(Outcome(cell, "done", seconds=0.1))
+    assert made == [99, 79, 59, 39, 19]
+    assert ", 59 s left" in capsys.readouterr().err.splitlines()[45]
