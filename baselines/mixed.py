@@ -27,6 +27,8 @@ CHOICES = ("8-6-4", "8-4", "8-7-6-5-4")
 """Usual sets of widths; any other may be given in the same form."""
 LAYOUT = 1
 """Part of every key: raise it when sensitivities are measured or kept differently."""
+BATCH = 32
+"""Most items of a batch."""
 DIGITS = 6
 """Significant digits of a sensitivity: what processors differ in lies behind them, and decides nothing."""
 
@@ -244,7 +246,7 @@ class _Search:
 
 
 def _spaced(batches: Sequence[Any], items: int) -> Iterator[tuple[ModelInputs, Tensor]]:
-    """Evenly spaced items of batches, as few batches as their shapes allow."""
+    """Evenly spaced items of batches, in as few batches as their shapes and :data:`BATCH` allow."""
     total = sum(batch_size_of(batch.inputs) for batch in batches)
     count = min(items, total)
     wanted = [place * total // count for place in range(count)]
@@ -270,6 +272,8 @@ def _spaced(batches: Sequence[Any], items: int) -> Iterator[tuple[ModelInputs, T
 
 def _fit(last: tuple[dict[str, Tensor], Tensor, bool], part: tuple[dict[str, Tensor], Tensor]) -> bool:
     """Whether items of two batches fit into one: texts of two batches are padded to two lengths."""
+    if len(last[1]) + len(part[1]) > BATCH:
+        return False
     same = all(last[0][name].shape[1:] == each.shape[1:] for name, each in part[0].items())
     return same and last[1].shape[1:] == part[1].shape[1:]
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from baselines.finetune import PlainFineTuning
 from baselines.method import METHODS, Batch, Context
 from baselines.mixed import Mixed
 from benchmark.keep.stages import Stages
-from quanttune.analysis import Probe
-from quanttune.analysis.allocation import pareto_front
+from quanttune.analysis import Front, Probe, Unit, pareto_front
 from quanttune.errors import ConfigError, UnknownNameError
 from quanttune.quantization import Quantized, Scheme, SiteKind, UniformQuantizer, discover_sites, simulate
 from quanttune.seeds import torch_generator
@@ -51,7 +51,7 @@ def averages(context: Context, quantized: Quantized) -> dict[str, float]:
 
     handlers = {site: Count(site) for site in context.profile_sites}
     for batch in context.calibration:
-        with torch.no_grad(), simulate(context.model, handlers, exact=False):  # type: ignore[arg-type]
+        with torch.no_grad(), simulate(context.model, handlers, exact=False):
             logits(context.model, batch.inputs)
     for site_id, quantizer in quantized.quantizers.items():
         weight = context.sites[site_id].kind is SiteKind.WEIGHT
@@ -109,7 +109,7 @@ def test_products_of_two_widths_do_not_depend_on_the_batch() -> None:
     """They would if they were summed in float32, in an order that the batch decides."""
     context, quantized = made("mixed", "vit", "full", "W6A6")
     bits = quantized.details["bits"]
-    calls = {}
+    calls: dict[str, set[int]] = {}
     for site_id in bits:
         calls.setdefault(site_id.rpartition(".")[0], set()).add(bits[site_id])
     assert any(len(widths) > 1 for widths in calls.values())
@@ -135,7 +135,7 @@ def test_the_front_says_what_each_budget_would_give() -> None:
         assert (budgets[0], budgets[-1]) == (4.0, 8.0)
         assert all(first >= second for first, second in itertools.pairwise(losses))
         assert dict(front)[6.0] == quantized.details["predicted_divergence"][kind]["mixed"]
-    other = METHODS.get("mixed")(budget=5.0).quantize(context)
+    other = Mixed(budget=5.0).quantize(context)
     for kind in KINDS:
         five = dict(quantized.details["front"][kind])[5.0]
         assert other.details["predicted_divergence"][kind]["mixed"] == five
@@ -174,10 +174,13 @@ def test_a_tied_weight_has_one_width_and_is_paid_for_once(monkeypatch: pytest.Mo
     shared = [site.id for site in table.values() if site.parameter == "shared.weight"]
     assert len(shared) == 2
     context = Context(model, table, Scheme.parse("W6A6"), [Batch(values, torch.zeros(8, dtype=torch.long))])
-    given = []
-    monkeypatch.setattr(
-        "baselines.mixed.pareto_front", lambda units: given.append(units) or pareto_front(units)
-    )
+    given: list[list[Unit]] = []
+
+    def noted(units: list[Unit]) -> Front:
+        given.append(units)
+        return pareto_front(units)
+
+    monkeypatch.setattr("baselines.mixed.pareto_front", noted)
     quantized = METHODS.get("mixed")().quantize(context)
     assert {unit.name: unit.size for unit in given[0]} == {
         "shared.weight": 36,
@@ -189,8 +192,19 @@ def test_a_tied_weight_has_one_width_and_is_paid_for_once(monkeypatch: pytest.Mo
 
 def test_the_items_are_evenly_spaced_and_no_more_than_there_are() -> None:
     for items, count in ((5, 5), (1, 1), (16, 12)):
-        quantized = METHODS.get("mixed")(items=items).quantize(context_for("bert", precision="W6A6"))
+        quantized = Mixed(items=items).quantize(context_for("bert", precision="W6A6"))
         assert quantized.details["sensitivity_items"] == count
+
+
+def test_behind_a_fine_tuning_the_tuned_model_is_measured() -> None:
+    context = context_for("vit", "matmul", "W6A6")
+    tuned = PlainFineTuning(calibrator="mixed").quantize(context)
+    assert tuned.weights is not None
+    again = METHODS.get("mixed")().quantize(context.changed(tuned.weights))
+    assert tuned.quantizers_digest() == again.quantizers_digest()
+    assert tuned.details["bits"] == again.details["bits"]
+    _, plain = made("mixed", "vit", "matmul", "W6A6")
+    assert tuned.details["front"] != plain.details["front"]
 
 
 class StoppedError(Exception):
@@ -259,7 +273,7 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], what: str) 
 
 def test_an_unknown_calibrator_is_named() -> None:
     with pytest.raises(UnknownNameError, match="minimax"):
-        METHODS.get("mixed")(calibrator="minimax")
+        Mixed(calibrator="minimax")
 
 
 def test_what_it_cannot_do_it_says() -> None:
@@ -267,9 +281,9 @@ def test_what_it_cannot_do_it_says() -> None:
     assert reason is not None
     assert "W8A8-token" in reason
     with pytest.raises(ConfigError, match="a budget of 3 bits on average: 4 are the fewest"):
-        METHODS.get("mixed")(budget=3.0).quantize(context_for("vit", "matmul", "W6A6"))
+        Mixed(budget=3.0).quantize(context_for("vit", "matmul", "W6A6"))
     with pytest.raises(ConfigError, match="calibrator 'base_ptq' quantizes other sites"):
-        METHODS.get("mixed")(calibrator="base_ptq").quantize(context_for("vit", precision="W6A6"))
+        Mixed(calibrator="base_ptq").quantize(context_for("vit", precision="W6A6"))
 
 
 def test_labels_join_the_calibrator() -> None:

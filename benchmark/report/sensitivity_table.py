@@ -188,8 +188,13 @@ def _texts(cell: Sensitivity, values: Any) -> list[str]:
     """Drop, loss, divergence and changed answers as text."""
     higher = get_task(cell.record.cell.task).higher_is_better
     drop = number(loss(values["drop"], higher), cell.metric)
-    small = [f"{values[name] + 0.0:.2g}" for name in ("loss", "divergence")]
+    small = [_two_digits(values[name]) for name in ("loss", "divergence")]
     return [drop, *small, f"{100 * values['changed']:.1f}"]
+
+
+def _two_digits(value: float) -> str:
+    """Two significant digits, one decimal above ten."""
+    return f"{value + 0.0:.1f}" if abs(value) >= 10 or not value else f"{value:#.2g}"
 
 
 def _loss_name(cell: Sensitivity) -> str:
