@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 import sys
 from collections import Counter
@@ -151,6 +150,43 @@ def open_suite(
     )
 
 
+def suites_with_results(store: Store) -> list[str]:
+    """What to give as ``--suite`` for every suite of which a quantized cell is measured, the largest first.
+
+    Suite ``smoke``, whose models have random weights, is left out where there is another.
+
+    Args:
+        store: Where to look.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    from benchmark.grid.expand import expand
+    from benchmark.grid.suite import load_suite, suite_names
+    from benchmark.keep.reference_store import ReferenceStore
+    from quanttune.errors import ConfigError, QuantTuneError
+
+    counts: dict[str, int] = {}
+    for name in suite_names():
+        if isinstance(store, ReferenceStore) and name not in store.suites:
+            continue
+        try:
+            cells = expand(load_suite(name))
+        except QuantTuneError:  # a suite that needs what is not here has no results either
+            continue
+        done = sum(not cell.is_reference and store.load(cell) is not None for cell in cells)
+        if done:
+            counts[name] = done
+    if not counts:
+        raise ConfigError(
+            f"no suite has results in {store.root}; run `python -m benchmark run --all`, or give "
+            "--results reference for what came with the code"
+        )
+    if len(counts) > 1:
+        counts.pop("smoke", None)
+    return sorted(counts, key=lambda name: (-counts[name], name))
+
+
 def measure_analyses(
     suite: str,
     results: Path,
@@ -195,15 +231,10 @@ def tell_absent(absent: Mapping[str, Sequence[str]], suite: str, results: Path, 
         results: Folder of the store.
         items: Items of the sweep that was asked for.
     """
-    from benchmark.report.site_tables import SWEEP_ITEMS
+    from benchmark.report.gallery import analyse_command
 
     if not absent:
         return
-    words = ["analyse", "--suite", suite]
-    words += [] if items == SWEEP_ITEMS else ["--items", str(items)]
-    words += [] if results == Path("results") else ["--results", str(results)]
     names = ", ".join(dict.fromkeys(model for models in absent.values() for model in models))
-    click.echo(
-        f"not measured: {', '.join(absent)} ({names}); run `python -m benchmark {shlex.join(words)}`",
-        err=True,
-    )
+    command = analyse_command(suite, results, items)
+    click.echo(f"not measured: {', '.join(absent)} ({names}); run `{command}`", err=True)

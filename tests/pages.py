@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 
 class Page(HTMLParser):
-    """What a page refers to, the ids it has, and whether its elements close."""
+    """What a page refers to, the ids it has, the attributes of its rows, and whether its elements close."""
 
     void = ("meta", "br", "link", "img", "hr", "input")
 
@@ -16,11 +16,14 @@ class Page(HTMLParser):
         self.ids: list[str] = []
         self.open: list[str] = []
         self.words: list[str] = []
+        self.rows: list[dict[str, str]] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag not in self.void:
             self.open.append(tag)
+        if tag == "tr":
+            self.rows.append({name: value or "" for name, value in attrs})
         self._attributes(attrs)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:

@@ -50,6 +50,8 @@ calibrator = ["minmax", "mse"]
 name = "quanttune"
 """
 
+SITE = {"id": "fc/linear.input", "kind": "linear input", "shape": [4], "parameter": None}
+SITE |= {"low": -2.0, "high": 2.0, "quantizer": "<q>"}
 N = 400
 FP32 = 90.0
 ACCURACY = {
@@ -84,7 +86,7 @@ def fill(store: Store, suite: Suite, shift: int = 0) -> SuiteRows:
             result,
             reference_digest="a" * 64,
             weights_digest=cell.method * 3,
-            sites=[] if cell.is_reference else [{"id": "fc/linear.input", "shape": [4], "parameter": None}],
+            sites=[] if cell.is_reference else [dict(SITE)],
             provenance={"python": "3.12", "cpu": "a <fast> one", "versions": {"torch": "2.9"}},
         )
         ids = np.arange(N) + (shift if cell.seed else 0)
@@ -344,7 +346,7 @@ def test_published_values_stand_in_the_page(
     assert "78.02 (3.83) -- -- activation ranges published asymmetric, here symmetric" in words
 
 
-def test_the_command_writes_the_page(tmp_path: Path, suite: Suite, store: Store, monkeypatch: Any) -> None:
+def test_the_command_writes_the_pages(tmp_path: Path, suite: Suite, store: Store, monkeypatch: Any) -> None:
     """The models are not run here; what they would give is tested with the figures."""
     path = tmp_path / "made.toml"
     path.write_text(SUITE)
@@ -354,8 +356,9 @@ def test_the_command_writes_the_page(tmp_path: Path, suite: Suite, store: Store,
     done = CliRunner().invoke(cli, ["report", "--suite", str(path), "--results", results])
     assert done.exit_code == 0, done.output
     written = Path(done.stdout.strip())
-    assert written == store.root / "report" / "made.html"
-    assert written.read_text(encoding="utf-8") == make_report(rows, store, NO_FRAMES)
+    assert written == store.root / "report" / "made" / "index.html"
+    report = written.parent / "suites" / "made.html"
+    assert report.read_text(encoding="utf-8") == make_report(rows, store, NO_FRAMES, home="../index.html")
     assert csv_of(comparison_frame(Comparison(rows, store))).count("\n") == 5
 
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from benchmark.cli import cli, examples
 from benchmark.options import include_option, results_option, suite_option
-
-if TYPE_CHECKING:
-    from benchmark.keep.record import Record
 
 _KINDS = ("suites", "models", "methods", "tasks", "metrics", "figures", "executors", "cells")
 
@@ -67,44 +64,13 @@ def show(cell_id_prefix: str, results: Path) -> None:
     Standard error has the lines of Python that give its quantized model back.
     """
     from benchmark.keep.reference_store import ReferenceStore, open_store
+    from benchmark.report.reopening import reopening
 
     store = open_store(results)
     record = store.find(cell_id_prefix)
     click.echo(json.dumps(record.to_json(), indent=2))
-    for line in _reopening(record, results, not isinstance(store, ReferenceStore)):
+    for line in reopening(record, results, not isinstance(store, ReferenceStore)):
         click.echo(line, err=True)
-
-
-def _reopening(record: Record, results: Path, models: bool) -> list[str]:
-    """The lines of Python that give a cell's quantized model back, or why there is none.
-
-    Args:
-        record: Of the cell.
-        results: The store's folder as it was given.
-        models: Whether the store keeps quantized models.
-    """
-    cell = record.cell
-    if cell.is_reference:
-        call = _call("reference", cell.model, results)
-        return ["# the FP32 model itself:", "import benchmark", f"model = {call}"]
-    if record.quantized is None or not models:
-        if record.reason is not None:
-            return ["# skipped, so there is no quantized model"]
-        from benchmark.engine.reopen import measure_again
-
-        again = measure_again(cell).strip("`")
-        return ["# no quantized model is kept of this cell; to have one, measure it again:", f"# {again}"]
-    return [
-        "# the quantized model:",
-        "import benchmark",
-        f"quantized = {_call('load', cell.cell_id[:12], results)}",
-        f"model = quantized.apply({_call('reference', cell.model, results)})",
-    ]
-
-
-def _call(function: str, argument: str, results: Path) -> str:
-    where = "" if results == Path("results") else f", results={json.dumps(str(results))}"
-    return f"benchmark.{function}({json.dumps(argument)}{where})"
 
 
 def _suites() -> list[dict[str, Any]]:

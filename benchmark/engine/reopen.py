@@ -81,15 +81,25 @@ def load_reference(store: Store, model: str) -> nn.Module:
     return session.model
 
 
-def measure_again(cell: Cell) -> str:
-    """The command that measures a cell again, whatever the store has of it."""
+def measure_again(cell: Cell, suite: str | None = None, overwrite: bool = True) -> str:
+    """The command that measures a cell again.
+
+    Args:
+        cell: Which one.
+        suite: One that holds it; looked for if it is not given.
+        overwrite: Whether it is measured whatever the store has of it.
+    """
     wanted = Selection((cell.model,), (cell.method,), (cell.scheme_text,), (cell.profile,), (cell.seed,))
-    suites = [load_suite(name) for name in suite_names()]
-    # Any model joins any suite by name, but one that lists the model is what a person expects.
-    suites.sort(key=lambda suite: cell.model not in suite.models)
-    suite = next((suite.origin for suite in suites if _holds(suite, cell, wanted)), "SUITE")
-    words = ["run", "--overwrite", "always", "--suite", suite, "--model", cell.model, "--method", cell.method]
-    words += ["--precision", cell.scheme_text, "--profile", cell.profile, "--seed", str(cell.seed)]
+    if suite is None:
+        suites = [load_suite(name) for name in suite_names()]
+        # Any model joins any suite by name, but one that lists the model is what a person expects.
+        suites.sort(key=lambda suite: cell.model not in suite.models)
+        suite = next((suite.origin for suite in suites if _holds(suite, cell, wanted)), "SUITE")
+    words = ["run", *(["--overwrite", "always"] if overwrite else []), "--suite", suite]
+    words += ["--model", cell.model, "--method", cell.method]
+    if not cell.is_reference:
+        words += ["--precision", cell.scheme_text, "--profile", cell.profile]
+    words += ["--seed", str(cell.seed)]
     words += [] if cell.limit is None else ["--limit", str(cell.limit)]
     return f"`python -m benchmark {shlex.join(words)}`"
 

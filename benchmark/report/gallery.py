@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from benchmark.report import canvas
 from benchmark.report.analyses import ModelAnalysis, NotMeasuredError
 from benchmark.report.figures.figure import FigureKind, ModelFigure, SuiteFigure
 from benchmark.report.rows import SuiteRows
+from benchmark.report.site_tables import SWEEP_ITEMS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,6 +59,20 @@ def make_frames(
             found = [part for part in parts[figure.name] if len(part)]
             made[figure.name] = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
     return made
+
+
+def analyse_command(suite: str, results: Path, items: int = SWEEP_ITEMS) -> str:
+    """The command that measures what figures of a suite lack.
+
+    Args:
+        suite: What to give as ``--suite``.
+        results: The store's folder as commands name it.
+        items: Items of the saturation sweep.
+    """
+    words = ["analyse", "--suite", suite]
+    words += [] if items == SWEEP_ITEMS else ["--items", str(items)]
+    words += [] if results == Path("results") else ["--results", str(results)]
+    return f"python -m benchmark {shlex.join(words)}"
 
 
 def svg_of(figure: FigureKind, frame: pd.DataFrame) -> str:

@@ -6,13 +6,14 @@ import base64
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from benchmark.grid.cells import Cell
 from benchmark.keep.store import Store
-from benchmark.report.claims import CLOSE, KEPT, claims
+from benchmark.report.claims import CLOSE, KEPT, Claim, claims
 from benchmark.report.comparison import RIVALS, Comparison, comparison_frame
 from benchmark.report.costs import HEADS as COST_HEADS
 from benchmark.report.costs import cost_frame, make_cost_table
@@ -44,13 +45,22 @@ RECONSTRUCTED = (
 """What is ours and not the paper's, of which only the abstract and summaries were available."""
 
 
-def make_report(rows: SuiteRows, store: Store, frames: Mapping[str, pd.DataFrame]) -> str:
+def make_report(
+    rows: SuiteRows,
+    store: Store,
+    frames: Mapping[str, pd.DataFrame],
+    *,
+    found: Sequence[Claim] | None = None,
+    home: str | None = None,
+) -> str:
     """The report as HTML.
 
     Args:
         rows: The suite's finished cells.
         store: Holds their per-item scores.
         frames: The data of every figure by name, as of :func:`benchmark.report.gallery.make_frames`.
+        found: The claims, if they are tested already.
+        home: Address of the leaderboard of the site that it is a page of, if it is.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -67,7 +77,8 @@ def make_report(rows: SuiteRows, store: Store, frames: Mapping[str, pd.DataFrame
         unfinished=sorted(Counter(rows.unfinished.values()).items()),
         table=_table(make_table(rows)),
         costs=_costs(rows),
-        claims=claims(rows, comparison, frames),
+        claims=claims(rows, comparison, frames) if found is None else found,
+        home=home,
         comparison=_comparison(comparison),
         published=_published(rows),
         figures=[_figure(figure, frames[figure.name]) for figure in choose() if len(frames[figure.name])],
@@ -197,17 +208,29 @@ def _largest(frame: pd.DataFrame) -> list[dict[str, str]]:
 
 def _methods(rows: SuiteRows) -> list[dict[str, str]]:
     """Each method of the suite with its variant, version and parameters."""
-    found = {}
-    for cell in rows.cells:
-        method = cell.make_method()
-        found[cell.label] = {
-            "label": cell.label,
-            "about": _ROLE.sub(r"\1", (type(method).__doc__ or "").strip().partition("\n")[0]),
-            "variant": cell.variant,
-            "version": cell.method_version,
-            "parameters": json.dumps(cell.parameters, sort_keys=True) if cell.parameters else "",
-        }
-    return list(found.values())
+    return list({cell.label: summary_of(cell) for cell in rows.cells}.values())
+
+
+def summary_of(cell: Cell) -> dict[str, str]:
+    """What a cell's method is: label, a line about it, variant, version, parameters and role, all text."""
+    from baselines import METHODS
+
+    kind = METHODS.get(cell.method) if cell.method in METHODS else None
+    about = "" if kind is None else (kind.__doc__ or "").strip().partition("\n")[0]
+    return {
+        "label": cell.label,
+        "about": _ROLE.sub(r"\1", about).replace("``", ""),
+        "variant": cell.variant,
+        "version": cell.method_version,
+        "parameters": json.dumps(cell.parameters, sort_keys=True) if cell.parameters else "",
+        "role": "" if kind is None else kind.role,
+        "source": "" if kind is None else _plain(getattr(kind, "source", "")),
+        "changes": "" if kind is None else _plain(getattr(kind, "changes", "")),
+    }
+
+
+def _plain(text: object) -> str:
+    return text if isinstance(text, str) else ""
 
 
 def _machines(rows: SuiteRows) -> list[dict[str, Any]]:

@@ -178,7 +178,7 @@ def make_table(rows: SuiteRows) -> Table:
             notes[key, cell.label] = "n/a"
         else:
             groups[key, cell.label].append(record)
-    entries = {place: _entry(place[1], records) for place, records in groups.items()}
+    entries = {place: entry_of(place[1], records) for place, records in groups.items()}
     own = _own_rows(groups)
     ordered: list[RowKey] = []
     for key in keys:
@@ -203,7 +203,8 @@ def _row_name(cell: Cell, rows: SuiteRows) -> str:
     return " ".join(parts)
 
 
-def _entry(method: str, records: list[Record]) -> Entry:
+def entry_of(method: str, records: list[Record]) -> Entry:
+    """What a table says of a method in one row, whose cells differ in the seed alone."""
     results = [record.result for record in records if record.result is not None]
     values = [result.value for result in results]
     one = len(results) == 1

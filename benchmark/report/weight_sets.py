@@ -11,7 +11,7 @@ from benchmark.report.roles import RETRAINED, role_of
 
 REFERENCE = "reference"
 
-_SETTINGS = ("profile", "seed", "weight_granularity", "symmetric")
+SETTINGS = ("profile", "seed", "weight_granularity", "symmetric")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def weight_sets(records: Iterable[Record], cell: Cell, reference_digest: str) ->
     found: dict[str, WeightSet] = {}
     for record in records:
         other = record.cell
-        if all(getattr(other, field) == getattr(cell, field) for field in _SETTINGS):
+        if all(getattr(other, field) == getattr(cell, field) for field in SETTINGS):
             found.setdefault(other.method, WeightSet(other.method, other, str(record.weights_digest)))
     trained = [found[name] for role in RETRAINED for name in found if role_of(name) == role]
     return [WeightSet(REFERENCE, cell, reference_digest), *trained]

@@ -1,0 +1,49 @@
+"""The lines of Python that give the quantized model of a cell back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmark.engine.reopen import measure_again
+from benchmark.grid.cells import Cell
+from benchmark.keep.record import Record
+
+
+def reopening(record: Record, results: Path, models: bool) -> list[str]:
+    """The lines of Python that give a cell's quantized model back, or why there is none.
+
+    Args:
+        record: Of the cell.
+        results: The store's folder as it was given.
+        models: Whether the store keeps quantized models.
+    """
+    if not record.cell.is_reference and (record.quantized is None or not models):
+        if record.reason is not None:
+            return ["# skipped, so there is no quantized model"]
+        again = measure_again(record.cell).strip("`")
+        return ["# no quantized model is kept of this cell; to have one, measure it again:", f"# {again}"]
+    return python_lines(record.cell, results)
+
+
+def python_lines(cell: Cell, results: Path) -> list[str]:
+    """The lines for a cell whose quantized model is kept, or for a reference.
+
+    Args:
+        cell: Which one.
+        results: The store's folder.
+    """
+    if cell.is_reference:
+        call = _call("reference", cell.model, results)
+        return ["# the FP32 model itself:", "import benchmark", f"model = {call}"]
+    return [
+        "# the quantized model:",
+        "import benchmark",
+        f"quantized = {_call('load', cell.cell_id[:12], results)}",
+        f"model = quantized.apply({_call('reference', cell.model, results)})",
+    ]
+
+
+def _call(function: str, argument: str, results: Path) -> str:
+    where = "" if results == Path("results") else f", results={json.dumps(str(results))}"
+    return f"benchmark.{function}({json.dumps(argument)}{where})"

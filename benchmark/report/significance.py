@@ -1,0 +1,95 @@
+"""Whether two methods differ on the same items: a paired test, corrected for many, and what n can show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from quanttune.seeds import numpy_generator
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+LEVEL = 0.05
+"""Significance level, after correction."""
+POWER = 0.8
+"""Probability with which :func:`smallest_difference` is found."""
+SWAPS = 2000
+"""Draws of the permutation test; its smallest p-value is one part in so many and one."""
+
+Metric = Callable[[np.ndarray], float]
+_Key = TypeVar("_Key", bound="Hashable")
+
+
+def paired_p(first: np.ndarray, second: np.ndarray, metric: Metric) -> float:
+    """Two-sided p-value of no difference between two methods on the same items.
+
+    Where an item is right or wrong, McNemar's exact test: of the items on which they disagree, each is as
+    likely to win. For other scores the permutation test that follows from the same hypothesis: the two swap
+    their scores on every item with probability one half.
+
+    Args:
+        first: Scores of the items, shape ``(N,)`` or ``(N, k)``.
+        second: Those of the other method, of the same items in the same order.
+        metric: From scores to the metric's value.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if first.shape != second.shape:
+        raise ValueError(f"paired scores differ in shape: {first.shape} and {second.shape}")
+    if np.array_equal(first, second):
+        return 1.0
+    if first.ndim == 1 and np.isin(first, (0.0, 1.0)).all() and np.isin(second, (0.0, 1.0)).all():
+        from scipy.stats import binomtest
+
+        wins = int((first > second).sum())
+        return float(binomtest(wins, wins + int((first < second).sum())).pvalue)
+    observed = abs(metric(first) - metric(second))
+    generator = numpy_generator(0, "swaps", len(first))
+    extreme = 0
+    for _ in range(SWAPS):
+        swapped = generator.random(len(first)) < 0.5
+        mask = swapped if first.ndim == 1 else swapped[:, None]
+        one, other = np.where(mask, second, first), np.where(mask, first, second)
+        # the observed difference itself, met again, must not fail by its last digit
+        extreme += abs(metric(one) - metric(other)) >= observed * (1 - 1e-12)
+    return (1 + extreme) / (1 + SWAPS)
+
+
+def holm(values: Mapping[_Key, float]) -> dict[_Key, float]:
+    """P-values corrected for their number (Holm 1979): the smallest by all, the next by all but one ...
+
+    Args:
+        values: By anything.
+    """
+    made: dict[_Key, float] = {}
+    highest = 0.0
+    for rank, key in enumerate(sorted(values, key=lambda key: values[key])):
+        highest = max(highest, min(1.0, (len(values) - rank) * values[key]))
+        made[key] = highest
+    return {key: made[key] for key in values}
+
+
+def smallest_difference(first: np.ndarray, second: np.ndarray, metric: Metric) -> float | None:
+    """The difference that so many items show with probability :data:`POWER` at :data:`LEVEL`.
+
+    The two methods disagree from item to item as they did here: ``(z_0.975 + z_0.8) sd / sqrt(N)`` of the
+    items' differences, taken to the metric's unit by shifting every score by it.
+
+    Returns:
+        ``None`` for scores of several numbers, fewer than two items, or methods that never disagree.
+    """
+    if first.ndim > 1 or len(first) < 2:
+        return None
+    from scipy.stats import norm
+
+    deviation = float(np.std(first - second, ddof=1))
+    if not deviation:
+        return None
+    reach = float(norm.ppf(1 - LEVEL / 2) + norm.ppf(POWER))
+    found = abs(metric(first + reach * deviation / math.sqrt(len(first))) - metric(first))
+    return found if math.isfinite(found) else None

@@ -1,0 +1,252 @@
+"""The pages of a site, made from the finished cells of one or more suites."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmark.keep.reference_store import ReferenceStore
+from benchmark.keep.store import Store
+from benchmark.report.analyses import ModelAnalysis
+from benchmark.report.claims import Claim, claims
+from benchmark.report.comparison import Comparison
+from benchmark.report.costs import seconds_text
+from benchmark.report.gallery import analyse_command
+from benchmark.report.html import make_report, summary_of
+from benchmark.report.roles import OURS
+from benchmark.report.rows import SuiteRows
+from benchmark.report.significance import LEVEL
+from benchmark.report.site.advice import advice_of
+from benchmark.report.site.board import EVERY, Group, Line, board_of
+from benchmark.report.site.cells import CellPage, cell_context
+from benchmark.report.site.links import cell_page, page_of
+from benchmark.report.site.site_errors import ErrorsBySite
+from benchmark.subject.lookup import get_model, get_task
+from benchmark.subject.metrics.display import in_points, loss_name, number
+from quanttune.errors import QuantTuneError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from jinja2 import Environment
+
+    from benchmark.keep.record import Record
+
+STATIC = ("site.css", "site.js")
+
+
+@dataclass(frozen=True)
+class SuiteView:
+    """What a site shows of a suite.
+
+    Attributes:
+        rows: Its finished cells.
+        analyses: One per model; they only read.
+        frames: Data of every figure, by name.
+        absent: The models that a figure lacks, by its name.
+    """
+
+    rows: SuiteRows
+    analyses: Sequence[ModelAnalysis]
+    frames: Mapping[str, pd.DataFrame]
+    absent: Mapping[str, Sequence[str]]
+
+    @property
+    def name(self) -> str:
+        """The suite's name."""
+        return self.rows.suite.name
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The leaderboard."""
+        return board_of(self.rows)
+
+    @cached_property
+    def claims(self) -> list[Claim]:
+        """The paper's claims; none where its method was not measured."""
+        if not any(cell.method == OURS for cell in self.rows.cells):
+            return []
+        return claims(self.rows, Comparison(self.rows, self.rows.store), self.frames)
+
+
+class Site:
+    """A folder of pages.
+
+    Args:
+        views: The suites, the one to begin with first.
+        store: Where their cells are.
+        results: The store's folder as commands name it.
+    """
+
+    def __init__(self, views: Sequence[SuiteView], store: Store, results: Path) -> None:
+        self._views = views
+        self._store = store
+        self._results = results
+        self._places: dict[str, list[tuple[Group, Line]]] = {}
+        for view in views:
+            for group in view.groups:
+                for line in group.lines if group.setting.model != EVERY else ():
+                    for cell in line.cells:
+                        self._places.setdefault(cell.cell_id, []).append((group, line))
+
+    def pages(self) -> Iterator[tuple[str, str]]:
+        """Each file's path within the site and its text."""
+        folder = resources.files("benchmark.report.site") / "static"
+        for name in STATIC:
+            yield name, (folder / name).read_text(encoding="utf-8")
+        yield "index.html", self._index()
+        yield "claims.html", self._render("claims.html.j2", "", "claims", views=self._views)
+        yield "models.html", self._render("models.html.j2", "", "models", models=self._models())
+        yield "methods.html", self._render("methods.html.j2", "", "methods", methods=self._methods())
+        for model in self._models():
+            groups = self._groups(lambda group, name=model["name"]: group.setting.model == name)
+            text = self._render("model.html.j2", "../", "models", model=model, groups=groups)
+            yield page_of("models", model["name"]), text
+        for method in self._methods():
+            found = self._lines(lambda line, name=method["label"]: line.method == name)
+            text = self._render("method.html.j2", "../", "methods", method=method, lines=found)
+            yield page_of("methods", method["label"]), text
+        for view in self._views:
+            path = page_of("suites", view.name)
+            yield (
+                path,
+                make_report(view.rows, self._store, view.frames, found=view.claims, home="../index.html"),
+            )
+        yield from self._cells()
+
+    def _index(self) -> str:
+        suites = [
+            {
+                "name": view.name,
+                "description": view.rows.suite.description,
+                "finished": view.rows.finished,
+                "total": len(view.rows.cells),
+                "advice": advice_of(view.groups),
+                "absent": view.absent,
+                "analyse": analyse_command(view.rows.suite.origin, self._results),
+                "split": view.rows.suite.split,
+                "seeds": view.rows.suite.seeds,
+            }
+            for view in self._views
+        ]
+        groups = [group for view in self._views for group in view.groups]
+        return self._render(
+            "index.html.j2",
+            "",
+            "board",
+            suites=suites,
+            groups=groups,
+            first=_first(self._views[0].groups),
+            options={
+                "model": list(dict.fromkeys(group.setting.model for group in groups)),
+                "width": list(dict.fromkeys(group.setting.width for group in groups)),
+                "profile": list(dict.fromkeys(group.setting.profile for group in groups)),
+            },
+        )
+
+    def _models(self) -> list[dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        for view in self._views:
+            for record in _records(view.rows):
+                cell = record.cell
+                about = found.setdefault(cell.model, {"name": cell.model, "suites": {}, "cells": 0})
+                about["suites"][view.name] = page_of("suites", view.name)
+                about["cells"] += 1
+                about["task_name"], about["data"] = cell.task, cell.task_fingerprint
+                if record.result is not None:
+                    about["fp32"], about["n"] = record.result.fp32, record.result.n
+                    about["metric"], about["weights"] = record.result.metric, record.reference_digest
+                if cell.is_reference:
+                    about["reference"] = cell_page(cell.cell_id)
+        for name, about in found.items():
+            about["page"] = page_of("models", name)
+            try:
+                entry = get_model(name)
+                about |= {"title": entry.title, "source": entry.source, "family": entry.family}
+                about |= {"task": get_task(about["task_name"]).title}
+            except QuantTuneError:  # a model of a file that is not included here
+                about |= {"title": "", "source": "", "family": "", "task": about["task_name"]}
+        return list(found.values())
+
+    def _methods(self) -> list[dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        for view in self._views:
+            for cell in view.rows.cells:
+                if cell.cell_id in view.rows.records and not cell.is_reference:
+                    found.setdefault(cell.label, {**summary_of(cell), "page": page_of("methods", cell.label)})
+        return list(found.values())
+
+    def _groups(self, wanted: Any) -> list[Group]:
+        return [group for view in self._views for group in view.groups if wanted(group)]
+
+    def _lines(self, wanted: Any) -> list[tuple[Group, Line]]:
+        found = self._groups(lambda group: True)
+        return [(group, line) for group in found for line in group.lines if wanted(line)]
+
+    def _cells(self) -> Iterator[tuple[str, str]]:
+        published = isinstance(self._store, ReferenceStore)
+        told: set[str] = set()
+        for view in self._views:
+            errors = ErrorsBySite(view.analyses)
+            for record in _records(view.rows):
+                cell = record.cell
+                if cell.cell_id in told:
+                    continue
+                told.add(cell.cell_id)
+                page = CellPage(record, view.rows.suite, self._results, published, errors.of(record))
+                places = self._places.get(cell.cell_id, [])
+                text = self._render("cell.html.j2", "../", "", places=places, **cell_context(page))
+                yield cell_page(cell.cell_id), text
+
+    def _render(self, template: str, root: str, current: str, **context: Any) -> str:
+        return self._environment.get_template(template).render(
+            root=root, current=current, suites_of_site=[view.name for view in self._views], **context
+        )
+
+    @cached_property
+    def _environment(self) -> Environment:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+
+        environment = Environment(
+            loader=PackageLoader("benchmark.report.site"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        environment.globals |= {
+            "page_of": page_of,
+            "cell_page": cell_page,
+            "EVERY": EVERY,
+            "LEVEL": LEVEL,
+            "number": number,
+            "in_points": in_points,
+            "loss_name": loss_name,
+        }
+        environment.filters |= {"seconds": seconds_text, "p_value": p_text, "json": _json}
+        return environment
+
+
+def _first(groups: Sequence[Group]) -> Group:
+    """What is shown at first: the mean over models, at the last precision, which tells methods apart."""
+    kind = groups[0].setting.model
+    return [group for group in groups if group.setting.model == kind][-1]
+
+
+def _records(rows: SuiteRows) -> list[Record]:
+    return [rows.records[cell.cell_id] for cell in rows.cells if cell.cell_id in rows.records]
+
+
+def p_text(value: float) -> str:
+    """A p-value with two digits, small ones as a bound."""
+    if value < 0.0001:
+        return "p < 0.0001"
+    return f"p = {value:.2g}"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)

@@ -1,0 +1,392 @@
+"""The leaderboard: ranks, tests and pages are of the records, and a browser shows them as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urldefrag
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from benchmark.cli import cli
+from benchmark.grid.suite import Suite, parse_suite
+from benchmark.keep.reference_store import ReferenceStore, reference_folder
+from benchmark.keep.store import Store
+from benchmark.report.figures.figure import FIGURES
+from benchmark.report.rows import SuiteRows, collect_rows
+from benchmark.report.significance import SWAPS, holm, paired_p, smallest_difference
+from benchmark.report.site.advice import advice_of
+from benchmark.report.site.board import EVERY, Group, board_of, recovery_of
+from benchmark.report.site.folder import write_site
+from benchmark.report.site.links import cell_page, page_of
+from benchmark.report.site.pages import Site, SuiteView, p_text
+from benchmark.report.site.range_plot import range_plot
+from tests.chromium import FOUND, tab
+from tests.pages import Page
+from tests.test_report import ACCURACY, FP32, NO_FRAMES, SUITE, N, fill
+
+LABELS = ["minmax", "mse", "finetune", "finetune+mse", "quanttune"]
+
+
+def mean(scores: np.ndarray) -> float:
+    return 100 * float(scores.mean())
+
+
+@pytest.fixture
+def suite() -> Suite:
+    return parse_suite("made<up>", SUITE, "made")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "results")
+
+
+@pytest.fixture
+def rows(store: Store, suite: Suite) -> SuiteRows:
+    return fill(store, suite)
+
+
+def view_of(rows: SuiteRows) -> SuiteView:
+    return SuiteView(rows, [], NO_FRAMES, {"saturation": ["tiny_vit"]})
+
+
+def find(groups: list[Group], model: str, width: str) -> Group:
+    (group,) = (g for g in groups if (g.setting.model, g.setting.width) == (model, width))
+    return group
+
+
+def test_right_and_wrong_are_told_apart_by_mcnemars_exact_test() -> None:
+    one, other = np.zeros(100), np.zeros(100)
+    one[:9], other[9:10] = 1, 1  # 9 against 1 of 10 on which they disagree
+    assert paired_p(one, other, mean) == pytest.approx(2 * (1 + 10) / 2**10)
+    assert paired_p(other, one, mean) == paired_p(one, other, mean)
+    assert paired_p(one, one.copy(), mean) == 1.0
+    with pytest.raises(ValueError, match="differ in shape"):
+        paired_p(one, other[:50], mean)
+
+
+def test_other_scores_are_told_apart_by_swapping() -> None:
+    generator = np.random.default_rng(0)
+    scores = generator.normal(size=200)
+    shifted = scores + 0.2
+    perplexity: Callable[[np.ndarray], float] = lambda values: float(np.exp(values.mean()))  # noqa: E731
+    assert paired_p(scores, shifted, perplexity) == 1 / (1 + SWAPS)  # every draw is less extreme
+    same = [paired_p(*(generator.normal(size=(2, 40)) + 3), perplexity) for _ in range(60)]
+    assert 0.3 < np.mean(same) < 0.7
+    assert np.mean(np.array(same) < 0.05) < 0.2
+    # ties with the observed difference count: two items give four draws, of which two are as extreme
+    assert paired_p(np.array([0.3, 0.3]), np.array([0.1, 0.1]), mean) == pytest.approx(0.5, abs=0.05)
+
+
+def test_holms_correction() -> None:
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == {
+        "a": pytest.approx(0.03),
+        "b": pytest.approx(0.06),  # not below that of c
+        "c": pytest.approx(0.06),
+    }
+    assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+    assert holm({}) == {}
+
+
+def test_the_smallest_difference_is_what_is_found_four_times_in_five() -> None:
+    generator = np.random.default_rng(1)
+    n, disagree = 500, 0.2
+    kinds = generator.choice(3, size=n, p=[1 - disagree, disagree / 2, disagree / 2])
+    one, other = (kinds == 1).astype(float), (kinds == 2).astype(float)
+    found = smallest_difference(one, other, mean)
+    assert found is not None
+    assert found == pytest.approx(100 * 2.8016 * np.sqrt(disagree / n), rel=0.1)
+    shift = found / 100
+    shown = 0
+    for _ in range(300):
+        chances = [1 - disagree, disagree / 2 + shift / 2, disagree / 2 - shift / 2]
+        drawn = generator.choice(3, size=n, p=chances)
+        shown += paired_p((drawn == 1).astype(float), (drawn == 2).astype(float), mean) < 0.05
+    assert 0.68 < shown / 300 < 0.9
+    assert smallest_difference(one, one, mean) is None
+    assert smallest_difference(np.ones((4, 2)), np.zeros((4, 2)), mean) is None
+
+
+def test_the_best_come_first_and_are_compared_with_the_best_other(rows: SuiteRows) -> None:
+    groups = board_of(rows)
+    group = find(groups, "tiny_vit", "W8A8")
+    assert [line.method for line in group.lines] == sorted(LABELS, key=lambda name: -ACCURACY[name]["W8A8"])
+    assert [line.rank for line in group.lines] == [1, 2, 3, 4, 5]
+    first, second = group.lines[:2]
+    assert (first.method, first.rival, second.rival) == ("quanttune", "finetune+mse", "quanttune")
+    assert first.p == second.p  # the same pair, the same correction or a larger one of the smaller
+    assert first.recovery == pytest.approx(100 * 89 / FP32)
+    assert (first.low, first.high) == (pytest.approx(100 * 89 / 90), pytest.approx(100 * 91 / 90))
+    assert (group.items, group.fp32, group.metric) == (N, FP32, "accuracy")
+    assert group.smallest is not None
+    assert 3 < group.smallest < 10
+    assert [line.trained for line in group.lines] == [True, True, True, False, False]
+
+
+def test_a_mean_ranks_what_was_measured_on_every_model(rows: SuiteRows) -> None:
+    records = {
+        cell_id: record
+        for cell_id, record in rows.records.items()
+        if (record.cell.label, record.cell.model) != ("quanttune", "tiny_bert")
+    }
+    unfinished = {cell_id: "missing" for cell_id in rows.records if cell_id not in records}
+    groups = board_of(dataclasses.replace(rows, records=records, unfinished=unfinished))
+    group = find(groups, EVERY, "W8A8")
+    assert [line.method for line in group.lines] == ["finetune+mse", "finetune", "mse", "minmax", "quanttune"]
+    assert [len(line.parts) for line in group.lines] == [2, 2, 2, 2, 1]
+    line = group.lines[0]
+    assert line.recovery == pytest.approx(100 * 85 / 90)
+    assert line.low is not None
+    # two models whose interval ends 4 of 90 points away: that of their mean is nearer by the root of two
+    assert line.recovery - line.low == pytest.approx(100 * 4 / 90 / 2**0.5)
+    (eight, six) = advice_of(groups)
+    assert str(eight) == "W8A8: finetune+mse keeps 94.4 % of FP32; without training mse keeps 83.3 % of FP32"
+    assert (six.best.method, six.untrained and six.untrained.method) == ("finetune+mse", "minmax")
+
+
+def test_recovery_turns_round_where_low_is_good() -> None:
+    assert recovery_of(80.0, 100.0, True) == 80.0
+    assert recovery_of(125.0, 100.0, False) == 80.0
+    assert np.isnan(recovery_of(1.0, 0.0, True))
+
+
+def test_lost_items_cost_the_test_and_nothing_else(rows: SuiteRows) -> None:
+    for record in rows.records.values():
+        if record.cell.label == "mse":
+            (rows.store.root / "cells" / f"{record.cell.cell_id}.safetensors").unlink()
+    group = find(board_of(rows), "tiny_vit", "W8A8")
+    by_name = {line.method: line for line in group.lines}
+    assert by_name["mse"].p is None
+    assert by_name["minmax"].p is not None
+
+
+@pytest.mark.parametrize("name", ["a/b", "x" * 300, "..", "finetune[steps=3]+mse", "hub:o/n@t", "<b>"])
+def test_pages_have_names_that_any_file_system_takes(name: str) -> None:
+    path = page_of("methods", name)
+    assert re.fullmatch(r"methods/[a-z0-9][a-z0-9._=+-]*\.html", path)
+    assert len(path) < 120
+    assert page_of("methods", name + " ") != path
+    assert page_of("methods", "A") != page_of("methods", "a") == "methods/a.html"
+
+
+def links_of(pages: dict[str, str]) -> list[tuple[str, str]]:
+    """Every link from page to page that leads nowhere."""
+    dead = []
+    ids = {name: set(Page(text).ids) for name, text in pages.items() if name.endswith(".html")}
+    for name in ids:
+        for target in Page(pages[name]).targets:
+            if target.startswith("data:"):
+                continue
+            address, fragment = urldefrag(target)
+            parts = [*name.split("/")[:-1], *address.split("/")] if address else name.split("/")
+            while ".." in parts:
+                at = parts.index("..")
+                del parts[at - 1 : at + 1]
+            path = "/".join(parts)
+            if path not in pages or (fragment and fragment not in ids[path]):
+                dead.append((name, target))
+    return dead
+
+
+def test_every_link_leads_somewhere_and_text_stays_text(rows: SuiteRows, store: Store) -> None:
+    pages = dict(Site([view_of(rows)], store, store.root).pages())
+    assert links_of(pages) == []
+    for record in rows.records.values():
+        assert cell_page(record.cell.cell_id) in pages
+    for name, text in pages.items():
+        if name.endswith(".html"):
+            page = Page(text)
+            assert page.open == [], name
+            assert len(page.ids) == len(set(page.ids)), name
+            assert "made<up>" not in text, name
+            assert "http:" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", text), name
+            assert text.count("<h1") == 1, name
+    assert "a &lt;fast&gt; one" in pages[cell_page(next(iter(rows.records)))]
+    found = [row for row in Page(pages["index.html"]).rows if "data-method" in row]
+    assert len(found) == 2 * 5 + 2 * 2 * 5
+    shown = [row for row in found if "hidden" not in row]
+    assert {(row["data-model"], row["data-width"]) for row in shown} == {(EVERY, "W6A6")}
+    assert [row["data-method"] for row in shown][:2] == ["quanttune", "finetune+mse"]
+    assert "saturation" in " ".join(Page(pages["index.html"]).words)
+    methods = {name for name in pages if name.startswith("methods/")}
+    assert methods == {page_of("methods", label) for label in LABELS}
+
+
+def test_the_page_of_a_cell_gives_it_back(rows: SuiteRows, store: Store) -> None:
+    pages = dict(Site([view_of(rows)], store, store.root).pages())
+    record = next(r for r in rows.records.values() if r.cell.label == "finetune+mse")
+    words = " ".join(" ".join(Page(pages[cell_page(record.cell.cell_id)]).words).split())
+    command = "python -m benchmark run --overwrite always --suite made --model tiny_vit --method finetune"
+    assert f"{command} --precision W8A8 --profile full --seed 0 --results {store.root}" in words
+    for expected in ("85.0", "5.0 points [-1.0, 1.0]", "94.4 % of FP32", "torch 2.9", "a" * 64):
+        assert expected in words
+    # its quantized model was not kept, and so is not offered
+    assert "benchmark.load" not in words
+    reference = next(r for r in rows.records.values() if r.cell.is_reference)
+    words = " ".join(Page(pages[cell_page(reference.cell.cell_id)]).words)
+    assert 'benchmark.reference("tiny_vit"' in words
+
+
+def test_ranges_are_drawn_and_named() -> None:
+    sites = [
+        {"id": "a<b>", "kind": "linear input", "low": -100.0, "high": 0.5},
+        {"id": "w", "kind": "weight", "low": -1.0, "high": 1.0},
+        {"id": "off", "kind": "linear input", "low": None, "high": None},
+    ]
+    drawn = str(range_plot(sites, 'ranges of "x"'))
+    assert drawn.count("<rect") == 1
+    assert "a&lt;b&gt;: -100 to 0.5" in drawn
+    assert 'aria-label="ranges of &#34;x&#34;"' in drawn
+    assert Page(drawn).open == []
+    assert not range_plot(sites[1:], "")
+
+
+def test_what_is_gone_leaves_the_folder_and_what_stays_is_not_written_again(tmp_path: Path) -> None:
+    folder = tmp_path / "report"
+    write_site(folder, [("index.html", "a"), ("cells/1.html", "one"), ("cells/2.html", "two")])
+    (folder / "cells" / "notes.txt").write_text("mine")
+    before = (folder / "index.html").stat().st_mtime_ns
+    assert write_site(folder, [("index.html", "a"), ("cells/2.html", "2")]) == folder / "index.html"
+    assert sorted(path.name for path in (folder / "cells").iterdir()) == ["2.html", "notes.txt"]
+    assert (folder / "cells" / "2.html").read_text() == "2"
+    assert (folder / "index.html").stat().st_mtime_ns == before
+
+
+def test_a_fresh_clone_shows_every_published_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All suites, with what came with the code alone; how figures are drawn is tested with them."""
+    kept = reference_folder()
+    assert kept is not None
+    shutil.copytree(kept, tmp_path / "reference")
+    frames = {name: pd.DataFrame() for name in FIGURES.names()}
+    monkeypatch.setattr("benchmark.report.gallery.make_frames", lambda *_: frames)
+    made = CliRunner().invoke(cli, ["report", "--all", "--results", str(tmp_path / "reference")])
+    assert made.exit_code == 0, made.output
+    folder = tmp_path / "report" / "all"
+    assert made.stdout.strip() == str(folder / "index.html")
+    store = ReferenceStore(kept)
+    published = {cell_page(record.cell.cell_id) for record in store.records()}
+    assert {f"cells/{path.name}" for path in (folder / "cells").iterdir()} == published
+    pages = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.*")}
+    assert links_of(pages) == []
+    rows = collect_rows(store, parse_of("laptop"))
+    cell = next(cell for cell in rows.cells if cell.label == "quanttune")
+    text = pages[cell_page(cell.cell_id)]
+    assert f"python -m benchmark verify --cell {cell.cell_id[:12]}" in text
+    assert f"benchmark.load(&#34;{cell.cell_id[:12]}&#34;)" in text
+    assert "--overwrite" not in text
+    refused = CliRunner().invoke(cli, ["report", "--all", "--suite", "laptop"])
+    assert refused.exit_code == 2
+    assert "leave out --suite" in refused.output
+    empty = CliRunner().invoke(cli, ["report", "--all", "--results", str(tmp_path / "none")])
+    assert empty.exit_code == 2
+    assert "no suite has results" in empty.output
+
+
+def parse_of(name: str) -> Suite:
+    from benchmark.grid.suite import load_suite
+
+    return load_suite(name)
+
+
+def test_small_p_values_are_bounds() -> None:
+    assert (p_text(0.5), p_text(0.0123), p_text(1e-9)) == ("p = 0.5", "p = 0.012", "p < 0.0001")
+
+
+VISIBLE = "[...document.querySelectorAll('#board tbody tr')].filter(row => !row.hidden)"
+COLOURS = """(() => {
+  const light = text => {
+    const parts = text.match(/[\\d.]+/g).map(Number);
+    const linear = c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+    const [r, g, b] = parts.slice(0, 3).map(c => linear(c / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = node => {
+    for (; node; node = node.parentElement) {
+      const colour = getComputedStyle(node).backgroundColor;
+      if (!colour.startsWith('rgba(0, 0, 0, 0')) return colour;
+    }
+    return 'rgb(255, 255, 255)';
+  };
+  let worst = [99, ''];
+  for (const node of document.querySelectorAll('body *')) {
+    const said = [...node.childNodes].some(c => c.nodeType === 3 && c.data.trim());
+    if (!said || !node.getClientRects().length) continue;
+    const svg = node.closest('svg');
+    const ink = svg ? getComputedStyle(node).fill : getComputedStyle(node).color;
+    const pair = [light(ink), light(behind(node))].sort((a, b) => b - a);
+    const contrast = (pair[0] + 0.05) / (pair[1] + 0.05);
+    if (contrast < worst[0]) worst = [contrast, node.outerHTML.slice(0, 100)];
+  }
+  return JSON.stringify(worst);
+})()"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(FOUND is None, reason="no Chromium is installed")
+def test_a_browser_filters_sorts_and_draws(rows: SuiteRows, store: Store, tmp_path: Path) -> None:
+    index = write_site(tmp_path / "site", Site([view_of(rows)], store, store.root).pages())
+    with tab(tmp_path / "profile") as page:
+        page.look(1280, 900)
+        page.open(index)
+        assert page.run(f"{VISIBLE}.length") == 5
+        page.run("document.querySelector('[name=trained]').focus()")
+        page.press("ArrowDown", 40)  # the keyboard alone: "without"
+        page.wait_for(f"{VISIBLE}.length === 2")
+        shown = page.run(f"{VISIBLE}.map(row => [row.dataset.method, row.cells[0].textContent].join())")
+        assert shown == ["minmax,1", "mse,2"]
+        assert "trained=no" in page.run("location.hash")
+        assert page.run("document.querySelector('#count').textContent").startswith("2 methods: all models")
+        page.open(index, "#model=tiny_bert&width=W8A8")
+        methods = page.run(f"{VISIBLE}.map(row => row.dataset.method)")
+        assert methods == sorted(LABELS, key=lambda name: -ACCURACY[name]["W8A8"])
+        page.run("document.querySelector('th[data-key=recovery] button').click()")
+        assert page.run(f"{VISIBLE}.map(row => row.dataset.method)") == methods[::-1]
+        assert page.run("document.querySelector('[data-key=recovery]').ariaSort") == "ascending"
+        page.run("document.querySelector('button[type=reset]').click()")
+        page.wait_for("location.hash === ''")
+        page.wait_for("document.querySelector('[name=trained]').value === ''")
+        assert page.complaints == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(FOUND is None, reason="no Chromium is installed")
+def test_pages_fit_a_phone_and_can_be_read_in_both_themes(tmp_path: Path) -> None:
+    kept = reference_folder()
+    assert kept is not None
+    store = ReferenceStore(kept)
+    rows = collect_rows(store, parse_of("laptop"))
+    index = write_site(tmp_path / "site", Site([view_of(rows)], store, Path("reference")).pages())
+    names = ["index.html", "models.html", "methods.html", "claims.html"]
+    names += [page_of("models", "minilm_l6"), page_of("methods", "quanttune")]
+    names += [cell_page(next(cell.cell_id for cell in rows.cells if cell.label == "mse"))]
+    names += [page_of("suites", "laptop")]
+    with tab(tmp_path / "profile") as page:
+        for width, theme in ((390, "light"), (390, "dark"), (1280, "light"), (1280, "dark")):
+            page.look(width, 900, theme)
+            for name in names:
+                page.open(index.parent / name)
+                wide = page.run("document.documentElement.scrollWidth")
+                assert wide <= width, (name, width, wide)
+                contrast, where = json.loads(page.run(COLOURS))
+                assert contrast >= 4.5, (name, theme, where)
+            page.open(index)
+            # a link for every ranked method with a known cost, each of which the keyboard reaches
+            points = page.run("document.querySelectorAll('#pareto svg a[href]').length")
+            assert points == 9
+            first = page.run("document.querySelector('#pareto svg a').getAttribute('href')")
+            assert (index.parent / first).is_file()
+            page.run("document.querySelector('#pareto svg a').focus()")
+            assert page.run("document.activeElement.getAttribute('aria-label')")
+        page.open(index)
+        page.press("Tab", 9)
+        assert page.run("document.activeElement.className") == "skip"
+        assert page.complaints == []
+        assert all(url.startswith(("file:", "data:", "about:")) for url in page.requests)
