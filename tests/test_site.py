@@ -152,6 +152,16 @@ def test_a_mean_ranks_what_was_measured_on_every_model(rows: SuiteRows) -> None:
     assert (six.best.method, six.untrained and six.untrained.method) == ("finetune+mse", "minmax")
 
 
+def test_the_picture_of_the_leaderboard_is_its_means(rows: SuiteRows) -> None:
+    frame = FIGURES.get("leaderboard")("leaderboard").frame(rows)  # type: ignore[call-arg, arg-type]
+    assert len(frame) == 2 * 5
+    assert list(frame[frame["setting"] == "W8A8"]["method"])[:2] == ["quanttune", "finetune+mse"]
+    for group in board_of(rows)[:2]:
+        part = frame[frame["setting"] == group.setting.width].set_index("method")
+        for line in group.lines:
+            assert part.loc[line.method, "recovery"] == line.recovery
+
+
 def test_recovery_turns_round_where_low_is_good() -> None:
     assert recovery_of(80.0, 100.0, True) == 80.0
     assert recovery_of(125.0, 100.0, False) == 80.0

@@ -38,6 +38,7 @@ def report(
     from benchmark.keep.reference_store import open_store
     from benchmark.report.figures.figure import choose
     from benchmark.report.gallery import make_frames
+    from benchmark.report.site.advice import advice_of
     from benchmark.report.site.folder import write_site
     from benchmark.report.site.pages import Site, SuiteView
     from benchmark.views import open_suite, suites_with_results, tell_absent
@@ -52,4 +53,6 @@ def report(
     folder = store.views / "report" / ("all" if everything else views[0].name)
     click.echo(str(write_site(folder, Site(views, store, results).pages())))
     for view, name in zip(views, names, strict=True):
+        for advice in advice_of(view.groups):
+            click.echo(f"{view.name} {advice}", err=True)
         tell_absent(view.absent, name, results, items)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from benchmark.cli import cli, examples
-from benchmark.options import include_option, results_option, suite_option
+from benchmark.grid.suite import DEFAULT_SUITE
+from benchmark.options import include_option, results_option
 from quanttune.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
@@ -23,9 +24,19 @@ _ENDINGS = {"latex": "tex", "markdown": "md", "csv": "csv", "json": "json"}
 
 @cli.command(
     short_help="Print the table of a suite.",
-    epilog=examples("table", "table --cost", "table --suite paper --published", "table --format latex"),
+    epilog=examples("table", "table --cost", "table --suite paper --published", "table --all --format latex"),
 )
-@suite_option
+@click.option(
+    "--suite",
+    metavar="NAME",
+    help=f"A suite's name, or a path to a .toml file.  [default: {DEFAULT_SUITE}]",
+)
+@click.option(
+    "--all",
+    "everything",
+    is_flag=True,
+    help="With --format latex: a file for every suite, and all.tex, which shows every kept table.",
+)
 @click.option(
     "--format",
     "form",
@@ -45,7 +56,8 @@ _ENDINGS = {"latex": "tex", "markdown": "md", "csv": "csv", "json": "json"}
 @include_option
 @results_option
 def table(
-    suite: str,
+    suite: str | None,
+    everything: bool,
     form: str,
     allow_partial: bool,
     published: bool,
@@ -54,6 +66,13 @@ def table(
     results: Path,
 ) -> None:
     """Print the table of a suite; every form but `terminal` is also written to RESULTS/tables/."""
+    if everything:
+        if form != "latex" or suite is not None or published or cost or metric:
+            raise ConfigError(
+                "--all makes a LaTeX document of every suite: give --format latex alone with it"
+            )
+        _document(results)
+        return
     from benchmark.grid.suite import load_suite
     from benchmark.keep.reference_store import open_store
     from benchmark.report.other_metric import in_metric
@@ -64,7 +83,7 @@ def table(
         raise ConfigError("--published shows the metrics of the sources; leave out --metric")
     if published and cost:
         raise ConfigError("--published and --cost are two tables; give one of them")
-    rows = collect_rows(store, load_suite(suite), allow_partial)
+    rows = collect_rows(store, load_suite(suite or DEFAULT_SUITE), allow_partial)
     if metric:
         rows = in_metric(rows, metric, allow_partial)
     text = (_published if published else _costs if cost else _measured)(rows, form)
@@ -83,6 +102,28 @@ def table(
             click.echo(f"warning: printed only: {error}", err=True)
     if not rows.complete:
         click.echo(f"partial: {rows.finished} of {len(rows.cells)} cells", err=True)
+
+
+def _document(results: Path) -> None:
+    """Write the tables of every suite with results, and a document of all tables beside them."""
+    from benchmark.grid.suite import load_suite
+    from benchmark.keep.atomic import write_text_atomically
+    from benchmark.keep.reference_store import open_store
+    from benchmark.report.latex import document, made_here
+    from benchmark.report.rows import collect_rows
+    from benchmark.views import suites_with_results
+
+    store = open_store(results)
+    folder = store.views / "tables"
+    for name in suites_with_results(store):
+        rows = collect_rows(store, load_suite(name), allow_partial=True)
+        write_text_atomically(folder / f"{rows.suite.name}.tex", _measured(rows, "latex"))
+        if rows.costed:
+            write_text_atomically(folder / f"{rows.suite.name}-cost.tex", _costs(rows, "latex"))
+        partial = "" if rows.complete else f", partial: {rows.finished} of {len(rows.cells)} cells"
+        click.echo(f"{folder / rows.suite.name}.tex{partial}")
+    write_text_atomically(folder / "all.tex", document(made_here(folder)))
+    click.echo(str(folder / "all.tex"))
 
 
 def _measured(rows: SuiteRows, form: str) -> str:

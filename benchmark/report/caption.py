@@ -46,6 +46,26 @@ def caption_of(rows: SuiteRows) -> str:
     )
 
 
+_NAMED = ("torch", "timm", "transformers", "quanttune-bench")
+"""The versions that a table names; the records have all of them."""
+
+
+def origin_of(rows: SuiteRows) -> str:
+    """Where the cells were measured and with what, in a sentence; empty where no record tells."""
+    found: dict[str, None] = {}
+    for record in rows.records.values():
+        about = record.provenance
+        versions = about.get("versions") or {}
+        if not versions:
+            continue
+        names = ", ".join(f"{name} {versions[name]}" for name in _NAMED if name in versions)
+        where = about.get("device_name") or about.get("cpu") or about.get("device") or "an unknown device"
+        threads = about.get("threads")
+        count = f"{threads} thread{'' if threads == 1 else 's'}"
+        found[f"{where} with {names}, Python {about.get('python')}, {count}"] = None
+    return f"Measured on {'; '.join(found)}." if found else ""
+
+
 def _rounding(rows: SuiteRows) -> str:
     """What is said of the noise of rounding, where it was measured."""
     found = {

@@ -12,7 +12,14 @@ from benchmark.engine.spending import WIDTHS
 from benchmark.grid.cells import REFERENCE_METHOD
 from benchmark.keep.record import Record
 from benchmark.report.columns import Row, blocks, paragraph
-from benchmark.report.latex import escape_latex, latex_name
+from benchmark.report.latex import (
+    column_format,
+    escape_latex,
+    long_table,
+    name_lines,
+    number_cell,
+    spanning,
+)
 from benchmark.report.rows import COST_FIELDS, SuiteRows
 from benchmark.report.tables import OWN_ROW, Table, escape_markdown, make_table
 from benchmark.subject.metrics.display import number
@@ -224,37 +231,29 @@ def cost_terminal(table: CostTable, width: int) -> str:
 
 
 def cost_latex(table: CostTable, label: str) -> str:
-    """A floating LaTeX table for the package booktabs; a model's name has a row of its own."""
-    heads = ["", *(_broken(name) for name in HEADS), *(_broken(f"loss {name}") for name in table.precisions)]
-    lines = []
-    for model in dict.fromkeys(line.model for line in table.lines):
-        lines += [
-            "\\midrule",
-            f"\\multicolumn{{{len(heads)}}}{{l}}{{\\textit{{{escape_latex(model)}}}}} \\\\",
-        ]
-        for line in table.lines:
-            if line.model == model:
-                texts = [escape_latex(text) for text in line.texts(table.precisions)]
-                lines.append(" & ".join([latex_name(line.method), *texts]) + " \\\\")
-    return "\n".join(
-        [
-            "% made by `python -m benchmark table --cost --format latex`; needs \\usepackage{booktabs}",
-            "\\begin{table}[htbp]",
-            "\\centering",
-            f"\\caption{{{escape_latex(table.caption)}}}",
-            f"\\label{{{label}}}",
-            "\\footnotesize",
-            "\\setlength{\\tabcolsep}{3pt}",
-            f"\\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}",
-            "\\toprule",
-            " & ".join(heads) + " \\\\",
-            *lines,
-            "\\bottomrule",
-            "\\end{tabular}",
-            "\\end{table}",
-            "",
-        ]
+    """For the packages of :data:`benchmark.report.latex.PACKAGES`; a model's name has a row of its own."""
+    names = [*map(_short, HEADS), *(f"loss {name}" for name in table.precisions)]
+    texts = [line.texts(table.precisions) for line in table.lines]
+    columns = [column_format(found[index] for found in texts) for index in range(len(names))]
+    body: list[str] = []
+    last = ""
+    for line, found in zip(table.lines, texts, strict=True):
+        if line.model != last:
+            body += [*(["\\midrule"] if body else []), spanning(line.model, len(names) + 1)]
+            last = line.model
+        stub, *parameters = name_lines(line.method)
+        body.append(" & ".join([stub, *map(number_cell, found)]) + " \\\\")
+        body += [f"{text} \\\\" for text in parameters]
+    title, _, notes = table.caption.partition(". ")
+    heads = [f"{{{_broken(name)}}}" for name in names]
+    return long_table(
+        "table --cost --format latex", title + ".", label, heads, columns, body, notes, "scriptsize"
     )
+
+
+def _short(head: str) -> str:
+    """A head with its long words cut, since a column is as wide as the longest."""
+    return head.replace("calibration", "calibr.").replace("operations", "ops")
 
 
 def _broken(head: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from benchmark.grid.cells import REFERENCE_METHOD, Cell
 from benchmark.keep.record import Record
-from benchmark.report.caption import caption_of
+from benchmark.report.caption import caption_of, origin_of
 from benchmark.report.roles import RETRAINED, role_of_label
 from benchmark.report.rounding import Rounded, mean_flips, mean_of, rounded
 from benchmark.report.rows import SuiteRows
@@ -88,13 +88,18 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows, columns and entries, apart from any output format."""
+    """Rows, columns and entries, apart from any output format.
+
+    Attributes:
+        origin: Where the cells were measured and with what, in a sentence; empty where no record tells.
+    """
 
     caption: str
     methods: list[str]
     rows: list[RowKey]
     entries: dict[tuple[RowKey, str], Entry]
     notes: dict[tuple[RowKey, str], str]
+    origin: str = ""
 
     def best(self, row: RowKey) -> set[str]:
         """The methods with the best value of a row as printed, and those that rounding alone may set apart.
@@ -139,9 +144,14 @@ class Layout:
     lines: list[tuple[str, str, list[tuple[RowKey, str]]]]
 
 
-def arrange(table: Table) -> Layout:
-    """Lay a table out so that its columns fit a page."""
-    if len(table.methods) <= _WIDEST:
+def arrange(table: Table, turned: bool | None = None) -> Layout:
+    """Lay a table out so that its columns fit a page.
+
+    Args:
+        table: Which one.
+        turned: Whether methods stand one below the other; by default where there are many.
+    """
+    if not (len(table.methods) > _WIDEST if turned is None else turned):
         return Layout(
             "precision",
             table.methods,
@@ -187,7 +197,7 @@ def make_table(rows: SuiteRows) -> Table:
         ordered.append(key)
     entries |= own
     entries |= _references(rows, ordered)
-    return Table(caption_of(rows), list(methods), ordered, entries, notes)
+    return Table(caption_of(rows), list(methods), ordered, entries, notes, origin_of(rows))
 
 
 def _row_name(cell: Cell, rows: SuiteRows) -> str:

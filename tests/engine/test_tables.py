@@ -15,7 +15,7 @@ from benchmark.grid.expand import expand
 from benchmark.grid.suite import MethodSpec, Suite
 from benchmark.keep.record import Record, Result
 from benchmark.keep.store import Store
-from benchmark.report.latex import to_latex
+from benchmark.report.latex import column_format, document, made_here, number_cell, to_latex
 from benchmark.report.published.reader import load_published, published_names
 from benchmark.report.rows import SuiteRows, collect_rows
 from benchmark.report.tables import OWN_ROW, Table, arrange, make_table, text_of, to_frame, to_markdown
@@ -120,35 +120,80 @@ def test_numbers_have_the_digits_of_their_metric(value: float, metric: str, show
 
 def check_latex(text: str) -> None:
     """The checks a compiler would make first, so that they are made on every machine."""
-    assert "\\begin{table}" in text
-    for rule in ("\\toprule", "\\midrule", "\\bottomrule"):
+    for rule in ("\\toprule", "\\midrule", "\\bottomrule", "\\endfirsthead", "\\endhead", "\\endfoot"):
         assert rule in text
     assert text.count("{") - text.count("\\{") == text.count("}") - text.count("\\}")
-    for name in ("table", "tabular"):
+    for name in ("longtable", "minipage"):
         assert text.count(f"\\begin{{{name}}}") == text.count(f"\\end{{{name}}}") == 1
-    body = text[text.index("\\toprule") : text.index("\\bottomrule")]
-    (columns,) = re.findall(r"\\begin\{tabular\}\{(\w+)\}", text)
-    # what is inside \shortstack has its own line breaks
+    body = text[text.index("\\toprule") : text.index("\\end{longtable}")]
+    (columns,) = re.findall(r"\\begin\{longtable\}\{l(.*)\}$", text, re.MULTILINE)
+    count = len(re.findall(r"S\[table-format=-?\d+(?:\.\d+)?(?:\(\d+\))?\]|r", columns))
+    assert re.sub(r"S\[[^]]*\]|r", "", columns) == ""
+    # what is inside \\shortstack has its own line breaks
     flat = re.sub(r"\\shortstack\[[lr]\]\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}", "x", body)
-    lines = [line for line in flat.splitlines() if line.endswith("\\\\")]
+    lines = [line for line in flat.splitlines() if line.rstrip("*").endswith("\\\\")]
     assert lines
     data = [line for line in lines if not line.startswith("\\multicolumn")]
-    assert {len(re.findall(r"(?<!\\)&", line)) for line in data} == {len(columns) - 1}
-    caption = text.partition("\\caption")[2].partition("\\label")[0].replace(r"$\pm$", "")
+    assert {len(re.findall(r"(?<!\\)&", line)) for line in data} == {count}
+    caption = text.partition("\\caption")[2].partition("\\label")[0]
     assert not re.search(r"(?<!\\)[_%#$&]", caption)
     assert "cline" not in text
     assert all(ord(character) < 128 for character in text)
 
 
+def compile_latex(folder: Path, name: str) -> None:
+    """Compile a document, and refuse what sticks out of the page."""
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", name]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    if "siunitx.sty' not found" in done.stdout:
+        pytest.skip("the LaTeX here has no siunitx")
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull" not in done.stdout
+    assert (folder / name).with_suffix(".pdf").stat().st_size > 1000
+
+
 def test_latex(full: SuiteRows) -> None:
     text = to_latex(make_table(full), "tab:toys")
     check_latex(text)
-    assert "\\textbf{60.0} \\\\ {\\scriptsize 20.0} \\\\ {\\scriptsize [18.5, 21.5]}" in text
+    lines = text.splitlines()
+    at = next(index for index, line in enumerate(lines) if "\\bfseries 60.0" in line)
+    assert lines[at].startswith("W4A4 & 80.0 & 20.0 & 33.3 & \\bfseries 60.0")
+    assert lines[at + 1].startswith(" &  & 60.0 & 46.7 & 20.0")
+    assert "{\\scriptsize [18.5, 21.5]}" in lines[at + 2]
+    assert "{l" + "S[table-format=2.1]" * 4 + "}" in text
     assert "toy\\_trained" in text
     assert "toys\\_a\\&b" in text
-    assert "n = 1000" in text
+    assert "n = 1000" in text.partition("\\end{longtable}")[2]
     assert "profile full" in text
     assert "95\\%" in text
+
+
+def test_a_note_says_where_and_with_what(full: SuiteRows) -> None:
+    about = {"cpu": "a CPU", "python": "3.12", "threads": 1, "versions": {"torch": "2.9", "numpy": "2.0"}}
+    records = {
+        cell_id: dataclasses.replace(record, provenance=about) for cell_id, record in full.records.items()
+    }
+    text = to_latex(make_table(dataclasses.replace(full, records=records)), "x")
+    assert text.count("Measured on a CPU with torch 2.9, Python 3.12, 1 thread.") == 1
+    check_latex(text)
+
+
+@pytest.mark.parametrize(
+    ("texts", "column"),
+    [
+        (["84.7 ± 0.3", "7.7", "-3.6", "--"], "S[table-format=-2.1(1)]"),
+        (["101.0 ± 1.46", "97.24"], "S[table-format=3.2(2)]"),
+        (["12,345", "3.2e+09"], "S[table-format=5]"),
+        (["failed", "--"], "r"),
+    ],
+)
+def test_a_column_has_room_for_its_numbers(texts: list[str], column: str) -> None:
+    assert column_format(texts) == column
+
+
+def test_numbers_are_written_as_siunitx_reads_them() -> None:
+    found = [number_cell(text) for text in ("101.0 ± 0.06", "-12,345", "3.2e+09", "n/a", "")]
+    assert found == ["101.0 +- 0.1", "-12345", "{3.2e+09}", "{n/a}", ""]
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
@@ -162,14 +207,24 @@ def test_latex_compiles_and_seven_methods_fit_a_page(full: SuiteRows, tmp_path: 
         for method in names
         if name != OWN_ROW
     }
-    wide = to_latex(dataclasses.replace(table, methods=list(names), rows=rows, entries=entries), "tab:toys")
-    document = f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}{wide}\\end{{document}}"
-    (tmp_path / "t.tex").write_text(document)
-    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert "Overfull" not in done.stdout
-    assert (tmp_path / "t.pdf").stat().st_size > 1000
+    wide = dataclasses.replace(table, methods=list(names), rows=rows, entries=entries)
+    # as wide as a decoder that is destroyed makes it: methods go one below the other
+    huge = {
+        place: dataclasses.replace(
+            entry, value=49_123.0, drop=-49_000.0, low=-50_123.0, high=-48_123.0, metric="perplexity"
+        )
+        for place, entry in entries.items()
+    }
+    wider = to_latex(dataclasses.replace(wide, entries=huge), "tab:huge")
+    assert "quanttune & " in wider
+    assert "quanttune & " not in to_latex(wide, "tab:toys")
+    (tmp_path / "toys.tex").write_text(to_latex(wide, "tab:toys"))
+    (tmp_path / "huge.tex").write_text(wider)
+    (tmp_path / "mine.tex").write_text("not a table\n")
+    assert made_here(tmp_path) == ["huge", "toys"]
+    (tmp_path / "all.tex").write_text(document(made_here(tmp_path)))
+    assert made_here(tmp_path) == ["huge", "toys"]
+    compile_latex(tmp_path, "all.tex")
 
 
 def test_many_methods_stand_one_below_the_other(full: SuiteRows) -> None:
@@ -182,8 +237,10 @@ def test_many_methods_stand_one_below_the_other(full: SuiteRows) -> None:
     assert places == [(row, "minmax") for row in table.rows]
     check_latex(to_latex(many, "x"))
     named = dataclasses.replace(many, methods=[*many.methods[:-1], "mse[p_q=0.5,twin=False]+omse"])
-    stub = "\\shortstack[l]{mse+omse \\\\ {\\scriptsize p\\_q=0.5} \\\\ {\\scriptsize twin=False}}"
-    assert stub in to_latex(named, "x")
+    lines = to_latex(named, "x").splitlines()
+    at = next(index for index, line in enumerate(lines) if line.startswith("mse+omse & "))
+    assert lines[at + 1].startswith("{\\scriptsize p\\_q=0.5} & ")
+    assert lines[at + 2].startswith("{\\scriptsize twin=False} & ")
     check_latex(to_latex(named, "x"))
     grid = to_markdown(many)
     (line,) = (line for line in grid.splitlines() if line.startswith("| toy") and "| minmax" in line)
@@ -207,7 +264,7 @@ def test_several_seeds_become_mean_and_deviation(suite: Suite, store: Store) -> 
     entry = table.entries[("toy", "W8A8"), "minmax"]
     assert (entry.value, entry.drop, entry.deviation, entry.low) == (72.0, 8.0, 2.0, None)
     assert "3 seeds" in table.caption
-    assert "72.0 $\\pm$ 2.0" in to_latex(table, "x")
+    assert "72.0 +- 2.0" in to_latex(table, "x")
     check_latex(to_latex(table, "x"))
 
 

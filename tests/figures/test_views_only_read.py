@@ -80,7 +80,8 @@ def test_an_analysis_is_measured_once_and_read_to_the_bit(
     assert "not measured" not in drawn.stderr
     written = {path.name: path.read_bytes() for path in (bare / "figures").iterdir()}
     names = {f"drawn-{name}.{form}" for name in FIGURES.names() for form in ("pdf", "svg", "csv")}
-    assert set(written) == names | {"drawn-overview.png"}
+    previews = {f"drawn-{name}.png" for name, kind in FIGURES.items() if kind.preview}
+    assert set(written) == names | previews
     assert sorted(drawn.stdout.split()) == sorted(str(bare / "figures" / name) for name in written)
     for figure in choose():
         read = pd.read_csv(bare / "figures" / f"drawn-{figure.name}.csv")
