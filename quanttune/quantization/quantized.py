@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from quanttune.digests import json_digest, sha256_file, tensor_digest
 from quanttune.errors import AssetError, ConfigError, QuantTuneError
 from quanttune.files import whole_file
-from quanttune.inputs import logits_of
+from quanttune.inputs import ModelInputs, logits_of
 from quanttune.quantization.equivalence import load_weights
 from quanttune.quantization.quantizers import Quantizer, State, quantizer_from_state
 from quanttune.quantization.scheme import Scheme
@@ -88,6 +88,47 @@ class Quantized:
                     f"{' '.join(str(error).split())[:300]}"
                 ) from error
         return QuantizedModel(applied.eval(), self.quantizers, self.known)
+
+    def to_onnx(
+        self,
+        path: Path | str,
+        model: nn.Module,
+        inputs: ModelInputs,
+        *,
+        weights: str = "int8",
+        logits: Callable[[Any], Tensor] = logits_of,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Path:
+        """Write the quantized model as an ONNX file whose products runtimes compute on integers.
+
+        Every site is a QuantizeLinear and a DequantizeLinear that name it in their metadata
+        (``quanttune.site``). The sizes of the batch, and of the tokens of a text model, are free. Biases of
+        layers are rounded to integers in steps of the sums they are added to; nothing else differs from
+        :meth:`apply` but the last digit of what stays in float.
+
+        Args:
+            path: The file; an older one is replaced once the new one is whole.
+            model: The reference that was quantized; left as it is.
+            inputs: An example: a batch as the model takes it, of two tokens or more.
+            weights: How signed weights are stored: ``int8``, or ``uint8`` with zero point 128 for processors
+                without VNNI, on which products of unsigned and signed bytes can saturate. The same numbers.
+            logits: Picks the logits from the model's output.
+            metadata: What else to say in the file, under ``quanttune.<name>``.
+
+        Returns:
+            The file.
+
+        Raises:
+            ConfigError: If ONNX has no form of a quantizer, or a package is missing; before any work.
+            QuantTuneError: If torch cannot export the model.
+        """
+        try:
+            from quanttune.export.write import export_onnx
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"the export needs the package {error.name}: pip install 'quanttune-bench[onnx]'"
+            ) from error
+        return export_onnx(self, path, model, inputs, weights=weights, logits=logits, metadata=metadata)
 
     def to_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Everything but the weights: a JSON document and the tensors it names."""
