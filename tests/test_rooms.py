@@ -22,7 +22,13 @@ LEVELS = (
     ("benchmark.tracking",),
     ("benchmark.api", "benchmark.views"),
     ("benchmark",),
-    ("benchmark.cli", "benchmark.options", "benchmark.performance", "benchmark.studies"),
+    (
+        "benchmark.cli",
+        "benchmark.options",
+        "benchmark.deployment",
+        "benchmark.performance",
+        "benchmark.studies",
+    ),
     ("benchmark.commands",),
     ("benchmark.__main__",),
 )

@@ -32,6 +32,7 @@ INTEGER_KERNELS = frozenset(
 """ONNX Runtime's kernels that multiply integers."""
 FLOAT_KERNELS = frozenset({"Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "MatMulNBits"})
 """Those that multiply floating-point numbers."""
+_LARGEST_SUM, _LARGEST_BYTE = 32767, 255
 _UNSATURATED = "session.x64quantprecision"
 """ONNX Runtime's option to compute as if weights were unsigned where 16-bit sums of AVX2 would saturate."""
 
@@ -49,13 +50,16 @@ class Kernels:
     floats: int
 
 
-def has_vnni() -> bool:
-    """Whether this processor adds products of bytes in 32 bits: with AVX512-VNNI, AVX-VNNI or on ARM.
+def has_vnni(flags: frozenset[str] | None = None) -> bool:
+    """Whether a processor adds products of bytes in 32 bits: with AVX512-VNNI, AVX-VNNI or on ARM.
 
     Without, products of unsigned and signed bytes are added in pairs in 16 bits, and two of 255 times 127
     are beyond: they saturate, silently.
+
+    Args:
+        flags: Its instruction sets; this processor's by default. Taken to have it where nothing is known.
     """
-    flags = processor_flags()
+    flags = processor_flags() if flags is None else flags
     return not flags or bool({"avx512_vnni", "avx_vnni", "asimddp"} & flags)
 
 
@@ -67,6 +71,24 @@ def processor_flags(path: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
         return frozenset()
     lines = [line for line in text.splitlines() if line.startswith(("flags", "Features"))]
     return frozenset(lines[0].partition(":")[2].split()) if lines else frozenset()
+
+
+def can_saturate(path: Path | str) -> bool:
+    """Whether 16-bit sums of two products could overflow in a file on a processor without VNNI.
+
+    They can where two weights that follow each other along the sum have magnitudes above ``32767 / 255``
+    together: those of 8 bits may, those of 7 cannot. Unsigned weights take another way and never do.
+    """
+    largest = _LARGEST_SUM // _LARGEST_BYTE
+    for tensor in onnx.load(path).graph.initializer:
+        if tensor.data_type != onnx.TensorProto.INT8 or len(tensor.dims) < 2:
+            continue
+        codes = np.abs(onnx.numpy_helper.to_array(tensor).astype(np.int32))
+        rows = codes if len(tensor.dims) == 2 else codes.reshape(codes.shape[0], -1).T
+        even = len(rows) // 2 * 2
+        if even and bool((rows[0:even:2] + rows[1:even:2] > largest).any()):
+            return True
+    return False
 
 
 def open_session(

@@ -14,7 +14,8 @@ from quanttune.export.agreement import code_agreement, runtime_codes
 from quanttune.export.graph import SITE_KEY
 from quanttune.export.runtime import feed_of, kernels, open_session
 from quanttune.quantization import Quantized, Scheme
-from quanttune.quantization.quantizers import TwinQuantizer, UniformQuantizer
+from quanttune.quantization.quantizers import UniformQuantizer
+from quanttune.quantization.quantizers.twin import TwinSoftmaxQuantizer
 from tests.export.exporting import exported, quantized
 from tests.quantization import models
 
@@ -44,7 +45,9 @@ def test_the_codes_are_those_of_the_simulation(name: str, profile: str, precisio
     compared = code_agreement(path, found, models.build(name, models.FUSED), batch)
     assert set(compared) == {key for key in found.quantizers if _is_activation(key, path)}
     assert max(each.largest for each in compared.values()) <= 1
-    number, different = (sum(getattr(each, of) for each in compared.values()) for of in ("number", "different"))
+    number, different = (
+        sum(getattr(each, of) for each in compared.values()) for of in ("number", "different")
+    )
     assert different <= number / 400
 
 
@@ -101,7 +104,9 @@ def test_weights_are_the_quantizers_codes_in_either_container() -> None:
     assert np.array_equal(shifted.astype(int) - 128, codes)
     session, other = open_session(signed), open_session(unsigned)
     batch = models.inputs("vit", 3, seed=5)
-    assert np.array_equal(session.run(None, feed_of(session, batch))[0], other.run(None, feed_of(other, batch))[0])
+    assert np.array_equal(
+        session.run(None, feed_of(session, batch))[0], other.run(None, feed_of(other, batch))[0]
+    )
 
 
 def test_the_file_says_what_it_is_and_not_where_it_was_made() -> None:
@@ -140,7 +145,7 @@ def test_factors_of_channels_are_folded_away() -> None:
 
 def test_what_onnx_cannot_express_is_refused_by_name(tmp_path: Path) -> None:
     found = quantized("vit", "full", "W8A8")
-    twin = TwinQuantizer.from_state(_twin_state())
+    twin = TwinSoftmaxQuantizer(0.125, 8)
     channels = UniformQuantizer.symmetric(torch.ones(24), 8, axis=2)
     wide = UniformQuantizer.symmetric(1.0, 12)
     for site_id, other, words in (
@@ -152,12 +157,6 @@ def test_what_onnx_cannot_express_is_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=words):
             changed.to_onnx(tmp_path / "no.onnx", models.build("vit", models.FUSED), models.inputs("vit"))
     assert not list(tmp_path.iterdir())
-
-
-def _twin_state() -> object:
-    from tests.quantization.quantizing import EXAMPLES  # type: ignore[attr-defined]
-
-    return EXAMPLES
 
 
 def test_arguments_are_checked_first(tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""``deploy``: quantized models exported, run on integers and timed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from benchmark.cli import EXIT_FAILED, cli, examples
+from benchmark.options import include_option, results_option
+
+_FORMS = ("terminal", "markdown", "latex", "json")
+
+
+@cli.command(
+    short_help="Run and time integer models under ONNX Runtime.",
+    epilog=examples("deploy", "deploy --model minilm_l6 --precision W8A8", "deploy --format latex --show"),
+)
+@click.option("--suite", default="deploy", metavar="NAME", show_default=True, help="Whose cells to export.")
+@click.option("--model", "models", multiple=True, metavar="GLOB", help="Only these models; repeatable.")
+@click.option("--method", "methods", multiple=True, metavar="GLOB", help="Only these methods; repeatable.")
+@click.option(
+    "--precision", "precisions", multiple=True, metavar="SCHEME", help="Only these schemes; repeatable."
+)
+@click.option(
+    "--part",
+    "parts",
+    type=click.Choice(["accuracy", "latency"]),
+    multiple=True,
+    help="Only what the files predict, or only how long they take (on idle cores); both by default.",
+)
+@click.option("--again", is_flag=True, help="Measure what is there already, too.")
+@click.option("--show", is_flag=True, help="Measure nothing; show what is there.")
+@click.option(
+    "--format", "form", type=click.Choice(_FORMS), default="terminal", show_default=True, help="Of the table."
+)
+@click.option(
+    "--output",
+    "folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Folder of files and rows.  [default: RESULTS/deployment]",
+)
+@include_option
+@results_option
+def deploy(
+    suite: str,
+    models: tuple[str, ...],
+    methods: tuple[str, ...],
+    precisions: tuple[str, ...],
+    parts: tuple[str, ...],
+    again: bool,
+    show: bool,
+    form: str,
+    folder: Path | None,
+    results: Path,
+) -> None:
+    """Export cells and measure them: predictions, latency relative to FP32, file size, memory, kernels.
+
+    What is measured is kept row by row; a run that was stopped goes on. ONNX Runtime's own static quantizer
+    is a row of its own. Timings mean something on idle cores alone; one that was disturbed has a ~.
+    """
+    from benchmark.deployment.deployed import PARTS, Deployment
+    from benchmark.deployment.views import HEADS, figure, table, to_latex, to_markdown
+    from benchmark.grid.expand import Selection, expand
+    from benchmark.grid.suite import load_suite
+    from benchmark.keep.atomic import write_atomically, write_text_atomically
+    from benchmark.keep.reference_store import open_store
+    from benchmark.report.canvas import rendered, style
+
+    store = open_store(results)
+    place = folder or store.views / "deployment"
+    deployment = Deployment(store, place, lambda line: click.echo(line, err=True))
+    if show:
+        rows = list(deployment.rows.values())
+    else:
+        chosen = ("fp32", *methods) if methods else ()
+        cells = expand(load_suite(suite), Selection(models, chosen, precisions))
+        rows = deployment.measure(cells, parts or PARTS, again)
+    write_text_atomically(place / "deployment.md", to_markdown(rows))
+    write_text_atomically(place / "deployment.tex", to_latex(rows))
+    with style():
+        content = {kind: rendered(figure(rows), kind) for kind in ("svg", "png")}
+    for kind, data in content.items():
+        write_atomically(place / f"deployment.{kind}", lambda path, data=data: path.write_bytes(data))
+    if form == "json":
+        click.echo(json.dumps(rows, indent=2))
+    elif form == "terminal":
+        from tabulate import tabulate
+
+        click.echo(tabulate(table(rows), headers=HEADS, tablefmt="simple", disable_numparse=True))
+    else:
+        click.echo(to_markdown(rows) if form == "markdown" else to_latex(rows))
+    if any("error" in row for row in rows):
+        sys.exit(EXIT_FAILED)
