@@ -181,7 +181,11 @@ class Deployment:
         if not target.rival:
             simulated = Items.from_arrays(self.store.items(target.cell.cell_id))
             record = self.store.load(target.cell)
-            found["simulated"] = None if record is None or record.result is None else record.result.value
+            result = None if record is None else record.result
+            found["simulated"] = None if result is None else result.value
+            # How many predictions rounding alone changes: nobody can agree on more.
+            noise = None if result is None else result.noise
+            found["rounding_flips"] = None if noise is None else noise.flips
             if items.predictions is not None and simulated.predictions is not None:
                 found["equal_predictions"] = float(100 * np.mean(items.predictions == simulated.predictions))
         return found

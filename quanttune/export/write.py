@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quanttune.errors import ConfigError, QuantTuneError
 from quanttune.export.expand import absorb_relu, expand, fold_factors
 from quanttune.export.graph import Editor
-from quanttune.export.layers import lower_layers
+from quanttune.export.layers import lower_layers, stay_flat
 from quanttune.export.levels import require_expressible
 from quanttune.export.sinking import sink
 from quanttune.export.tidy import finite_masks, tidy
@@ -85,6 +85,7 @@ def to_proto(
     fold_factors(editor)
     sink(editor)
     lower_layers(editor)
+    stay_flat(editor)
     finite_masks(editor)
     tidy(found, editor)
     found.producer_name = PRODUCER
