@@ -39,10 +39,12 @@ class Target:
     Attributes:
         cell: The cell whose model is exported; of the rival, the float one that it quantizes.
         rival: Whether it is ONNX Runtime's own quantizer.
+        items: Calibration items of that.
     """
 
     cell: Cell
     rival: bool = False
+    items: int = 0
 
     @property
     def method(self) -> str:
@@ -90,25 +92,33 @@ class Deployment:
             The rows, in the order of the cells.
 
         Raises:
-            StoreError: If a cell was not measured in simulation.
+            StoreError: If the reference of a model was not measured. Of another cell, and of one that ONNX
+                cannot express, the row says so.
             ConfigError: If a model has no float cell among them.
         """
         chosen = list(cells)
         references = {cell.model: cell for cell in chosen if cell.is_reference}
         targets = [Target(cell) for cell in chosen]
-        targets += [Target(cell, rival=True) for cell in references.values()]
+        for model, cell in references.items():
+            # The reference itself needs none: those of the cells beside it.
+            items = max((each.calibration_items for each in chosen if each.model == model), default=0)
+            targets += [Target(cell, rival=True, items=items)] if items else []
         targets.sort(key=lambda target: list(references).index(target.cell.model))
         for cell in chosen:
             if cell.model not in references:
                 raise ConfigError(f"model {cell.model} has no fp32 cell to compare with; add method fp32")
-            if self.store.load(cell) is None:
-                raise StoreError(f"cell {cell} is not measured yet: {measure_again(cell)}")
+        for cell in references.values():
+            self._require_measured(cell)
         wanted = tuple(parts)
         for number, target in enumerate(targets, 1):
             self._measure_one(
                 target, references[target.cell.model], wanted, again, f"{number}/{len(targets)}"
             )
         return [self.rows[target.key] for target in targets]
+
+    def _require_measured(self, cell: Cell) -> None:
+        if self.store.load(cell) is None:
+            raise StoreError(f"cell {cell} is not measured yet: {measure_again(cell)}")
 
     def _measure_one(
         self, target: Target, reference: Cell, parts: tuple[str, ...], again: bool, at: str
@@ -119,8 +129,10 @@ class Deployment:
             return
         self.say(f"[{at}] {target.cell.model} {target.method} {target.precision}: {', '.join(missing)}")
         try:
+            self._require_measured(target.cell)
             path = self._file(target, again and "accuracy" in missing)
-            row = {**row, **self._facts(target, path)}
+            if "file_mib" not in row or "accuracy" in missing:
+                row = {**row, **self._facts(target, path)}
             if "accuracy" in missing:
                 row["accuracy"] = self._accuracy(target, reference, path)
             if "latency" in missing:
@@ -148,7 +160,7 @@ class Deployment:
         session = self._session_of(target.cell.model)
         if target.rival:
             float_model = self._file(Target(target.cell))
-            return static.quantize_static(float_model, path, session, target.cell.calibration_items or 128, 0)
+            return static.quantize_static(float_model, path, session, target.items, 0)
         record = self.store.find(target.cell.cell_id)
         weights = "int8" if has_vnni() else "uint8"
         export_cell(self.store, record, path, weights, session)

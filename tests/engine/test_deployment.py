@@ -19,7 +19,7 @@ from benchmark.grid.expand import expand
 from benchmark.grid.suite import MethodSpec, Suite
 from benchmark.keep.store import Store
 from benchmark.report.canvas import rendered, style
-from quanttune.errors import ConfigError, StoreError
+from quanttune.errors import ConfigError
 
 
 @pytest.fixture
@@ -101,13 +101,15 @@ def test_rows_are_measured_once_and_shown(store: Store, measured: list[Cell], tm
         assert rendered(figure(rows), "png").startswith(b"\x89PNG")
 
 
-def test_what_cannot_be_measured_is_refused_before_anything_is_done(
+def test_what_cannot_be_measured_is_said(
     store: Store, measured: list[Cell], suite: Suite, tmp_path: Path
 ) -> None:
     deployment = Deployment(store, tmp_path, lambda _: None)
     with pytest.raises(ConfigError, match="no fp32 cell"):
         deployment.measure([cell for cell in measured if not cell.is_reference], ("accuracy",))
-    absent = expand(dataclasses.replace(suite, methods=(MethodSpec("fp32"), MethodSpec("mse"))))
-    with pytest.raises(StoreError, match="not measured yet"):
-        deployment.measure(absent, ("accuracy",))
     assert not list(tmp_path.iterdir())
+    absent = expand(dataclasses.replace(suite, methods=(MethodSpec("fp32"), MethodSpec("mse"))))
+    rows = deployment.measure(absent, ("accuracy",))
+    assert ["error" in row for row in rows] == [False, True, True, False]
+    assert "not measured yet" in rows[1]["error"]
+    assert table(rows)[1][3] == "refused"
