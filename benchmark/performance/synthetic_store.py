@@ -1,7 +1,8 @@
 """Stores of any number of cells without measuring one: what listings, tables and reports are timed on.
 
 Cells are those of a real suite of tiny models, its seeds as many as it takes; every record has the size of
-one of suite ``laptop``: 160 sites, 2000 items. Numbers are drawn; records, digests and files are real.
+one of suite ``laptop``: a table of sites of 45 kB, 2000 items. Numbers are drawn; models, sites, records,
+digests and files are real.
 
 From the command line, for a look at what a large store is like::
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,18 +22,21 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
+from benchmark.engine.environment import prepare_torch
 from benchmark.grid.cells import Cell
 from benchmark.grid.expand import expand
 from benchmark.grid.suite import Suite, load_suite
 from benchmark.keep.record import DONE, Noise, Record, Result
 from benchmark.keep.store import Store
+from benchmark.subject.tasks.task import get_task
 from quanttune.seeds import numpy_generator
 
 if TYPE_CHECKING:
     from numpy.random import Generator
 
 SUITE = "synthetic"
-SITES, ITEMS = 160, 2000
+ITEMS = 2000
+_SITES_SIZE = 45_000  # characters of the table of sites of a record
 _MODELS = ("tiny_vit", "tiny_bert")
 _METHODS = ("minmax", "percentile", "mse", "omse", "ema", "entropy", "fq_vit", "smoothquant")
 _PRECISIONS = ("W8A8", "W7A7", "W6A6", "W4A8")
@@ -67,33 +72,62 @@ def _suite(seeds: int) -> str:
     )
 
 
+@dataclass(frozen=True)
+class _Model:
+    """What the records of a model have in common."""
+
+    reference_digest: str
+    sites: list[dict[str, Any]]
+
+    @classmethod
+    def opened(cls, name: str, store: Store) -> _Model:
+        """The model with its reference made in the store, as a run does."""
+        from benchmark.engine.session import Session
+
+        session = Session(name, store.stages, prepare_torch(1, "cpu"), lambda *_: None)
+        digest = session.reference_digest
+        store.save_reference_digest(name, session.model_identity, digest)
+        rows = session.sites.profile("full").to_rows()
+        return cls(digest, [_site(dict(row), _SITES_SIZE // len(rows)) for row in rows])
+
+
+def _site(row: dict[str, Any], size: int) -> dict[str, Any]:
+    """A row of the table of sites; a tiny model has few, so each is as long as it takes."""
+    row |= {"low": -2.5, "high": 2.5, "quantizer": "UniformQuantizer(per tensor, codes -127..127)"}
+    missing = size - len(json.dumps(row))
+    return row | {"quantizer": row["quantizer"] + " " * max(0, missing)}
+
+
 def _fill(store: Store, cells: Iterable[Cell]) -> None:
     from safetensors.numpy import save
 
     folder = store.root / "cells"
     folder.mkdir(exist_ok=True)
+    models: dict[str, _Model] = {}
     for cell in cells:
         path = folder / f"{cell.cell_id}.json"
         if path.exists():
             continue
+        if cell.model not in models:
+            models[cell.model] = _Model.opened(cell.model, store)
         generator = numpy_generator(cell.seed, "synthetic store", cell.cell_id)
-        arrays = save(_items(generator))
+        arrays = save(_items(generator, cell))
         # Not through `Store.save`, which waits for the disk twice a cell: nobody mourns a lost record here.
         path.with_suffix(".safetensors").write_bytes(arrays)
-        text = json.dumps(
-            _record(cell, generator, sha256(arrays).hexdigest()).to_json(), indent=1, sort_keys=True
-        )
+        record = _record(cell, generator, models[cell.model], sha256(arrays).hexdigest())
+        # without line breaks, which take json most of its time; the sites are longer for it
+        text = json.dumps(record.to_json(), sort_keys=True)
         path.write_text(text + "\n", encoding="utf-8")
 
 
-def _items(generator: Generator) -> dict[str, np.ndarray]:
-    predictions = generator.integers(0, 10, ITEMS)
-    targets = generator.integers(0, 10, ITEMS)
+def _items(generator: Generator, cell: Cell) -> dict[str, np.ndarray]:
+    ids = np.array(get_task(cell.task).split_ids("test", ITEMS))
+    predictions, targets = generator.integers(0, 10, (2, len(ids)))
     scores = (predictions == targets).astype(np.float64)
-    return {"ids": np.arange(ITEMS), "scores": scores, "predictions": predictions, "targets": targets}
+    return {"ids": ids, "scores": scores, "predictions": predictions, "targets": targets}
 
 
-def _record(cell: Cell, generator: Generator, items_sha256: str) -> Record:
+def _record(cell: Cell, generator: Generator, model: _Model, items_sha256: str) -> Record:
     value, fp32 = float(generator.uniform(60, 90)), 90.0
     drop = 0.0 if cell.is_reference else fp32 - value
     noise = None if cell.is_reference else Noise(5, 1e-6, 200, value, 0.3, 0.1, 2.0)
@@ -107,24 +141,12 @@ def _record(cell: Cell, generator: Generator, items_sha256: str) -> Record:
         metrics={"accuracy": {"value": result.value, "fp32": fp32, "fp32_own": None}},
         items_sha256=items_sha256,
         details={"evaluation_batch": 50},
-        sites=[] if cell.is_reference else [_site(number, generator) for number in range(SITES)],
+        reference_digest=model.reference_digest,
+        weights_digest=model.reference_digest,
+        sites=[] if cell.is_reference else model.sites,
         provenance={"device": "cpu", "threads": 1, "cpu": "none: synthetic", "versions": {}},
         cost={} if cell.is_reference else {"training_s": 0.0, "calibration_s": 1.0, "peak_mb": 100.0},
     )
-
-
-def _site(number: int, generator: Generator) -> dict[str, Any]:
-    high = float(generator.uniform(1, 10))
-    return {
-        "high": high,
-        "id": f"blocks.{number // 16}.layer{number % 16}/linear.input",
-        "kind": "linear input",
-        "low": -high,
-        "parameter": None,
-        "quantizer": f"UniformQuantizer(per tensor, codes -127..127, scale max {high / 127:.4g})",
-        "shape": [2, 50, 384],
-        "source": None,
-    }
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
