@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +10,7 @@ from benchmark.engine.assets import fetch_models
 from benchmark.engine.environment import prepare_torch
 from benchmark.engine.events import Events
 from benchmark.engine.executors import EXECUTORS
-from benchmark.engine.executors.base import default_jobs
+from benchmark.engine.executors.base import default_jobs, jobs_here
 from benchmark.engine.runner import OVERWRITE, Outcome, Settings, stored_outcome
 from benchmark.grid.cells import Cell
 from benchmark.grid.expand import Selection, expand
@@ -183,9 +182,8 @@ def make_plan(
     if settings.overwrite not in OVERWRITE:
         raise UnknownNameError("choice of --overwrite", settings.overwrite, OVERWRITE)
     cells = tuple(request.cells())
-    by_cores = max(1, (os.cpu_count() or 1) // settings.threads)
     if jobs is None and executor is None and spread and settings.device == "cpu" and settings.processes == 1:
-        jobs = min(by_cores, len(cells), environment.MOST_JOBS)
+        jobs = min(jobs_here(settings), len(cells), environment.MOST_JOBS)
     name = executor or ("local" if (jobs or 1) > 1 else "serial")
     chosen = EXECUTORS.get(name)
     count = jobs or (1 if name == "serial" else default_jobs(chosen, settings))

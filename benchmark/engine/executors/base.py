@@ -32,7 +32,12 @@ def default_jobs(executor: Executor, settings: Settings) -> int:
     One that has other machines says so by an attribute ``default_jobs``, a function of the settings.
     """
     own: Callable[[Settings], int] | None = getattr(executor, "default_jobs", None)
-    return own(settings) if own is not None else max(1, (os.cpu_count() or 1) // settings.threads)
+    return jobs_here(settings) if own is None else own(settings)
+
+
+def jobs_here(settings: Settings) -> int:
+    """How many processes of so many threads this machine has cores for."""
+    return max(1, (os.cpu_count() or 1) // settings.threads)
 
 
 EXECUTORS: Registry[Executor] = Registry("executor", packages=("benchmark.engine.executors",))

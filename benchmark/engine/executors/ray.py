@@ -4,7 +4,7 @@ Cells are measured by actors, each of which keeps a model in memory as a worker 
 them in the same order. Actors write results into the results folder, which all nodes share, under the locks
 that keep any two runs apart; the driver writes none. So a result is safe when it is made: neither a message
 that is lost nor a driver that dies loses it, a cell that two nodes were given is written once, and a stage is
-made once and read by all. What Ray carries is JSON.
+made once and read by all. Cells, outcomes and progress go to and fro as JSON.
 
 A cell whose actor died is given to another one. Whose actors died three times has failed: it is the cell then
 that kills them, most often for want of memory.
@@ -13,6 +13,7 @@ that kills them, most often for want of memory.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,13 +23,13 @@ from types import ModuleType
 from typing import Any
 
 from benchmark.engine.events import Events
-from benchmark.engine.executors.base import EXECUTORS
+from benchmark.engine.executors.base import EXECUTORS, jobs_here
 from benchmark.engine.executors.handing import next_cell
 from benchmark.engine.executors.ray_cluster import (
+    ADDRESS,
     connected,
     gpu_share,
     marked,
-    ray_module,
     refuse_node,
     same_here,
 )
@@ -59,9 +60,10 @@ class RayExecutor:
             yield from _Run(ray, settings, mark, cells, events).outcomes(jobs)
 
     def default_jobs(self, settings: Settings) -> int:
-        """As many as the cluster has cores, or GPUs, for at present."""
-        ray = ray_module()
-        with connected(settings, 1):
+        """As many as the cluster has room for at present; a cluster of our own, as this machine has."""
+        if not os.environ.get(ADDRESS):
+            return jobs_here(settings)
+        with connected(settings, 1) as ray:
             resources = ray.cluster_resources()
         if settings.device.startswith("cuda"):
             return max(1, int(resources.get("GPU", 1)))
