@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,17 +82,22 @@ def measured(
 
     threads, device = torch.get_num_threads(), str(setup.device)
     points: list[Point] = []
+
+    def keep(found: Iterable[Point]) -> None:
+        for point in found:
+            points.append(point)
+            text = json.dumps([asdict(each) for each in points], indent=1) + "\n"
+            write_text_atomically(setup.results / "growth.json", text)
+
     for count in cells:
         setup.say(f"{count} cells")
-        points += _views(setup.results / "growth" / str(count), count)
+        keep(_views(setup.results / "growth" / str(count), count))
     for width in widths:
         setup.say(f"a ViT of width {width}")
-        points.append(_apart(_model, width, threads, device))
+        keep([_apart(_model, width, threads, device)])
     for count in items:
         setup.say(f"{count} calibration items")
-        points.append(_apart(_calibration, count, threads, device))
-    text = json.dumps([asdict(point) for point in points], indent=1) + "\n"
-    write_text_atomically(setup.results / "growth.json", text)
+        keep([_apart(_calibration, count, threads, device)])
     with style():
         picture = rendered(growth_figure(points), "pdf")
     write_atomically(setup.results / "growth.pdf", lambda path: path.write_bytes(picture))
