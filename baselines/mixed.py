@@ -48,9 +48,9 @@ class Mixed(Method):
     **The budget.** Under ``W6A6`` weights get at most 6 bits on average over the parameters of the profile's
     weights, and activations at most 6 bits on average over the elements that calibration saw at the profile's
     activations, padding included: no more bits than the same scheme takes without this method. Each average
-    is held by itself, and ``budget`` replaces both. The scheme's own widths are always among the choices, so
-    that it can be met. Where the choices have none that is wider, as under ``W8A8`` with 8, 6 and 4 bits,
-    every tensor has the scheme's width and the result is the calibrator's.
+    is held by itself, and ``budget`` replaces both. A scheme that is narrower or wider than every choice adds
+    its own width to them. Where no choice is wider than the scheme, as under ``W8A8`` with 8, 6 and 4 bits,
+    there is nothing to share out: every tensor has the scheme's width, and the result is the calibrator's.
 
     **Ours**: a budget for activations, the calibrator's ranges at every width, real items in place of
     distilled ones, sensitivities rounded to six digits. Adding up single costs takes errors for independent.
@@ -127,7 +127,8 @@ class Mixed(Method):
             place = front.at(budget)
             for name, width in front.widths(place).items():
                 bits |= dict.fromkeys(groups[name], width)
-            uniform = sum(unit.losses[own] for unit in search.units(kind, groups, own))
+            units = search.units(kind, groups, own)
+            uniform = sum(unit.losses[own] for unit in units) if own in units[0].losses else None
             details["budgets"][kind] = budget
             details["average_bits"][kind] = float(front.bits[place]) / front.size
             details["predicted_divergence"][kind] = {"mixed": float(front.losses[place]), "uniform": uniform}
@@ -198,7 +199,8 @@ class _Search:
     def units(self, kind: str, groups: Mapping[str, tuple[str, ...]], own: int) -> list[Unit]:
         """What shares the bits of a kind."""
         if kind not in self._units:
-            widths = sorted({*self._method.choices, own})
+            choices = self._method.choices
+            widths = sorted({*choices, min(own, *choices), max(own, *choices)})
             found = {width: self._losses(width, groups) for width in widths}
             sizes = self._sizes(kind)
             self._units[kind] = [

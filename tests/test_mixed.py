@@ -19,7 +19,7 @@ from quanttune.analysis import Front, Probe, Unit, pareto_front
 from quanttune.errors import ConfigError, UnknownNameError
 from quanttune.quantization import Quantized, Scheme, SiteKind, UniformQuantizer, discover_sites, simulate
 from quanttune.seeds import torch_generator
-from tests.method_contexts import context_for, made
+from tests.method_contexts import CountingStages, context_for, made
 from tests.quantization.models import inputs, logits, one_thread, sites
 
 KINDS = ("weights", "activations")
@@ -243,14 +243,34 @@ def test_what_was_interrupted_goes_on_at_the_next_tensor(
 
 def test_other_precisions_measure_what_is_new_alone() -> None:
     reports: list[str] = []
-    context = context_for("vit", progress=lambda stage, done, total: reports.append(stage))
-    METHODS.get("mixed")().quantize(context)
-    reports.clear()
-    seven = context_for(
-        "vit", precision="W7A7", stages=context.stages, progress=lambda stage, *_: reports.append(stage)
-    )
-    METHODS.get("mixed")().quantize(seven)
-    assert set(reports) == {"sensitivity at 7 bits"}
+    stages = CountingStages()
+
+    def quantized(precision: str) -> Quantized:
+        reports.clear()
+        context = context_for(
+            "vit", precision=precision, stages=stages, progress=lambda stage, *_: reports.append(stage)
+        )
+        return METHODS.get("mixed")().quantize(context)
+
+    quantized("W8A8")
+    assert set(reports) == {f"sensitivity at {width} bits" for width in (4, 6, 8)}
+    seven = quantized("W7A7")
+    assert reports == []
+    assert seven.details["predicted_divergence"]["weights"]["uniform"] is None  # nobody has measured it
+    assert 6.5 < seven.details["average_bits"]["activations"] <= 7
+    nine = quantized("W9A9")
+    assert set(reports) == {"sensitivity at 9 bits"}
+    assert set(nine.details["bits"].values()) == {9}
+    three = quantized("W3A3")  # which no choice meets
+    assert set(reports) == {"sensitivity at 3 bits"}
+    assert three.details["average_bits"] == {"weights": 3.0, "activations": 3.0}
+
+
+def test_the_choices_are_those_that_are_given() -> None:
+    context = context_for("vit", precision="W6A6")
+    quantized = Mixed(widths="8-4").quantize(context)
+    assert set(quantized.details["bits"].values()) == {4, 8}
+    assert max(averages(context, quantized).values()) <= 6
 
 
 @pytest.mark.parametrize(
