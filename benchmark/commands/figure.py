@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -37,3 +38,9 @@ def figure(
     for path in write_figures(figures, frames, rows.store.views / "figures", rows.suite.name):
         click.echo(str(path))
     tell_absent(absent, suite, results, items)
+    for each in figures:
+        # Who draws all figures need not hear of what takes a command of its own.
+        if only and each.command and not len(frames[each.name]):
+            where = "" if results == Path("results") else f" --results {shlex.quote(str(results))}"
+            command = f"{each.command} --all --suite {shlex.quote(suite)}{where}"
+            click.echo(f"not measured: {each.name}; run `python -m benchmark {command}`", err=True)

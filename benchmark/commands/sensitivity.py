@@ -89,7 +89,7 @@ def sensitivity(
         raise ConfigError(
             "nothing is selected; give --all, or --model, --method, --precision, --profile or --seed"
         )
-    from benchmark.engine.sensitivity import UNITS, kept
+    from benchmark.engine.sensitivity import UNITS, all_kept
     from benchmark.grid.expand import Selection, expand
     from benchmark.grid.suite import load_suite
     from benchmark.keep.reference_store import open_store
@@ -110,7 +110,7 @@ def sensitivity(
             f"`python -m benchmark run {shlex.join(_selected(everything, given))}`"
         )
     if only_kept:
-        found = [one for record in records for unit in units if (one := kept(store, record, unit, device))]
+        found = all_kept(store, records, units, device)
         if not found:
             raise ConfigError(
                 "no sensitivity of the chosen cells is kept; run "

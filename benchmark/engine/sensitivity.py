@@ -6,7 +6,7 @@ interrupted goes on at the next site. Views read it back without a model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from benchmark.engine.reopen import load_quantized, measure_again
 from benchmark.engine.session import CALIBRATION_BATCH, Session, stage_scope
 from benchmark.engine.validation import SPLIT
 from benchmark.subject.lookup import get_task
+from quanttune.digests import json_digest
 from quanttune.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
@@ -123,18 +124,42 @@ def kept(store: Store, record: Record, by: str, device: str = "cpu") -> Sensitiv
         by: One of :data:`UNITS`.
         device: Kind of the device it was measured on.
     """
-    if record.quantized is None:
-        return None
-    wanted = _key(record, by)
-    found = [
-        (int(key["items"]), key, tensors)
-        for key, tensors in _stages(store, record, device).kept(STAGE)
-        if {name: value for name, value in key.items() if name != "items"} == wanted
-    ]
-    if not found:
-        return None
-    _, key, tensors = max(found, key=lambda each: each[0])
-    return _read(record, key, tensors)
+    found = all_kept(store, [record], (by,), device)
+    return found[0] if found else None
+
+
+def all_kept(
+    store: Store, records: Sequence[Record], units: Sequence[str] = UNITS, device: str = "cpu"
+) -> list[Sensitivity]:
+    """What is kept of several cells, in their order; every file is read once.
+
+    Args:
+        store: Where the cells are.
+        records: The cells'.
+        units: Some of :data:`UNITS`.
+        device: Kind of the device it was measured on.
+    """
+    read: dict[str, dict[str, tuple[dict[str, Any], dict[str, Tensor]]]] = {}
+    found = []
+    for record in records:
+        stages = _stages(store, record, device)
+        scope = json_digest(stages.scope)
+        if scope not in read:
+            read[scope] = {}
+            for key, tensors in stages.kept(STAGE):
+                name = _name(key)
+                if name not in read[scope] or read[scope][name][0]["items"] < key["items"]:
+                    read[scope][name] = key, tensors
+        for unit in units:
+            one = None if record.quantized is None else read[scope].get(_name(_key(record, unit)))
+            if one is not None:
+                found.append(_read(record, *one))
+    return found
+
+
+def _name(key: Mapping[str, Any]) -> str:
+    """A key without the number of items."""
+    return json_digest({name: value for name, value in key.items() if name != "items"})
 
 
 def _key(record: Record, by: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmark.engine.sensitivity import QUANTITIES, SITE, Part, Sensitivity
 from benchmark.report.columns import Row, blocks, paragraph
-from benchmark.report.latex import escape_latex
+from benchmark.report.latex import column_format, escape_latex, long_table, number_cell, spanning
 from benchmark.report.tables import escape_markdown
 from benchmark.subject.metrics.display import loss, loss_name, number
 from benchmark.subject.tasks.task import get_task
@@ -124,34 +124,30 @@ def sensitivity_markdown(table: SensitivityTable) -> str:
 
 
 def sensitivity_latex(table: SensitivityTable, label: str) -> str:
-    """Floating LaTeX tables for the package booktabs, one a cell."""
-    made = ["% made by `python -m benchmark sensitivity --format latex`; needs \\usepackage{booktabs}"]
-    for number_of, cell in enumerate(table.cells, start=1):
-        heads = _heads(cell)
-        caption = f"{heading_of(cell)}. {CAPTION} {_left_out(table, cell)}".strip()
-        rows = [
-            " & ".join([_latex_name(part.name), *map(escape_latex, _line(cell, part))]) + " \\\\"
-            for part in table.shown(cell)
-        ]
-        made += [
-            "\\begin{table}[htbp]",
-            "\\centering",
-            f"\\caption{{{escape_latex(caption)}}}",
-            f"\\label{{{label}-{number_of}}}",
-            "\\footnotesize",
-            "\\setlength{\\tabcolsep}{3pt}",
-            f"\\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}",
-            "\\toprule",
-            " & \\multicolumn{4}{c}{alone} & \\multicolumn{2}{c}{all but} \\\\",
-            "\\cmidrule(lr){2-5}\\cmidrule(lr){6-7}",
-            " & ".join([cell.by, *(head.rpartition(" ")[2] for head in heads[1:])]) + " \\\\",
-            "\\midrule",
-            *rows,
-            "\\bottomrule",
-            "\\end{tabular}",
-            "\\end{table}",
-        ]
-    return "\n".join(made) + "\n"
+    """For the packages of :data:`benchmark.report.latex.PACKAGES`; a cell's name has a row of its own."""
+    texts = [[_line(cell, part) for part in table.shown(cell)] for cell in table.cells]
+    names = ["alone: loss of metric", "alone: loss", "alone: KL", "alone: changed"]
+    names += ["all but: loss of metric", "all but: KL"]
+    columns = [column_format(line[index] for lines in texts for line in lines) for index in range(len(names))]
+    body: list[str] = []
+    for cell, lines in zip(table.cells, texts, strict=True):
+        own = cell.record.cell
+        title = f"{own.model} {own.label} {own.scheme_text} {own.profile}, by {cell.by}"
+        body += [*(["\\midrule"] if body else []), spanning(title, len(names) + 1)]
+        for part, line in zip(table.shown(cell), lines, strict=True):
+            *above, last = (f"\\texttt{{{escape_latex(text)}}}" for text in lines_of(part.name))
+            body += [f"{text} \\\\*" for text in above]
+            body.append(" & ".join([last, *map(number_cell, line)]) + " \\\\")
+    notes = [f"{heading_of(cell)}. {_left_out(table, cell)}".strip() for cell in table.cells]
+    heads = [f"{{{_broken(name)}}}" for name in names]
+    title = "Sensitivity of sites and blocks."
+    command = "sensitivity --format latex"
+    return long_table(command, title, label, heads, columns, body, " ".join([CAPTION, *notes]), "scriptsize")
+
+
+def _broken(head: str) -> str:
+    """A head whose words stand one below the other."""
+    return "\\shortstack[r]{" + " \\\\ ".join(escape_latex(word) for word in head.split()) + "}"
 
 
 def lines_of(name: str, width: int = _LONGEST) -> list[str]:
@@ -166,11 +162,6 @@ def lines_of(name: str, width: int = _LONGEST) -> list[str]:
         lines[-1] += piece
     fits = len(lines) > 1 and len(lines[-1]) + len(operation) <= width
     return [*lines[:-1], lines[-1] + operation] if fits else [*lines, f" {operation}"]
-
-
-def _latex_name(name: str) -> str:
-    lines = [f"\\texttt{{{escape_latex(line)}}}" for line in lines_of(name)]
-    return lines[0] if len(lines) == 1 else "\\shortstack[l]{" + " \\\\ ".join(lines) + "}"
 
 
 def _heads(cell: Sensitivity) -> list[str]:

@@ -37,6 +37,7 @@ class FigureKind(ABC):
         caption: What is drawn; the definitions are those of :mod:`quanttune.analysis`.
         place: Figures stand in the order of their places, then of their names.
         preview: Whether a PNG is made, too, for pages that cannot show vectors.
+        command: The command that measures what it shows, where neither ``run`` nor ``analyse`` does.
 
     Args:
         name: The name it is registered under.
@@ -46,6 +47,7 @@ class FigureKind(ABC):
     caption: str
     place: int = 100
     preview: bool = False
+    command: str = ""
 
     def __init__(self, name: str) -> None:
         self.name = name

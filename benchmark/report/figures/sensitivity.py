@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from benchmark.engine.sensitivity import BLOCK, SITE, UNITS, kept
+from benchmark.engine.sensitivity import BLOCK, SITE, all_kept
 from benchmark.report.canvas import COLOURS, panels_of
 from benchmark.report.figures.figure import FIGURES, SuiteFigure
 from benchmark.report.sensitivity_table import SensitivityTable, sensitivity_frame
@@ -34,19 +34,15 @@ class SensitivityBySite(SuiteFigure):
         "measured methods the first of the suite is drawn; the data hold all."
     )
     place = 60
+    command = "sensitivity"
 
     def frame(self, rows: SuiteRows) -> pd.DataFrame:
         """A line for each site and block of the cells whose sensitivities are kept.
 
         ``python -m benchmark sensitivity`` measures them; see there for the columns.
         """
-        found = [
-            sensitivity
-            for cell in rows.cells
-            if (record := rows.records.get(cell.cell_id)) and record.result
-            for unit in UNITS
-            if (sensitivity := kept(rows.store, record, unit))
-        ]
+        records = [rows.records[cell.cell_id] for cell in rows.cells if cell.cell_id in rows.records]
+        found = all_kept(rows.store, [record for record in records if record.result])
         return sensitivity_frame(SensitivityTable(found))
 
     def draw(self, frame: pd.DataFrame) -> Figure:
