@@ -126,8 +126,7 @@ def sensitivity_markdown(table: SensitivityTable) -> str:
 def sensitivity_latex(table: SensitivityTable, label: str) -> str:
     """For the packages of :data:`benchmark.report.latex.PACKAGES`; a cell's name has a row of its own."""
     texts = [[_line(cell, part) for part in table.shown(cell)] for cell in table.cells]
-    names = ["alone: loss of metric", "alone: loss", "alone: KL", "alone: changed"]
-    names += ["all but: loss of metric", "all but: KL"]
+    names = _heads(table.cells[0])[1:]
     columns = [column_format(line[index] for lines in texts for line in lines) for index in range(len(names))]
     body: list[str] = []
     for cell, lines in zip(table.cells, texts, strict=True):
@@ -184,8 +183,11 @@ def _texts(cell: Sensitivity, values: Any) -> list[str]:
 
 
 def _two_digits(value: float) -> str:
-    """Two significant digits, one decimal above ten."""
-    return f"{value + 0.0:.1f}" if abs(value) >= 10 or not value else f"{value:#.2g}"
+    """Two significant digits, one decimal above ten, a power of ten below a hundredth."""
+    if not value:
+        return "0.0"
+    size = abs(value)
+    return f"{value:.1f}" if size >= 10 else f"{value:#.2g}" if size >= 0.01 else f"{value:.1e}"
 
 
 def _loss_name(cell: Sensitivity) -> str:
