@@ -25,6 +25,7 @@ from benchmark.keep.store import Store
 from benchmark.report.figures.figure import choose
 from benchmark.report.gallery import make_frames, svg_of
 from benchmark.report.rows import collect_rows
+from benchmark.report.sensitivity_table import _two_digits, lines_of
 from quanttune.analysis import Probe, by_block
 from quanttune.errors import StoreError
 from quanttune.quantization import simulate
@@ -210,6 +211,23 @@ def test_every_form_is_written_and_says_the_same(ran: str, call: Call, results: 
             ) in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0.0"), (-0.0, "0.0"), (12.34, "12.3"), (-1.04, "-1.0"), (0.0304, "0.030"), (-0.0021, "-2.1e-03")],
+)
+def test_small_numbers_have_two_digits(value: float, text: str) -> None:
+    assert _two_digits(value) == text
+
+
+def test_a_long_id_is_broken_at_its_parts() -> None:
+    assert lines_of("blocks.0/add.output") == ["blocks.0/add.output"]
+    name = "bert.encoder.layer.0.intermediate.intermediate_act_fn/gelu.output"
+    lines = lines_of(name)
+    assert "".join(line.strip() for line in lines) == name
+    assert len(lines) > 1
+    assert all(len(line) <= 34 for line in lines)
+
+
 def test_what_is_not_there_says_which_command_measures_it(call: Call, suite_file: str, results: Path) -> None:
     result = call("sensitivity", "--suite", suite_file)
     assert (result.exit_code, "nothing is selected; give --all" in result.stderr) == (2, True)
@@ -231,6 +249,10 @@ def test_the_figure_draws_what_is_kept(ran: str, call: Call, results: Path) -> N
     figures = choose(["sensitivity"])
     rows = collect_rows(Store(results), load_suite(ran))
     assert not len(make_frames(figures, rows, [], 1)["sensitivity"])
+    result = call("figure", "--suite", ran, "--only", "sensitivity")
+    command = f"python -m benchmark sensitivity --all --suite {ran} --results {results}"
+    assert f"not measured: sensitivity; run `{command}`" in result.stderr
+    assert "not measured: sensitivity" not in call("figure", "--suite", ran).stderr
     assert call("sensitivity", "--suite", ran, "--all", "--items", "5").exit_code == 0
     frame = make_frames(figures, rows, [], 1)["sensitivity"]
     assert set(zip(frame["method"], frame["precision"], frame["by"], strict=True)) == {
