@@ -11,6 +11,8 @@ from click.testing import CliRunner, Result
 
 from benchmark.cli import cli
 from benchmark.engine.runner import CellRunner, Settings
+from benchmark.engine.sensitivity import UNITS, measured
+from benchmark.engine.session import Session
 from benchmark.grid.expand import expand
 from benchmark.grid.suite import load_suite
 from benchmark.keep.store import Store
@@ -43,6 +45,12 @@ def results(suite_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     runner = CellRunner(Settings(folder), lambda *_: None)
     for cell in expand(load_suite(str(suite_file))):
         assert runner.run(cell).status == "done"
+        if (cell.method, cell.precision) == ("minmax", "W6A6"):
+            record = Store(folder).load(cell)
+            assert record is not None
+            session = Session(cell.model, Store(folder).stages, torch.device("cpu"), lambda *_: None)
+            for unit in UNITS:
+                measured(session, Store(folder), record, unit, 4)
     torch.set_num_threads(threads)
     return folder
 
