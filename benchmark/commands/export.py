@@ -77,6 +77,7 @@ def export(
     from benchmark.engine.exporting import export_cell, find_cell, rewrite_cell
     from benchmark.grid.expand import Selection
     from benchmark.keep.reference_store import open_store
+    from quanttune.export.runtime import can_saturate, has_vnni
 
     store = open_store(results)
     if cell is not None:
@@ -88,6 +89,12 @@ def export(
         done = export_cell(store, record, output, weights)
     else:
         done = rewrite_cell(store, record, source, output)
+    if not has_vnni() and can_saturate(output):
+        click.echo(
+            "warning: this processor has no VNNI, where 16-bit sums of these weights can saturate; "
+            "--weights uint8 avoids it",
+            err=True,
+        )
     if as_json:
         click.echo(json.dumps(asdict(done), indent=2))
         return
