@@ -103,12 +103,12 @@ class Deployment:
             # The reference itself needs none: those of the cells beside it.
             items = max((each.calibration_items for each in chosen if each.model == model), default=0)
             targets += [Target(cell, rival=True, items=items)] if items else []
-        targets.sort(key=lambda target: list(references).index(target.cell.model))
         for cell in chosen:
             if cell.model not in references:
                 raise ConfigError(f"model {cell.model} has no fp32 cell to compare with; add method fp32")
         for cell in references.values():
             self._require_measured(cell)
+        targets.sort(key=lambda target: list(references).index(target.cell.model))
         wanted = tuple(parts)
         for number, target in enumerate(targets, 1):
             self._measure_one(
