@@ -104,10 +104,10 @@ def test_rows_are_measured_once_and_shown(store: Store, measured: list[Cell], tm
 def test_what_cannot_be_measured_is_said(
     store: Store, measured: list[Cell], suite: Suite, tmp_path: Path
 ) -> None:
-    deployment = Deployment(store, tmp_path, lambda _: None)
+    deployment = Deployment(store, tmp_path / "deployed", lambda _: None)
     with pytest.raises(ConfigError, match="no fp32 cell"):
         deployment.measure([cell for cell in measured if not cell.is_reference], ("accuracy",))
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / "deployed").iterdir())
     absent = expand(dataclasses.replace(suite, methods=(MethodSpec("fp32"), MethodSpec("mse"))))
     rows = deployment.measure(absent, ("accuracy",))
     assert ["error" in row for row in rows] == [False, True, True, False]
