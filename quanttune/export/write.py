@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import onnx
 import onnx_ir as ir
@@ -22,7 +22,8 @@ from quanttune.export.tidy import finite_masks, tidy
 from quanttune.export.tracing import trace
 from quanttune.files import whole_file
 from quanttune.inputs import ModelInputs, batch_size_of, in_evaluation, logits_of
-from quanttune.quantization.quantized import Quantized
+from quanttune.quantization.quantizers import Quantizer
+from quanttune.quantization.scheme import Scheme
 
 PRODUCER, FORMAT = "quanttune", 1
 METADATA_PREFIX = "quanttune."
@@ -30,8 +31,34 @@ WEIGHT_CONTAINERS = ("int8", "uint8")
 _LARGEST_FILE = 2 << 30  # what protobuf holds
 
 
+class QuantizedModelValue(Protocol):
+    """What is exported: a :class:`~quanttune.quantization.Quantized`, which hands itself over."""
+
+    @property
+    def quantizers(self) -> Mapping[str, Quantizer]:
+        """Site id to quantizer."""
+
+    @property
+    def known(self) -> frozenset[str] | None:
+        """Ids of all sites of the model."""
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """What was asked for."""
+
+    @property
+    def extra_operations(self) -> dict[str, str]:
+        """What integer inference computes beside the network's own operations."""
+
+    def quantizers_digest(self) -> str:
+        """Of the quantizers alone."""
+
+    def apply(self, model: nn.Module) -> Any:
+        """A copy of the model, under ``model``, with the weights that the quantizers belong to."""
+
+
 def export_onnx(
-    quantized: Quantized,
+    quantized: QuantizedModelValue,
     path: Path | str,
     model: nn.Module,
     inputs: ModelInputs,
@@ -67,7 +94,7 @@ def export_onnx(
 
 
 def to_proto(
-    quantized: Quantized,
+    quantized: QuantizedModelValue,
     model: nn.Module,
     inputs: ModelInputs,
     *,
@@ -94,7 +121,7 @@ def to_proto(
     return ir.to_proto(found)
 
 
-def _own_metadata(quantized: Quantized) -> dict[str, str]:
+def _own_metadata(quantized: QuantizedModelValue) -> dict[str, str]:
     scheme = quantized.scheme
     return {
         "format": str(FORMAT),
