@@ -230,6 +230,28 @@ def test_every_link_leads_somewhere_and_text_stays_text(rows: SuiteRows, store: 
     assert methods == {page_of("methods", label) for label in LABELS}
 
 
+def test_several_suites_share_cells_and_stand_apart_on_the_board(
+    rows: SuiteRows, store: Store, suite: Suite
+) -> None:
+    one_model = dataclasses.replace(suite, name="second", models=("tiny_vit",), profiles=("full", "matmul"))
+    second = fill(store, one_model)
+    pages = dict(Site([view_of(rows), view_of(second)], store, store.root).pages())
+    assert links_of(pages) == []
+    found = [row for row in Page(pages["index.html"]).rows if "data-method" in row]
+    assert {row["data-suite"] for row in found if "hidden" not in row} == {"made<up>"}
+    # one model has no mean over models
+    settings = {(row["data-model"], row["data-profile"]) for row in found if row["data-suite"] == "second"}
+    assert settings == {("tiny_vit", "full"), ("tiny_vit", "matmul")}
+    cells = {name for name in pages if name.startswith("cells/")}
+    assert cells == {cell_page(cell_id) for cell_id in (*rows.records, *second.records)}
+    shared = set(rows.records) & set(second.records)
+    assert len(shared) == 11
+    record = next(rows.records[cell_id] for cell_id in shared if rows.records[cell_id].cell.label == "mse")
+    words = " ".join(Page(pages[cell_page(record.cell.cell_id)]).words)
+    assert "rank in suite made<up>" in words
+    assert "rank in suite second" in words
+
+
 def test_the_page_of_a_cell_gives_it_back(rows: SuiteRows, store: Store) -> None:
     pages = dict(Site([view_of(rows)], store, store.root).pages())
     record = next(r for r in rows.records.values() if r.cell.label == "finetune+mse")

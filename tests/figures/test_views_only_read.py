@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from benchmark.report.analyses import ModelAnalysis, NotMeasuredError, analyses_
 from benchmark.report.figures.figure import FIGURES, ModelFigure, choose
 from benchmark.report.gallery import make_frames
 from benchmark.report.rows import SuiteRows, collect_rows
+from benchmark.report.site.site_errors import CAUSES, ErrorsBySite
 from tests.figures.conftest import call
 
 MODEL_FIGURES = {name for name, kind in FIGURES.items() if issubclass(kind, ModelFigure)}
@@ -121,6 +123,34 @@ def test_a_stopped_analysis_goes_on_where_it_was(
     assert "the same command goes on" in interrupted.stderr
     assert call("analyse", suite_file, bare, "--items", "20").exit_code == 0
     assert calls == ["W8A8", "W6A6", "W6A6"]
+
+
+def test_the_errors_of_a_cells_sites_are_those_of_its_rule_and_weights(
+    rows: SuiteRows, analysis: ModelAnalysis, data: dict[str, pd.DataFrame]
+) -> None:
+    errors = ErrorsBySite([analysis])
+    sites = [site for site, _ in analysis.sites]
+    for method, rule, weights in (("mse", "mse", 0), ("quanttune", "minmax", 2)):
+        record = next(
+            found
+            for found in rows.records.values()
+            if (found.cell.method, found.cell.precision) == (method, "W6A6")
+        )
+        told = errors.of(record)
+        assert list(told) == sites
+        lines = analysis.errors(analysis.weight_sets[weights])
+        parts = [parts for precision, other, parts in lines if (precision, other) == ("W6A6", rule)]
+        for site, kept in zip(sites, parts, strict=True):
+            error = sum(kept[name] for name in CAUSES)
+            if error:
+                assert 10 ** (told[site]["snr"] / 10) == pytest.approx(kept["energy"] / error)
+                largest = max(CAUSES, key=lambda name: kept[name])
+                assert told[site]["cause"].startswith(CAUSES[largest])
+            assert told[site]["clipped"] == 100 * kept["clipped"]
+    (reference,) = (found for found in rows.records.values() if found.cell.is_reference)
+    assert errors.of(reference) == {}
+    other = dataclasses.replace(record, cell=dataclasses.replace(record.cell, seed=7))
+    assert errors.of(other) == {}
 
 
 def test_a_reader_measures_nothing_and_is_told_by_figure(rows: SuiteRows, bare: Path) -> None:
