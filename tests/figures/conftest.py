@@ -17,7 +17,7 @@ from benchmark.grid.expand import expand
 from benchmark.grid.suite import load_suite
 from benchmark.keep.store import Store
 from benchmark.report.analyses import ModelAnalysis, analyses_of
-from benchmark.report.figures.figure import choose
+from benchmark.report.figures.figure import FIGURES, choose
 from benchmark.report.gallery import make_frames
 from benchmark.report.rows import SuiteRows, collect_rows
 
@@ -28,6 +28,9 @@ calibration_items = 8
 limit = 40
 methods = [{name = "fp32"}, {name = "minmax"}, {name = "mse"}, {name = "finetune"}, {name = "quanttune"}]
 """
+
+DRAWN = [name for name in FIGURES.names() if name != "sensitivity"]
+"""The figures that a run and ``analyse`` give data to; sensitivities have a command of their own."""
 
 
 @pytest.fixture(scope="package")

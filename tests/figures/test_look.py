@@ -17,6 +17,7 @@ from benchmark.report.figures.figure import FIGURES
 from benchmark.report.gallery import csv_of, svg_of
 from benchmark.report.html import inline
 from quanttune.errors import ConfigError
+from tests.figures.conftest import DRAWN
 
 
 def drawn(name: str, data: dict[str, Any]) -> Figure:
@@ -24,7 +25,7 @@ def drawn(name: str, data: dict[str, Any]) -> Figure:
         return FIGURES.get(name)(name).draw(data[name])
 
 
-@pytest.mark.parametrize("name", FIGURES.names())
+@pytest.mark.parametrize("name", DRAWN)
 def test_files_are_whole_and_carry_no_date(name: str, data: dict[str, Any]) -> None:
     with canvas.style():
         figure = FIGURES.get(name)(name).draw(data[name])
