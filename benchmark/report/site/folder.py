@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmark.keep.atomic import write_text_atomically
+from quanttune.files import remove_abandoned
 
 FOLDERS = ("cells", "methods", "models", "suites")
 
@@ -30,7 +31,9 @@ def write_site(folder: Path, pages: Iterable[tuple[str, str]]) -> Path:
         if not (path.is_file() and not path.is_symlink() and path.read_bytes() == text.encode()):
             write_text_atomically(path, text)
         written.add(path)
+    remove_abandoned(folder)
     for name in FOLDERS:
+        remove_abandoned(folder / name)
         for path in sorted((folder / name).glob("*.html")):
             if path not in written:
                 path.unlink()
