@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from benchmark.engine.environment import prepare_torch
 from benchmark.keep.atomic import write_atomically, write_text_atomically
 from benchmark.performance.measurement import MEASUREMENTS, Row, Setup
@@ -105,13 +107,14 @@ def measured(
 
 
 def exponents(points: Sequence[Point]) -> tuple[float, float]:
-    """The exponents of time and memory between the two largest sizes, where fixed costs matter least."""
-    *_, smaller, larger = points
-    grown = math.log(larger.size / smaller.size)
-    return (
-        math.log(larger.seconds / smaller.seconds) / grown,
-        math.log(larger.peak_mb / smaller.peak_mb) / grown,
-    )
+    """The exponents of time and memory: slopes on logarithmic scales, by least squares.
+
+    Over the sizes from a hundredth of the largest on, since smaller ones show fixed costs.
+    """
+    chosen = [point for point in points if 100 * point.size >= points[-1].size]
+    sizes = np.log([point.size for point in chosen])
+    slopes = [np.polyfit(sizes, np.log([of(point) for point in chosen]), 1)[0] for of in (_seconds, _peak)]
+    return float(slopes[0]), float(slopes[1])
 
 
 def _rows(points: Sequence[Point]) -> Iterator[Row]:
