@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from benchmark.performance.__main__ import main
 from benchmark.performance.architectures import ARCHITECTURES
 from benchmark.performance.full_size import in_own_process
-from benchmark.performance.growth import Point, _views, exponents, measured
+from benchmark.performance.growth import Point, _apart, _calibration, _views, exponents, measured
 from benchmark.performance.measurement import MEASUREMENTS, Setup, interleaved
 from benchmark.performance.peak_memory import PeakMemory, saved_bytes
 
@@ -129,3 +129,10 @@ def test_growth_times_the_command_line_on_synthetic_stores(tmp_path: Path) -> No
         "run --all, all cached",
     ]
     assert all(point.seconds > 0.3 and 100 < point.peak_mb < 2000 for point in (table, dry, cached))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere an earlier peak counts, too")
+def test_the_memory_of_a_calibration_hardly_grows_with_its_items() -> None:
+    few, many = (_apart(_calibration, items, 1, "cpu").peak_mb for items in (64, 1024))
+    assert many < 2 * few

@@ -116,7 +116,8 @@ class ExtremesTally:
     """Counts of the extremes of each token: its smallest value, its largest, the larger of their magnitudes.
 
     The extremes are kept as they are until there are many, because a count takes the same few calls however
-    few there are.
+    few there are: in one block, since small tensors that outlive their batch would each lie in a place where
+    a large one of the batch had been, and the memory would grow by a batch with every batch.
 
     Args:
         extremes: All three, counted together, to begin with.
@@ -124,29 +125,44 @@ class ExtremesTally:
 
     def __init__(self, extremes: CodeCounts) -> None:
         self._tallies = [Tally(extremes.part(number)) for number in range(3)]
-        self._lows: list[Tensor] = []
-        self._highs: list[Tensor] = []
+        self._kept: Tensor | None = None
         self._tokens = 0
 
     def add(self, values: Tensor, axis: int) -> None:
         """Count the extremes along the dimension ``axis``."""
         # Taken apart: on a CPU both together are many times slower along a dimension.
-        self._lows.append(values.amin(dim=axis).flatten())
-        self._highs.append(values.amax(dim=axis).flatten())
-        self._tokens += len(self._lows[-1])
+        lows, highs = values.amin(dim=axis).flatten(), values.amax(dim=axis).flatten()
+        first, end = self._tokens, self._tokens + len(lows)
+        kept = self._with_room(end, lows)
+        kept[0, first:end], kept[1, first:end] = lows, highs
+        self._tokens = end
         if self._tokens > _MANY_TOKENS:
             self._count()
 
     def counts(self) -> CodeCounts:
         """All three, counted together."""
         self._count()
+        self._kept = None
         return CodeCounts.joined([tally.counts() for tally in self._tallies])
 
+    def _with_room(self, tokens: int, like: Tensor) -> Tensor:
+        """The block, of shape ``(2, at least tokens)``, with what it holds."""
+        kept = self._kept
+        if kept is None:
+            kept = like.new_empty((2, 2 * tokens))
+        wider = torch.promote_types(kept.dtype, like.dtype)
+        if kept.shape[1] < tokens or kept.dtype != wider:
+            larger = kept.new_empty((2, max(2 * tokens, kept.shape[1])), dtype=wider)
+            larger[:, : self._tokens] = kept[:, : self._tokens]
+            kept = larger
+        self._kept = kept
+        return kept
+
     def _count(self) -> None:
-        if not self._lows:
+        if self._kept is None or not self._tokens:
             return
-        lows, highs = torch.cat(self._lows), torch.cat(self._highs)
+        lows, highs = self._kept[:, : self._tokens]
         peaks = torch.maximum(lows.abs(), highs.abs())
         for tally, extremes in zip(self._tallies, (lows, highs, peaks), strict=True):
             tally.add(extremes, float(peaks.amax()))
-        self._lows, self._highs, self._tokens = [], [], 0
+        self._tokens = 0

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quanttune.quantization import tally
-from quanttune.quantization.histogram import short_codes
+from quanttune.quantization.histogram import CodeCounts, short_codes
 from quanttune.quantization.tally import ExtremesTally, Tally
 from quanttune.quantization.walkers import safe_softmax
 
@@ -93,3 +93,18 @@ def test_softmax_of_rows_that_are_masked_throughout_and_of_others_alike() -> Non
     assert not found[1, 2].any()
     plain[1, 2] = 0
     assert torch.equal(found, plain)
+
+
+def test_extremes_of_many_batches_are_kept_in_one_block() -> None:
+    batches = [torch.randn(1 + 37 * number % 50, 8) * (1 + number) for number in range(40)]
+    batches[7] = batches[7].half()
+    batches[9] = batches[9].double()
+    several = ExtremesTally(CodeCounts())
+    for batch in batches:
+        several.add(batch, -1)
+    tokens = sum(len(batch) for batch in batches)
+    assert several._kept is not None
+    assert several._kept.shape[1] <= 4 * tokens
+    one = ExtremesTally(CodeCounts())
+    one.add(torch.cat([batch.double() for batch in batches]), -1)
+    assert torch.equal(several.counts().packed(), one.counts().packed())
