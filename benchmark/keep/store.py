@@ -30,17 +30,17 @@ from benchmark.keep.atomic import (
     file_lock,
     is_free,
     require_writable,
-    unreadable,
     write_atomically,
     write_text_atomically,
 )
 from benchmark.keep.index import Index
 from benchmark.keep.quantized import read_quantized, write_quantized
+from benchmark.keep.reading import content_of, is_intact, json_of, parsed_record
 from benchmark.keep.record import SCHEMA, Kept, Record, refuse_newer
 from benchmark.keep.stages import Stages
 from quanttune.digests import sha256_file
 from quanttune.errors import StoreError
-from quanttune.files import parse_json, remove_abandoned
+from quanttune.files import remove_abandoned
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,7 +69,7 @@ class Store:
         self.root = root.absolute()
         if self.root.exists() and not self.root.is_dir():
             raise StoreError(f"{root} is a file, not a results folder; choose another --results")
-        marker = _read_json(self.root / "store.json")
+        marker = json_of(self.root / "store.json")
         if isinstance(marker, dict):
             refuse_newer(marker.get("schema"), str(self.root / "store.json"))
         self._index: Index | None = None
@@ -102,7 +102,7 @@ class Store:
         self.require_writable()
         for folder in (*(self.root / name for name in _SWEPT), *(self.root / "stages").glob("*/")):
             remove_abandoned(folder)
-        if _read_json(self.root / "store.json") is None:
+        if json_of(self.root / "store.json") is None:
             write_text_atomically(self.root / "store.json", json.dumps({"schema": SCHEMA}) + "\n")
 
     def require_writable(self) -> None:
@@ -231,7 +231,7 @@ class Store:
 
     def load_failure(self, cell_id: str) -> dict[str, Any] | None:
         """Why a cell failed last: ``error``, ``traceback``, ``failed_at``; ``None`` if it did not."""
-        failure = _read_json(self._file("failures", cell_id, ".json"))
+        failure = json_of(self._file("failures", cell_id, ".json"))
         return failure if isinstance(failure, dict) and "error" in failure else None
 
     def failures(self) -> Iterator[tuple[Cell, dict[str, Any]]]:
@@ -280,7 +280,7 @@ class Store:
         """Digest of the reference weights a model has at present, ``None`` if they were not made yet."""
         if model_identity in self._references:
             return self._references[model_identity]
-        found = _read_json(self._file("references", model_identity, ".json"))
+        found = json_of(self._file("references", model_identity, ".json"))
         digest = found.get("digest") if isinstance(found, dict) else None
         digest = digest if isinstance(digest, str) else None
         if self._index is not None:
@@ -323,21 +323,21 @@ class Store:
     def _read(self, cell_id: str, cell: Cell | None = None) -> Record | None:
         """The intact record of an id; ``cell`` is the cell of that id, where the caller has it."""
         path = self._file("cells", cell_id, ".json")
-        content = _content(path)
+        content = content_of(path)
         if content is None:
             return None
         digest = sha256(content).hexdigest()
         index = self._index
         record = None if index is None else self._known(index, digest, cell_id, cell)
         if record is None:
-            record = _parsed(content, path, cell_id)
+            record = parsed_record(content, path, cell_id)
             if record is None:
                 return None
             if index is not None:
                 index.add(digest, record)
                 record = self._known(index, digest, cell_id, cell) or record
         items = record.items_sha256
-        whole = items is None or _is_intact(self._file("cells", cell_id, ".safetensors"), items)
+        whole = items is None or is_intact(self._file("cells", cell_id, ".safetensors"), items)
         return record if whole else None
 
     def _known(self, index: Index, digest: str, cell_id: str, cell: Cell | None) -> Record | None:
@@ -346,48 +346,10 @@ class Store:
     def _sites(self, cell_id: str, digest: str) -> Sequence[dict[str, Any]]:
         """The table of sites of a record whose file had this digest."""
         path = self._file("cells", cell_id, ".json")
-        content = _content(path)
+        content = content_of(path)
         record = None
         if content is not None and sha256(content).hexdigest() == digest:
-            record = _parsed(content, path, cell_id)
+            record = parsed_record(content, path, cell_id)
         if record is None:
             raise StoreError(f"{path} was changed while it was read; give the command again")
         return record.sites
-
-
-def _parsed(content: bytes, path: Path, cell_id: str) -> Record | None:
-    """The record that a cell's file holds, ``None`` if it is damaged or another cell's."""
-    try:
-        record = Record.from_json(parse_json(content), str(path))
-    except ValueError:
-        return None
-    return record if record is not None and record.cell.cell_id == cell_id else None
-
-
-def _content(path: Path) -> bytes | None:
-    """The bytes of a file, ``None`` if it is absent."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise unreadable(path, error) from error
-
-
-def _read_json(path: Path) -> Any:
-    """The JSON of a file, ``None`` if it is absent or damaged."""
-    content = _content(path)
-    try:
-        return None if content is None else parse_json(content)
-    except ValueError:
-        return None
-
-
-def _is_intact(path: Path, sha256: str) -> bool:
-    """Whether a file is there and is the one with that digest."""
-    try:
-        return sha256_file(path) == sha256
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise unreadable(path, error) from error
