@@ -104,5 +104,7 @@ def test_an_estimate_that_takes_long_is_made_less_often(
         for cell in many:
             now[0] += 0.1
             display.finished(Outcome(cell, "done", seconds=0.1))
-    assert made == [99, 79, 59, 39, 19]
-    assert ", 59 s left" in capsys.readouterr().err.splitlines()[45]
+    assert made[0] == 99
+    assert 4 <= len(made) <= 6
+    # those in between say what the last estimate said
+    assert sum("1 min 39 s left" in line for line in capsys.readouterr().err.splitlines()) > 10
