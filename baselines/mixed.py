@@ -30,7 +30,7 @@ LAYOUT = 1
 BATCH = 32
 """Most items of a batch."""
 DIGITS = 6
-"""Significant digits of a sensitivity: what processors differ in lies behind them, and decides nothing."""
+"""Significant digits of a sensitivity: most of what processors differ in lies behind them."""
 
 
 @METHODS.register("mixed")
