@@ -29,8 +29,8 @@ limit = 40
 methods = [{name = "fp32"}, {name = "minmax"}, {name = "mse"}, {name = "finetune"}, {name = "quanttune"}]
 """
 
-DRAWN = [name for name in FIGURES.names() if name != "sensitivity"]
-"""The figures that a run and ``analyse`` give data to; sensitivities have a command of their own."""
+DRAWN = FIGURES.names()
+"""The figures that the suite below has data of: all of them, sensitivities of one cell among them."""
 
 
 @pytest.fixture(scope="package")
