@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
@@ -82,9 +83,9 @@ def deploy(
     write_text_atomically(place / "deployment.md", to_markdown(rows))
     write_text_atomically(place / "deployment.tex", to_latex(rows))
     with style():
-        content = {kind: rendered(figure(rows), kind) for kind in ("svg", "png")}
-    for kind, data in content.items():
-        write_atomically(place / f"deployment.{kind}", lambda path, data=data: path.write_bytes(data))
+        drawn = {kind: rendered(figure(rows), kind) for kind in ("svg", "png")}
+    for kind, content in drawn.items():
+        write_atomically(place / f"deployment.{kind}", partial(Path.write_bytes, data=content))
     if form == "json":
         click.echo(json.dumps(rows, indent=2))
     elif form == "terminal":

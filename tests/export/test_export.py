@@ -82,7 +82,8 @@ def test_batch_and_tokens_are_free() -> None:
 
 def test_a_row_without_a_token_gives_numbers() -> None:
     _, path = exported("bert", "full", "W6A6")
-    batch = dict(models.inputs("bert", 2))
+    batch = models.inputs("bert", 2)
+    assert isinstance(batch, dict)
     batch["attention_mask"] = torch.zeros_like(batch["attention_mask"])
     session = open_session(path)
     assert np.isfinite(session.run(None, feed_of(session, batch))[0]).all()
