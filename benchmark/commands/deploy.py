@@ -61,10 +61,11 @@ def deploy(
     """Export cells and measure them: predictions, latency relative to FP32, file size, memory, kernels.
 
     What is measured is kept row by row; a run that was stopped goes on. ONNX Runtime's own static quantizer
-    is a row of its own. Timings mean something on idle cores alone; one that was disturbed has a ~.
+    is a row of its own. Timings mean something on idle cores alone; one that was disturbed has a ~. The whole
+    table, also as LaTeX, and the figure are in the folder.
     """
     from benchmark.deployment.deployed import PARTS, Deployment
-    from benchmark.deployment.views import HEADS, figure, table, to_latex, to_markdown
+    from benchmark.deployment.views import figure, to_latex, to_markdown, to_terminal
     from benchmark.grid.expand import Selection, expand
     from benchmark.grid.suite import load_suite
     from benchmark.keep.atomic import write_atomically, write_text_atomically
@@ -88,11 +89,8 @@ def deploy(
         write_atomically(place / f"deployment.{kind}", partial(Path.write_bytes, data=content))
     if form == "json":
         click.echo(json.dumps(rows, indent=2))
-    elif form == "terminal":
-        from tabulate import tabulate
-
-        click.echo(tabulate(table(rows), headers=HEADS, tablefmt="simple", disable_numparse=True))
     else:
-        click.echo(to_markdown(rows) if form == "markdown" else to_latex(rows))
+        shown = {"terminal": to_terminal, "markdown": to_markdown, "latex": to_latex}
+        click.echo(shown[form](rows))
     if any("error" in row for row in rows):
         sys.exit(EXIT_FAILED)

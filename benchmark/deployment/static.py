@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from quanttune.inputs import ModelInputs
 
 NAME = "onnxruntime"
-LABEL = "onnxruntime quantize_static"
+LABEL = "onnxruntime static"
 _INPUT = "input"
 
 

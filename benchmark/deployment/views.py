@@ -15,6 +15,7 @@ HEADS = (
     "model", "method", "precision", "metric", "simulated", "equal %", "rounding %", "b1 t1", "b8 t1",
     "b1 t2", "b8 t2", "items/s", "MiB", "peak MiB", "load s", "int/float",
 )  # fmt: skip
+_NARROW = ("model", "method", "precision", "metric", "equal %", "b1 t1", "b8 t1")
 _NOTHING = "-"
 _PANEL = 2.6
 
@@ -60,6 +61,15 @@ def _line(row: Mapping[str, Any]) -> list[str]:
 
 def _number(value: float | None, digits: int) -> str:
     return _NOTHING if value is None else f"{value:.{digits}f}"
+
+
+def to_terminal(rows: Rows) -> str:
+    """What fits 80 columns of it: the metric, equal predictions, and latencies on one thread."""
+    from tabulate import tabulate
+
+    places = [HEADS.index(head) for head in _NARROW]
+    lines = [[line[place] for place in places] for line in table(rows)]
+    return tabulate(lines, headers=_NARROW, tablefmt="simple", disable_numparse=True)
 
 
 def to_markdown(rows: Rows) -> str:

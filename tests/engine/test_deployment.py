@@ -76,7 +76,7 @@ def test_rows_are_measured_once_and_shown(store: Store, measured: list[Cell], tm
     said: list[str] = []
     first = Deployment(store, tmp_path, said.append)
     rows = first.measure(measured, ("accuracy", "latency"))
-    assert [row["method"] for row in rows] == ["fp32", "minmax", "minmax", "onnxruntime quantize_static"]
+    assert [row["method"] for row in rows] == ["fp32", "minmax", "minmax", "onnxruntime static"]
     for row in rows:
         assert "error" not in row, row
         assert len(row["latency"]) == 4
