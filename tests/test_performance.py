@@ -1,68 +1,160 @@
-"""The speed measurements run and compare what they say, on tiny models."""
+"""The rows of `perf` run and compare what they say, on tiny models."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
-from benchmark.performance.__main__ import main
+from benchmark.cli import cli
+from benchmark.performance import idle
 from benchmark.performance.architectures import ARCHITECTURES
 from benchmark.performance.full_size import in_own_process
 from benchmark.performance.growth import Point, _apart, _calibration, _views, exponents, measured
-from benchmark.performance.measurement import MEASUREMENTS, Setup, interleaved
+from benchmark.performance.idle import Watch
+from benchmark.performance.ledger import Ledger
+from benchmark.performance.measurement import ROWS, Line, Setup, compare
 from benchmark.performance.peak_memory import PeakMemory, saved_bytes
+from quanttune.errors import ConfigError, StoreError, UnknownNameError
+
+IDLE = {"idle": True, "others": 0.0, "loop_apart": 1.0, "load": 0.1}
+WHERE = {"processor": "a", "threads": 1, "versions": {"torch": "2"}, "commit": "c"}
 
 
-def run(tmp_path: Path, *arguments: str) -> str:
-    result = CliRunner().invoke(main, [*arguments, "--repeats", "1", "--results", str(tmp_path)])
+def perf(tmp_path: Path, *arguments: str) -> Result:
+    options = ("--model", "tiny_vit", "--repeats", "1", "--results", str(tmp_path))
+    return CliRunner().invoke(cli, ["perf", *arguments, *options])
+
+
+def kept_in(tmp_path: Path) -> dict[str, dict[str, Any]]:
+    rows = json.loads((tmp_path / "performance.json").read_text())["rows"]
+    return {key: {line["what"]: line for line in row["lines"]} for key, row in rows.items()}
+
+
+def test_the_list_names_every_row(tmp_path: Path) -> None:
+    shown = perf(tmp_path, "--list").stdout.split()
+    assert set(ROWS.names()) <= set(shown)
+    assert {"statistics", "simulation", "rival_brecq", "calibrators_onnxruntime"} <= set(ROWS.names())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["statistics", "simulation", "fq_vit", "saved_model", "rival_smoothquant", "observers_torch_ao",
+     "fake_quantize_torch_ao", "training_step"],
+)  # fmt: skip
+def test_a_row_compares_its_work_with_the_first(tmp_path: Path, name: str) -> None:
+    result = perf(tmp_path, name)
     assert result.exit_code == 0, result.output
-    return result.stdout
+    lines = kept_in(tmp_path)[f"{name} tiny_vit"]
+    base, *others = lines.values()
+    assert base["ratio"] is None
+    assert all(line["ratio"] > 0 for line in others)
+    ours_first = "ours over the other" in base["note"]
+    for line in others:
+        if line["seconds"]:
+            of_base = line["seconds"][0] / base["seconds"][0]
+            assert line["ratio"] == pytest.approx(1 / of_base if ours_first else of_base)
 
 
-def test_without_a_name_it_lists_them(tmp_path):
-    assert run(tmp_path).split() == MEASUREMENTS.names()
-    assert {"fq_vit", "ptq4vit"} <= set(MEASUREMENTS.names())
+def test_rows_that_are_there_stay_and_absent_packages_cost_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(idle.Watch, "seen", lambda self: IDLE)
+    monkeypatch.setattr("benchmark.performance.measurement.find_spec", lambda package: None)
+    assert "skipped: optimum.quanto is not installed" in perf(tmp_path, "calibration_quanto").stderr
+    assert not (tmp_path / "performance.json").exists()
+    assert perf(tmp_path, "saved_*").exit_code == 0
+    first = kept_in(tmp_path)
+    assert "measured before" in perf(tmp_path, "saved_model").stderr
+    assert kept_in(tmp_path) == first
+    perf(tmp_path, "saved_model", "--again")
+    assert kept_in(tmp_path) != first
 
 
-@pytest.mark.parametrize("model", ["tiny_vit", "tiny_bert"])
-def test_fq_vit_compares_its_calibration_with_the_forward(tmp_path, model):
-    lines = run(tmp_path, "fq_vit", "--model", model).splitlines()
-    forward, calibration = (line for line in lines if "FP32 forward of 128" in line or "three widths" in line)
-    plain, full, ratio = float(forward.split()[-1]), *map(float, calibration.split()[4:6])
-    assert ratio == pytest.approx(full / plain, rel=0.02)
+def test_an_unknown_row_is_refused_with_a_close_one(tmp_path: Path) -> None:
+    for wrong in ("statistic", "nothing*"):
+        result = perf(tmp_path, wrong)
+        assert result.exit_code != 0
+        assert isinstance(result.exception, ConfigError | UnknownNameError)
 
 
-def test_ptq4vit_compares_its_search_with_the_exhaustive_one(tmp_path):
-    output = run(tmp_path, "ptq4vit", "--model", "tiny_vit")
-    taken = next(line for line in output.splitlines() if line.startswith("exhaustive search, W8A8"))
-    assert float(taken.split()[4]) > 1.5
-    assert "of the goal of 180 s" in output
-
-
-def test_an_unknown_name_is_refused_in_one_line(tmp_path):
-    result = CliRunner().invoke(main, ["fqvit", "--results", str(tmp_path)])
-    assert result.exit_code == 1
-    assert "fq_vit" in result.stderr
-
-
-def test_interleaved_takes_turns_and_keeps_the_fastest():
+def test_turns_are_taken_and_ratios_are_those_of_a_round() -> None:
     order = []
 
     def work(name: str, pauses: list[float]) -> None:
         order.append(name)
         time.sleep(pauses.pop())
 
-    slow, quick = [0.02, 0.08], [0.01, 0.03]
-    taken = interleaved(2, lambda: work("slow", slow), lambda: work("quick", quick))
-    assert order == ["slow", "quick"] * 2
-    assert 0.02 <= taken[0] < 0.08
-    assert 0.01 <= taken[1] < 0.03
+    slow, quick = [0.06, 0.12], [0.02, 0.02]
+    works = {"quick": lambda: work("quick", quick), "slow": lambda: work("slow", slow)}
+    base, other = compare(2, works, warm=False, goals={"slow": 4.5})
+    assert order == ["quick", "slow"] * 2
+    assert base.ratios == ()
+    assert other.ratios == tuple(one / two for one, two in zip(other.seconds, base.seconds, strict=True))
+    assert 3 < other.ratios[1] < other.ratios[0] < 7
+    assert other.ratio == pytest.approx(sum(other.ratios) / 2)
+    assert other.spread == pytest.approx(other.ratios[0] - other.ratios[1])
+
+
+def entry_of(tmp_path: Path, *lines: Line, watch: dict[str, Any] = IDLE) -> dict[str, Any]:
+    kept = Ledger(tmp_path / "p.json")
+    kept.put("a row", "Something", lines, watch, where=WHERE, repeats=2)
+    return json.loads((tmp_path / "p.json").read_text())["rows"]["a row"]
+
+
+def test_a_goal_is_judged_by_the_median_and_on_idle_cores_alone(tmp_path: Path) -> None:
+    met = Line("one", (1.0,), (1.0, 1.1, 9.0), goal=1.1)
+    missed = replace(met, goal=1.05)
+    assert [line["met"] for line in entry_of(tmp_path, met, missed)["lines"]] == [True, False]
+    busy = IDLE | {"idle": False, "others": 0.4}
+    assert [line["met"] for line in entry_of(tmp_path, met, missed, watch=busy)["lines"]] == [None, None]
+    text = (tmp_path / "p.md").read_text()
+    assert "other processes took 40% of the processor" in text
+    assert "met" not in text
+    assert text.count("not judged") == 2
+
+
+def test_a_row_is_not_measured_again_until_something_differs(tmp_path: Path) -> None:
+    entry_of(tmp_path, Line("one", (1.0,)))
+    kept = Ledger(tmp_path / "p.json")
+    assert kept.has("a row", WHERE | {"commit": "another"}, 2)
+    assert not kept.has("a row", WHERE, 3)
+    assert not kept.has("a row", WHERE | {"threads": 2}, 2)
+    assert not kept.has("another", WHERE, 2)
+    entry_of(tmp_path, Line("one", (1.0,)), watch=IDLE | {"idle": False})
+    assert not Ledger(tmp_path / "p.json").has("a row", WHERE, 2)
+
+
+def test_another_file_is_refused_and_left_alone(tmp_path: Path) -> None:
+    other = tmp_path / "store.json"
+    other.write_text('{"version": 1}')
+    with pytest.raises(StoreError, match="--output"):
+        Ledger(other)
+    assert other.read_text() == '{"version": 1}'
+
+
+def test_others_on_the_processor_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idle, "_loops", lambda: [1.0, 1.01])
+    clock = {"busy": 100.0}
+    monkeypatch.setattr(idle, "_busy_seconds", lambda: clock["busy"])
+    monkeypatch.setattr(idle, "_own_seconds", lambda: 50.0)
+    watch = Watch()
+    assert watch.seen()["idle"]
+    clock["busy"] += 1000.0
+    assert not watch.seen()["idle"]
+    loops = iter(([1.0, 1.01], [1.0, 1.3]))
+    monkeypatch.setattr(idle, "_busy_seconds", lambda: 100.0)
+    monkeypatch.setattr(idle, "_loops", lambda: next(loops))
+    seen = Watch().seen()
+    assert not seen["idle"]
+    assert "1.30 times" in idle.why_busy(seen)
 
 
 def test_what_a_batch_saves_is_what_autograd_keeps() -> None:

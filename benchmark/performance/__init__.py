@@ -1,1 +1,1 @@
-"""Speed as ratios, side by side in one run: ``python -m benchmark.performance NAME``; one file each."""
+"""Speed as ratios, side by side in one run: ``python -m benchmark perf``; a row is a file of its own."""

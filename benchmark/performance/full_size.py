@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmark.engine.environment import prepare_torch
 from benchmark.performance.architectures import ARCHITECTURES, Architecture
-from benchmark.performance.measurement import MEASUREMENTS, Row, Setup, interleaved, seconds
+from benchmark.performance.measurement import Line, Setup, compare, row, seconds
 from benchmark.performance.peak_memory import PeakMemory, saved_bytes
 
 if TYPE_CHECKING:
@@ -32,19 +32,21 @@ _STEPS = 3
 _MIB = 2**20
 
 
-@MEASUREMENTS.register("full_size")
-def full_size(setup: Setup) -> Sequence[Row]:
+@row("full_size", "ViT-B, Swin-B, BERT-base and OPT-350m, random weights: time and memory", of_model=False)
+def full_size(setup: Setup) -> Sequence[Line]:
     """Statistics, range rules, simulation and fine-tuning of every architecture, one process each."""
     import torch
 
-    rows: list[Row] = []
+    rows: list[Line] = []
     for key, architecture in ARCHITECTURES.items():
         setup.say(architecture.title)
         rows += in_own_process(key, str(setup.device), torch.get_num_threads(), setup.repeats)
     return rows
 
 
-def in_own_process(key: str, device: str, threads: int, repeats: int, layers: int | None = None) -> list[Row]:
+def in_own_process(
+    key: str, device: str, threads: int, repeats: int, layers: int | None = None
+) -> list[Line]:
     """Measure one architecture in a new process.
 
     Args:
@@ -59,7 +61,7 @@ def in_own_process(key: str, device: str, threads: int, repeats: int, layers: in
         return pool.submit(_measure, key, device, threads, repeats, layers).result()
 
 
-def _measure(key: str, device: str, threads: int, repeats: int, layers: int | None) -> list[Row]:
+def _measure(key: str, device: str, threads: int, repeats: int, layers: int | None) -> list[Line]:
     from quanttune.inputs import to_device
     from quanttune.quantization import discover_sites
 
@@ -82,7 +84,7 @@ def _quantize(
     batches: list[ModelInputs],
     memory: PeakMemory,
     repeats: int,
-) -> list[Row]:
+) -> list[Line]:
     """From statistics to a simulated batch; the peak is that of all of it together."""
     import torch
 
@@ -130,30 +132,31 @@ def _quantize(
     usable = bool(torch.isfinite(outputs[0]).all()) and not torch.equal(outputs[0], plain)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     peak = memory.above_baseline() + weights  # before anything that only measures
-    fp32, simulating = interleaved(repeats, forward, simulated)
+    timed = compare(repeats, {"forward": forward, "simulated": simulated}, warm=False)
+    fp32, simulating = (min(line.seconds) for line in timed)
     saved = saved_bytes(model, batches[0])
     limit = WEIGHT_SHARE * weights + saved
     title, items = architecture.title, architecture.items
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return [
-        Row(
+        _line(
             f"{title}: FP32 forward of {items} x {architecture.tokens}",
             fp32,
             note=f"{items / fp32:.2f} items/s; {parameters / 1e6:.1f} M parameters, {len(sites)} sites, "
             f"{len(full)} of them in profile full",
         ),
-        Row(f"{title}: all off", None, note="bit-identical" if identical else "LOGITS DIFFER"),
-        Row(f"{title}: statistics of two batches", collecting, collecting / (2 * fp32), "over the forward"),
-        Row(f"{title}: {len(RULES)} range rules at {len(PRECISIONS)} widths", building),
-        Row(f"{title}: first simulated batch", quantizing, quantizing / fp32, "weights are quantized here"),
-        Row(
+        _line(f"{title}: all off", None, note="bit-identical" if identical else "LOGITS DIFFER"),
+        _line(f"{title}: statistics of two batches", collecting, collecting / (2 * fp32), "over the forward"),
+        _line(f"{title}: {len(RULES)} range rules at {len(PRECISIONS)} widths", building),
+        _line(f"{title}: first simulated batch", quantizing, quantizing / fp32, "weights are quantized here"),
+        _line(
             f"{title}: simulated W8A8, full",
             simulating,
             simulating / fp32,
             f"over the forward; {items / simulating:.2f} items/s"
             + ("" if usable else "; LOGITS NOT FINITE, OR UNCHANGED"),
         ),
-        Row(
+        _line(
             f"{title}: peak memory",
             None,
             peak / limit,
@@ -163,9 +166,13 @@ def _quantize(
     ]
 
 
+def _line(what: str, taken: float | None, ratio: float | None = None, note: str = "") -> Line:
+    return Line(what, () if taken is None else (taken,), () if ratio is None else (ratio,), note)
+
+
 def _steps(
     architecture: Architecture, model: nn.Module, sites: SiteTable, batches: list[Any], device: torch.device
-) -> list[Row]:
+) -> list[Line]:
     """Steps without and with the outlier loss; the first of each warms up and does not count."""
     from torch.nn.functional import cross_entropy
 
@@ -195,6 +202,6 @@ def _steps(
     plain, pulled = fastest(False), fastest(True)
     what = f"{architecture.title}: step of {architecture.items} x {architecture.tokens}"
     return [
-        Row(f"{what}, plain", plain),
-        Row(f"{what}, QuantTune", pulled, pulled / plain, "over the plain step"),
+        _line(f"{what}, plain", plain),
+        _line(f"{what}, QuantTune", pulled, pulled / plain, "over the plain step"),
     ]

@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmark.engine.environment import prepare_torch
 from benchmark.keep.atomic import write_atomically, write_text_atomically
-from benchmark.performance.measurement import MEASUREMENTS, Row, Setup
+from benchmark.performance.measurement import Line, Setup, row
 from benchmark.performance.peak_memory import PeakMemory
 from benchmark.performance.synthetic_store import synthetic_store
 from benchmark.report.canvas import line_style, new_figure, rendered, style
@@ -70,15 +70,15 @@ class Point:
     peak_mb: float
 
 
-@MEASUREMENTS.register("growth")
-def growth(setup: Setup) -> Sequence[Row]:
+@row("growth", "Time and memory by cells, parameters and calibration items; a figure beside", of_model=False)
+def growth(setup: Setup) -> Sequence[Line]:
     """Cells 10 to 10,000, models of 5 M to 342 M parameters, 32 to 4,096 calibration items."""
     return measured(setup, CELLS, tuple(WIDTHS), ITEMS)
 
 
 def measured(
     setup: Setup, cells: Sequence[int], widths: Sequence[int], items: Sequence[int]
-) -> Sequence[Row]:
+) -> Sequence[Line]:
     """The same for chosen sizes, in increasing order."""
     import torch
 
@@ -117,13 +117,13 @@ def exponents(points: Sequence[Point]) -> tuple[float, float]:
     return float(slopes[0]), float(slopes[1])
 
 
-def _rows(points: Sequence[Point]) -> Iterator[Row]:
+def _rows(points: Sequence[Point]) -> Iterator[Line]:
     for what, line in _lines(points):
         for point in line:
             note = f"{point.peak_mb:.0f} MiB"
             if point is line[-1] and len(line) > 1:
                 note += "; exponents {:.2f} (time), {:.2f} (memory)".format(*exponents(line))
-            yield Row(f"{what}: {point.size:,} {point.axis}", point.seconds, note=note)
+            yield Line(f"{what}: {point.size:,} {point.axis}", (point.seconds,), note=note)
 
 
 def _lines(points: Sequence[Point]) -> list[tuple[str, list[Point]]]:
@@ -138,8 +138,8 @@ def growth_figure(points: Sequence[Point]) -> Figure:
     grid = figure.subplots(2, len(axes_names), squeeze=False)
     for column, axis in enumerate(axes_names):
         lines = _lines([point for point in points if point.axis == axis])
-        for row, (name, of) in enumerate((("seconds", _seconds), ("peak MiB", _peak))):
-            axes = grid[row][column]
+        for height, (name, of) in enumerate((("seconds", _seconds), ("peak MiB", _peak))):
+            axes = grid[height][column]
             for number, (what, line) in enumerate(lines):
                 sizes, values = [point.size for point in line], [of(point) for point in line]
                 axes.loglog(sizes, values, label=what, **line_style(number))

@@ -1,50 +1,72 @@
-"""What a measurement is given and what it returns; a new file with a registered function is a new one."""
+"""What a row is given and what it returns; a new file with a registered function is a new row."""
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmark.engine.session import Session
 from benchmark.keep.stages import Stages
+from quanttune.errors import QuantTuneError
 from quanttune.registry import Registry
 
 if TYPE_CHECKING:
     import torch
 
     from baselines.method import Context
+    from quanttune.inputs import ModelInputs
+
+FORWARD = "FP32 forward"
+
+
+class NotMeasurableError(QuantTuneError):
+    """A row that cannot be measured here; the message says why."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measured piece of work.
+class Line:
+    """One piece of work of a row.
 
     Args:
         what: What was done.
-        seconds: How long it took; ``None`` for what is no time.
-        ratio: Seconds over those of the row it is compared with; ``None`` for that row itself.
-        note: What the ratio refers to, or a goal.
+        seconds: How long it took, of each repeat; empty for what is no time.
+        ratios: Over the base of the row, of each repeat; empty for the base itself.
+        note: More about it.
+        goal: The ratio's median must not be above it.
     """
 
     what: str
-    seconds: float | None
-    ratio: float | None = None
+    seconds: tuple[float, ...] = ()
+    ratios: tuple[float, ...] = ()
     note: str = ""
+    goal: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """Median of the ratios."""
+        return statistics.median(self.ratios) if self.ratios else None
+
+    @property
+    def spread(self) -> float | None:
+        """Largest ratio less the smallest."""
+        return max(self.ratios) - min(self.ratios) if self.ratios else None
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a measurement works on.
+    """What a row works on.
 
     Args:
         model: Registered name of a model.
-        results: Folder of the store, for the reference weights.
+        results: Folder of the store, for reference weights and cells.
         device: Where to compute.
-        repeats: How often short work is repeated; the fastest counts.
+        repeats: How often short work is repeated.
         say: Shows a line to the person who waits.
     """
 
@@ -59,31 +81,89 @@ class Setup:
         """The model with its reference weights, sites and data; opened by the first who asks."""
         return Session(self.model, Stages(self.results / "stages"), self.device, lambda *_: None)
 
-    @property
-    def subject(self) -> str:
-        """What was measured: the model, if the measurement asked for it."""
-        return self.model if "session" in self.__dict__ else "random weights"
-
-    def context(self, precision: str, profile: str, items: int = 128, seed: int = 0) -> Context:
+    def context(
+        self,
+        precision: str = "W8A8",
+        profile: str = "full",
+        items: int = 128,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> Context:
         """What a method is given; its stage cache is new, so nothing is read from an earlier run."""
-        from baselines.method import Context
+        from baselines.method import Context, silent
         from quanttune.quantization import Scheme
 
-        sites = self.session.sites
+        session = self.session
         return Context(
-            model=self.session.model,
-            sites=sites,
+            model=session.model,
+            sites=session.sites,
             scheme=Scheme.parse(precision, profile),
-            calibration=self.session.calibration(items, seed),
-            seed=seed,
-            device=self.session.device,
+            calibration=session.calibration(items, 0),
+            training=session.task.training_data(session.entry),
+            recipe=session.entry.recipe,
+            seed=0,
+            device=session.device,
+            progress=progress or silent,
         )
 
+    def batches(self, items: int = 128) -> list[ModelInputs]:
+        """Calibration data on the device."""
+        from quanttune.inputs import to_device
 
-Measurement = Callable[[Setup], Sequence[Row]]
+        return [to_device(batch.inputs, self.device) for batch in self.session.calibration(items, 0)]
 
-MEASUREMENTS: Registry[Measurement] = Registry("measurement", packages=("benchmark.performance",))
-"""Every measurement, by name."""
+    def forward(self, items: int = 128) -> Callable[[], None]:
+        """The FP32 forward pass over calibration data, by the model's own kernels."""
+        import torch
+
+        from quanttune.inputs import call_model
+
+        batches, model = self.batches(items), self.session.model
+
+        def run() -> None:
+            with torch.no_grad():
+                for inputs in batches:
+                    call_model(model, inputs)
+
+        return run
+
+
+@dataclass(frozen=True)
+class MeasuredRow:
+    """One registered row.
+
+    Args:
+        title: What it measures, for a person.
+        measure: Does it.
+        of_model: Whether it is measured on every model asked for, or once.
+        needs: A package without which it is skipped.
+    """
+
+    title: str
+    measure: Callable[[Setup], Sequence[Line]]
+    of_model: bool = True
+    needs: str | None = None
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why it cannot be measured here."""
+        if self.needs is None or _is_installed(self.needs):
+            return None
+        return f"{self.needs} is not installed; pip install 'quanttune-bench[perf]'"
+
+
+ROWS: Registry[MeasuredRow] = Registry("row", packages=("benchmark.performance",))
+"""Every row, by name."""
+
+
+def row(
+    name: str, title: str, *, of_model: bool = True, needs: str | None = None
+) -> Callable[[Callable[[Setup], Sequence[Line]]], MeasuredRow]:
+    """Register a function as a row; arguments as in :class:`MeasuredRow`."""
+
+    def add(measure: Callable[[Setup], Sequence[Line]]) -> MeasuredRow:
+        return ROWS.register(name)(MeasuredRow(title, measure, of_model, needs))
+
+    return add
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -97,7 +177,37 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def interleaved(repeats: int, *works: Callable[[], object]) -> list[float]:
-    """The fastest run of each piece of work, taken in turns so that a busy machine slows all alike."""
-    taken = [[seconds(work) for work in works] for _ in range(repeats)]
-    return [min(times) for times in zip(*taken, strict=True)]
+def compare(
+    repeats: int,
+    works: Mapping[str, Callable[[], object]],
+    *,
+    goals: Mapping[str, float] | None = None,
+    notes: Mapping[str, str] | None = None,
+    warm: bool = True,
+) -> list[Line]:
+    """Time each piece of work in turns, so that a busy machine slows all alike.
+
+    Args:
+        repeats: Rounds.
+        works: By name; the first is what the others are compared with, round by round.
+        goals: By name, ratios not to be passed.
+        notes: By name.
+        warm: Whether a round that does not count comes first.
+    """
+    if warm:
+        for work in works.values():
+            work()
+    rounds = [[seconds(work) for work in works.values()] for _ in range(repeats)]
+    lines = []
+    for number, name in enumerate(works):
+        taken = tuple(times[number] for times in rounds)
+        ratios = tuple(times[number] / times[0] for times in rounds) if number else ()
+        lines.append(Line(name, taken, ratios, (notes or {}).get(name, ""), (goals or {}).get(name)))
+    return lines
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False

@@ -1,48 +1,25 @@
-"""PTQ4ViT's search: three widths against its goal of three minutes, and coarse-to-fine against exhaustive."""
+"""PTQ4ViT's search, coarse to fine, and the exhaustive one of the published code."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from benchmark.performance.measurement import MEASUREMENTS, Row, Setup, seconds
-
-_WIDTHS = ("W8A8", "W7A7", "W6A6")
+from benchmark.performance.measurement import FORWARD, Line, Setup, compare, row, seconds
 
 
-@MEASUREMENTS.register("ptq4vit")
-def ptq4vit(setup: Setup) -> Sequence[Row]:
-    """Time the search at every width, then the exhaustive search of the published code at the first."""
-    import torch
+@row("ptq4vit", "PTQ4ViT's search at W8A8, coarse to fine and exhaustive")
+def ptq4vit(setup: Setup) -> Sequence[Line]:
+    """The exhaustive search once: it takes long enough not to be disturbed by little."""
+    from baselines.ptq4vit import Ptq4Vit
 
-    from baselines.method import MemoryStages
-    from baselines.ptq4vit import Ptq4Vit, first_items
-    from quanttune.inputs import call_model, to_device
+    def search(how: str) -> Callable[[], object]:
+        return lambda: Ptq4Vit(search=how).quantize(setup.context("W8A8", "matmul"))
 
-    context = setup.context(_WIDTHS[0], "matmul")
-    images = list(first_items(context.calibration, Ptq4Vit().images))
-
-    def forward() -> None:
-        with torch.no_grad():
-            for batch in images:
-                call_model(context.model, to_device(batch.inputs, context.device))
-
-    def search(width: str, how: str) -> float:
-        fresh = setup.context(width, "matmul")
-        fresh.stages = MemoryStages()
-        setup.say(f"{how} search at {width}")
-        return seconds(lambda: Ptq4Vit(search=how).quantize(fresh))
-
-    one = min(seconds(forward) for _ in range(setup.repeats))
-    quick = [search(width, "coarse_to_fine") for width in _WIDTHS]
-    full = search(_WIDTHS[0], "exhaustive")
-    count = sum(len(batch.targets) for batch in images)
-    rows = [Row(f"FP32 forward of {count} images", one)]
-    rows += [
-        Row(f"search, {width}", taken, taken / one, "forwards")
-        for width, taken in zip(_WIDTHS, quick, strict=True)
-    ]
-    rows += [
-        Row("search, three widths", sum(quick), sum(quick) / 180, "of the goal of 180 s"),
-        Row(f"exhaustive search, {_WIDTHS[0]}", full, full / quick[0], f"of the search at {_WIDTHS[0]}"),
-    ]
-    return rows
+    items = Ptq4Vit().images
+    rounds = min(setup.repeats, 2)
+    works = {FORWARD: setup.forward(items), "coarse to fine": search("coarse_to_fine")}
+    plain, quick = compare(rounds, works, notes={FORWARD: f"of {items} items"}, warm=False)
+    setup.say("exhaustive search")
+    slow = seconds(search("exhaustive"))
+    base = sorted(quick.seconds)[0]
+    return [plain, quick, Line("exhaustive", (slow,), (slow / base,), "over coarse to fine")]
