@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +48,7 @@ def _calibrate(method: str, path: Path, batches: Sequence[ModelInputs]) -> Calla
     import torch
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, create_calibrator
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             self._left = iter(batches)
 
@@ -71,8 +73,9 @@ def _calibrate(method: str, path: Path, batches: Sequence[ModelInputs]) -> Calla
         calibrator.infer_session = ort.InferenceSession(
             calibrator.augmented_model_path, options, providers=["CPUExecutionProvider"]
         )
-        calibrator.collect_data(Reader())
-        return calibrator.compute_data()
+        with contextlib.redirect_stdout(io.StringIO()):  # it tells its progress there
+            calibrator.collect_data(Reader())
+            return calibrator.compute_data()
 
     return run
 
@@ -88,7 +91,7 @@ def _export(model: nn.Module, inputs: ModelInputs, path: Path) -> None:
         warnings.simplefilter("ignore")
         torch.onnx.export(
             copied,
-            () if named else (inputs,),  # type: ignore[arg-type]
+            () if named else (inputs,),
             str(path),
             kwargs=dict(inputs) if isinstance(inputs, Mapping) else None,
             dynamo=False,

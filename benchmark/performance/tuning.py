@@ -32,7 +32,8 @@ def training_step(setup: Setup) -> Sequence[Line]:
                 ends.append(time.perf_counter())
 
         context = setup.context("W8A8", "full", items=32, progress=progress)
-        METHODS.get(name)(steps=STEPS).quantize(context)
+        made: Any = METHODS.get(name)
+        made(steps=STEPS).quantize(context)
         taken = sorted(later - earlier for earlier, later in itertools.pairwise(ends))[: STEPS - _WARM]
         if not taken:
             raise NotMeasurableError(f"{name} tells nothing of its steps")

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmark.performance.measurement import Line, NotMeasurableError, Setup, compare, row
@@ -50,7 +51,7 @@ def overhead(setup: Setup) -> Sequence[Line]:
     from benchmark import api
     from benchmark.engine.environment import prepare_torch
     from benchmark.engine.measure import evaluate
-    from quanttune.quantization import simulate
+    from quanttune.quantization import Scheme, simulate
 
     prepare_torch(1, str(setup.device))
     works = ("minmax", "ema")
@@ -69,21 +70,17 @@ def overhead(setup: Setup) -> Sequence[Line]:
                 profiles="full",
                 **settings,  # type: ignore[arg-type]
             ):
-                if outcome.error:
-                    raise NotMeasurableError(f"a cell failed: {outcome.error}")
+                if outcome.status != "done":
+                    raise NotMeasurableError(f"a cell is {outcome.status}: {outcome.message}")
             return (time.perf_counter() - started) / _CELLS
 
     def alone() -> float:
-        from dataclasses import replace
-
         fresh = replace(setup, model="tiny_vit", results=Path(folder))
         session = fresh.session
         context = fresh.context()
         started = time.perf_counter()
         for name in works:
             for precision in precisions:
-                from quanttune.quantization import Scheme
-
                 context = replace(context, scheme=Scheme.parse(precision, "full"))
                 made = METHODS.get(name)().quantize(context)
                 with simulate(session.model, made.quantizers):
