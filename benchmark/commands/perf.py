@@ -122,6 +122,9 @@ def _measure(key: str, row: MeasuredRow, setup: Setup, ledger: Ledger, threads: 
     table = [cells_of(line, entry["watch"]["idle"]) for line in entry["lines"]]
     click.echo(f"\n{key}. {place(entry)}")
     click.echo(tabulate(table, headers=HEADERS, disable_numparse=True))
+    for line in lines:
+        if line.note:
+            click.echo(f"{line.what}: {line.note}")
 
 
 def _say(line: str) -> None:
