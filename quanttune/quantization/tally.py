@@ -21,6 +21,7 @@ _SIGN, _SHORT_SIGN = 1 << 15, CODES >> 1
 _UNIT = 1 << 10  # codes of one exponent, in both formats
 _EXPONENTS = (-96, 128)  # of the largest value, where every code of half precision has a short one
 _MANY_TOKENS = 1 << 17
+_MOST = (1 << 31) - 1  # that a count in a table can be
 
 
 class Tally:
@@ -32,9 +33,9 @@ class Tally:
 
     def __init__(self, counts: CodeCounts | None = None) -> None:
         self._counts = CodeCounts() if counts is None else counts
-        # By codes of half precision, of values below 2**exponent.
+        # By codes of half precision, of so many values below 2**exponent.
         self._table: Tensor | None = None
-        self._exponent = 0
+        self._exponent = self._tabled = 0
         self._smaller: Tally | None = None
 
     def add(self, values: Tensor, peak: float) -> None:
@@ -68,7 +69,7 @@ class Tally:
         exponent = math.frexp(peak)[1]
         if self._table is not None and exponent < self._exponent:
             exponent = self._exponent
-        if not (peak > 0 and _EXPONENTS[0] <= exponent <= _EXPONENTS[1]):
+        if not (peak > 0 and _EXPONENTS[0] <= exponent <= _EXPONENTS[1] and values.numel() <= _MOST):
             return False
         halves = (values * 2.0 ** (15 - exponent)).half()
         table = _table(halves)
@@ -83,18 +84,20 @@ class Tally:
             table -= _table(halves[where])
             self._smaller = self._smaller or Tally()
             self._smaller.add(values[where], 2.0 ** (exponent - 28))
-        if self._table is not None and exponent == self._exponent:
+        fits = exponent == self._exponent and self._tabled + values.numel() <= _MOST
+        if self._table is not None and fits:
             self._table += table
+            self._tabled += values.numel()
         else:
             if self._table is not None:
                 self._merge(_short(self._table, self._exponent))
-            self._table, self._exponent = table, exponent
+            self._table, self._exponent, self._tabled = table, exponent, values.numel()
         return True
 
 
 def _table(halves: Tensor) -> Tensor:
-    """How often each code of half precision occurs."""
-    return torch.bincount(halves.view(torch.uint16).to(torch.int32), minlength=_HALVES)
+    """How often each code of half precision occurs, int32: a model has hundreds of these tables."""
+    return torch.bincount(halves.view(torch.uint16).to(torch.int32), minlength=_HALVES).int()
 
 
 def _short(table: Tensor, exponent: int) -> CodeCounts:
@@ -104,7 +107,7 @@ def _short(table: Tensor, exponent: int) -> CodeCounts:
     # Exponents are biased by 15 here and by 127 there; zero has none.
     bias = (127 - 15 - (15 - exponent)) * _UNIT
     codes = magnitudes + (magnitudes > 0) * bias + signs * _SHORT_SIGN
-    return CodeCounts(codes, found.counts)
+    return CodeCounts(codes, found.counts.long())
 
 
 def _nonzero(dense: Tensor) -> CodeCounts:

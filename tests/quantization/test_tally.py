@@ -68,6 +68,16 @@ def test_batches_of_any_size_and_reach_add_up() -> None:
     assert_counts(torch.cat(batches), found)
 
 
+def test_a_count_does_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tally, "_MOST", 2 * COUNT)
+    found = Tally()
+    for _ in range(5):
+        found.add(torch.ones(COUNT), 1.0)
+    assert_counts(torch.ones(5 * COUNT), found)
+    found.add(torch.ones(3 * COUNT), 1.0)
+    assert_counts(torch.ones(8 * COUNT), found)
+
+
 def test_extremes_of_many_tokens_are_those_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = [drawn(seed, 5000 * 4).view(5000, 4) * 2.0 ** (20 * seed) for seed in range(3)]
     whole = ExtremesTally(tally.CodeCounts.joined([tally.CodeCounts()] * 3))
