@@ -49,7 +49,8 @@ class OpenVinoModel:
         }
         self._model = openvino.Core().compile_model(str(path), "CPU", settings)
         expected = session.run(None, feed)[0]
-        self.distance = float(np.linalg.norm(self(feed) - expected) / max(np.linalg.norm(expected), 1e-12))
+        apart, size = (float(np.linalg.norm(each)) for each in (self(feed) - expected, expected))
+        self.distance = apart / max(size, 1e-12)
         if not self.distance <= LARGEST_DISTANCE:
             raise QuantTuneError(
                 f"OpenVINO computes something else than {path} says: its logits are {self.distance:.0%} away "
