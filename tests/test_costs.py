@@ -17,7 +17,7 @@ from benchmark.report.costs import cost_frame, cost_terminal, make_cost_table, s
 from benchmark.report.figures.figure import FIGURES
 from benchmark.report.html import make_report
 from benchmark.report.rows import COST_FIELDS, SuiteRows, collect_rows
-from benchmark.tracking.runs import _metrics
+from benchmark.tracking.contents import metrics_of
 from tests.pages import Page
 
 SECONDS = {
@@ -83,7 +83,7 @@ def test_rows_and_runs_have_the_costs(rows: SuiteRows) -> None:
     reference = rows.to_json()[0]
     assert all(reference[name] is None for name in COST_FIELDS)
     record = next(record for record in rows.records.values() if record.cell.method == "quanttune")
-    assert {name: _metrics(record)[name] for name in COST_FIELDS} == dict(record.cost)
+    assert {name: metrics_of(record)[name] for name in COST_FIELDS} == dict(record.cost)
 
 
 @pytest.mark.parametrize(

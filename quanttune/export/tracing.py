@@ -19,6 +19,7 @@ from quanttune.quantization.tracing import SiteHandlers
 from quanttune.quantization.walkers import safe_softmax, softmax
 
 DOMAIN, MARKER, SITE = "quanttune", "Site", "site"
+_MARKED = "quanttune::Site"
 OPSET = 20
 """The first that has Gelu, and the last whose quantized tensors every release of the runtimes reads."""
 INPUT_NAME, OUTPUT_NAME = "input", "logits"
@@ -52,7 +53,7 @@ def _marker(site_id: str) -> Callable[[Tensor], Tensor]:
     def mark(tensor: Tensor) -> Tensor:
         # An attribute, not metadata: equal nodes would be merged, and their sites with them.
         return torch.onnx.ops.symbolic(
-            f"{DOMAIN}::{MARKER}",
+            _MARKED,
             (tensor,),
             {SITE: site_id},
             dtype=tensor.dtype,

@@ -25,7 +25,7 @@ from benchmark.report.rounding import Rounded, mean_of, rounded
 from benchmark.report.rows import NOISE_FIELDS, SuiteRows, collect_rows
 from benchmark.report.tables import make_table, text_of, to_frame, to_markdown
 from benchmark.report.terminal import to_terminal
-from benchmark.tracking.runs import _metrics
+from benchmark.tracking.contents import metrics_of
 
 Fill = Callable[..., SuiteRows]
 W8 = ("toy", "W8A8")
@@ -181,10 +181,10 @@ def test_numbers_that_rounding_moves() -> None:
 def test_show_and_mlflow_tell_it(fill: Fill, store: Store) -> None:
     rows = fill(minmax=(70.0, 70.2, 0.5, 0.1))
     kept = next(each for each in rows.records.values() if not each.cell.is_reference)
-    logged = _metrics(kept)
+    logged = metrics_of(kept)
     assert [logged[f"noise_{part}"] for part in ("mean", "deviation", "common")] == [70.2, 0.5, 0.1]
     assert logged["flips"] == 12.5
     shown = CliRunner().invoke(cli, ["show", kept.cell.cell_id[:12], "--results", str(store.root)])
     assert json.loads(shown.stdout)["result"]["noise"]["flips"] == 12.5
     reference = next(each for each in rows.records.values() if each.cell.is_reference)
-    assert not [name for name in _metrics(reference) if "noise" in name or name == "flips"]
+    assert not [name for name in metrics_of(reference) if "noise" in name or name == "flips"]
