@@ -148,7 +148,10 @@ def test_a_mean_ranks_what_was_measured_on_every_model(rows: SuiteRows) -> None:
     # two models whose interval ends 4 of 90 points away: that of their mean is nearer by the root of two
     assert line.recovery - line.low == pytest.approx(100 * 4 / 90 / 2**0.5)
     (eight, six) = advice_of(groups)
-    assert str(eight) == "W8A8: finetune+mse keeps 94.4 % of FP32; without training mse keeps 83.3 % of FP32"
+    assert (
+        str(eight)
+        == "W8A8 full: finetune+mse keeps 94.4 % of FP32; without training mse keeps 83.3 % of FP32"
+    )
     assert (six.best.method, six.untrained and six.untrained.method) == ("finetune+mse", "minmax")
 
 

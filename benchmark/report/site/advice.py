@@ -26,7 +26,7 @@ class Advice:
     models: int
 
     def __str__(self) -> str:
-        text = f"{self.width}: {_told(self.best)}"
+        text = f"{self.width} {self.profile}: {_told(self.best)}"
         if self.untrained is not None:
             text += f"; without training {_told(self.untrained)}"
         return text
