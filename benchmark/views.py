@@ -151,7 +151,7 @@ def open_suite(
 
 
 def suites_with_results(store: Store) -> list[str]:
-    """What to give as ``--suite`` for every suite of which a quantized cell is measured, the largest first.
+    """What to give as ``--suite`` for every suite with a measured cell: the main job first, then the largest.
 
     Suite ``smoke``, whose models have random weights, is left out where there is another.
 
@@ -162,7 +162,7 @@ def suites_with_results(store: Store) -> list[str]:
         ConfigError: If there is none.
     """
     from benchmark.grid.expand import expand
-    from benchmark.grid.suite import load_suite, suite_names
+    from benchmark.grid.suite import DEFAULT_SUITE, load_suite, suite_names
     from benchmark.keep.reference_store import ReferenceStore
     from quanttune.errors import ConfigError, QuantTuneError
 
@@ -184,7 +184,7 @@ def suites_with_results(store: Store) -> list[str]:
         )
     if len(counts) > 1:
         counts.pop("smoke", None)
-    return sorted(counts, key=lambda name: (-counts[name], name))
+    return sorted(counts, key=lambda name: (name != DEFAULT_SUITE, -counts[name], name))
 
 
 def measure_analyses(

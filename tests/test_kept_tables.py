@@ -14,7 +14,7 @@ import pytest
 
 from benchmark.engine.noise import COPIES, RELATIVE
 from benchmark.grid.expand import expand
-from benchmark.grid.suite import load_suite, suite_names
+from benchmark.grid.suite import DEFAULT_SUITE, load_suite, suite_names
 from benchmark.keep.record import Noise, Record, Result
 from benchmark.keep.reference_store import ReferenceStore, reference_folder
 from benchmark.keep.store import Store
@@ -23,6 +23,7 @@ from benchmark.report.gallery import csv_of
 from benchmark.report.latex import to_latex
 from benchmark.report.rows import SuiteRows, collect_rows
 from benchmark.report.tables import make_table, to_frame, to_markdown
+from benchmark.views import suites_with_results
 from quanttune.digests import json_digest
 
 ENGINE_OF = {"rivals": 3}
@@ -94,3 +95,12 @@ def test_every_form_of_a_kept_table_is_of_its_rows(name: str) -> None:
 def test_a_kept_overview_is_of_its_rows(name: str) -> None:
     kept = ROOT / "results" / "figures" / f"{name}-overview.csv"
     assert csv_of(Overview("overview").frame(kept_rows(name))) == kept.read_text(encoding="utf-8")
+
+
+def test_the_leaderboard_of_what_is_published_begins_with_the_main_job() -> None:
+    folder = reference_folder()
+    assert folder is not None
+    published = ReferenceStore(folder)
+    first, *others = suites_with_results(published)
+    assert first == DEFAULT_SUITE
+    assert sorted([first, *others]) == sorted(published.suites)

@@ -232,9 +232,9 @@ class Site:
 
 
 def _first(groups: Sequence[Group]) -> Group:
-    """What is shown at first: the mean over models, at the last precision, which tells methods apart."""
-    kind = groups[0].setting.model
-    return [group for group in groups if group.setting.model == kind][-1]
+    """What is shown at first: the mean over models at the last precision, which tells methods apart."""
+    kind, profile = groups[0].setting.model, groups[0].setting.profile
+    return [group for group in groups if (group.setting.model, group.setting.profile) == (kind, profile)][-1]
 
 
 def _records(rows: SuiteRows) -> list[Record]:
