@@ -65,6 +65,33 @@ def results_option(function: _Function) -> _Function:
     )(function)
 
 
+ENDINGS = {"latex": "tex", "markdown": "md", "csv": "csv", "json": "json"}
+"""The ending of a table's file in each format that has one."""
+
+
+def format_option(function: _Function) -> _Function:
+    """``--format``, the same for every table that can also go to a paper or a program."""
+    return click.option(
+        "--format",
+        "form",
+        type=click.Choice(["latex", "markdown", "terminal", "csv", "json"]),
+        default="terminal",
+        show_default=True,
+        help="How to print it.",
+    )(function)
+
+
+def sample_option(what: str) -> Callable[[_Function], _Function]:
+    """``--sample``, of the commands that measure again.
+
+    Args:
+        what: Its help.
+    """
+    return click.option(
+        "--sample", type=click.IntRange(min=1), default=5, metavar="N", show_default=True, help=what
+    )
+
+
 def include_option(function: _Function) -> _Function:
     """``--include``, the same in every command: the files are imported before the command begins."""
     return click.option(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from benchmark.cli import EXIT_FAILED, cli, examples
-from benchmark.options import include_option
+from benchmark.options import include_option, sample_option
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,14 +37,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="The store that takes; `reference` is the one that came with the code.",
 )
-@click.option(
-    "--sample",
-    type=click.IntRange(min=1),
-    default=5,
-    metavar="N",
-    show_default=True,
-    help="How many of the new cells to measure again first.",
-)
+@sample_option("How many of the new cells to measure again first.")
 @click.option("--unverified", is_flag=True, help="Measure none again, and say so.")
 @click.option(
     "--suite", metavar="NAME", help="The grid to hold an archive against.  [default: the archive's]"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from benchmark.cli import cli, examples
-from benchmark.options import include_option, results_option, suite_option
+from benchmark.options import ENDINGS, format_option, include_option, results_option, suite_option
 from quanttune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from benchmark.report.sensitivity_table import SensitivityTable
 
 _SELECTION = ("models", "methods", "precisions", "profiles", "seeds")
-_ENDINGS = {"latex": "tex", "markdown": "md", "csv": "csv", "json": "json"}
 
 
 @cli.command(
@@ -64,14 +63,7 @@ _ENDINGS = {"latex": "tex", "markdown": "md", "csv": "csv", "json": "json"}
     show_default=True,
     help="Sites to show; csv and json hold all.",
 )
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["latex", "markdown", "terminal", "csv", "json"]),
-    default="terminal",
-    show_default=True,
-    help="How to print it.",
-)
+@format_option
 @click.option("--device", default="cpu", metavar="NAME", show_default=True, help="cpu or cuda.")
 @suite_option
 @include_option
@@ -121,8 +113,8 @@ def sensitivity(
         found = _measure(store, records, units, items, device)
     text = _text(SensitivityTable(found, top), form, suite.name)
     click.echo(text, nl=False)
-    if form in _ENDINGS:
-        _write(store.views / "tables" / f"{suite.name}-sensitivity.{_ENDINGS[form]}", text)
+    if form in ENDINGS:
+        _write(store.views / "tables" / f"{suite.name}-sensitivity.{ENDINGS[form]}", text)
     if len(records) < len(cells):
         click.echo(f"partial: {len(records)} of {len(cells)} cells are measured", err=True)
 

@@ -10,7 +10,7 @@ import click
 
 from benchmark.cli import cli, examples
 from benchmark.grid.suite import DEFAULT_SUITE
-from benchmark.options import include_option, results_option
+from benchmark.options import ENDINGS, format_option, include_option, results_option
 from quanttune.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from benchmark.report.rows import SuiteRows
 
 _T = TypeVar("_T")
-_ENDINGS = {"latex": "tex", "markdown": "md", "csv": "csv", "json": "json"}
 
 
 @cli.command(
@@ -37,14 +36,7 @@ _ENDINGS = {"latex": "tex", "markdown": "md", "csv": "csv", "json": "json"}
     is_flag=True,
     help="With --format latex: a file for every suite, and all.tex, which shows every kept table.",
 )
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["latex", "markdown", "terminal", "csv", "json"]),
-    default="terminal",
-    show_default=True,
-    help="How to print it.",
-)
+@format_option
 @click.option(
     "--allow-partial", is_flag=True, help="Print a table although cells are missing, and say how many."
 )
@@ -88,12 +80,12 @@ def table(
         rows = in_metric(rows, metric, allow_partial)
     text = (_published if published else _costs if cost else _measured)(rows, form)
     click.echo(text, nl=False)
-    if form in _ENDINGS:
+    if form in ENDINGS:
         from benchmark.keep.atomic import write_text_atomically
 
         kind = ["published"] * published + ["cost"] * cost
         name = "-".join([rows.suite.name, *kind, *(metric or "").split()])
-        path = store.views / "tables" / f"{name}.{_ENDINGS[form]}"
+        path = store.views / "tables" / f"{name}.{ENDINGS[form]}"
         try:
             write_text_atomically(path, text)
             click.echo(f"written to {path}", err=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from benchmark.cli import cli, examples
-from benchmark.options import include_option
+from benchmark.options import include_option, sample_option
 
 
 @cli.command(
@@ -16,14 +16,7 @@ from benchmark.options import include_option
     epilog=examples("verify", "verify --suite laptop --sample 20", "verify --cell 3f9a --results mine"),
 )
 @click.option("--suite", metavar="NAME", help="Only cells of this suite.")
-@click.option(
-    "--sample",
-    type=click.IntRange(min=1),
-    default=5,
-    metavar="N",
-    show_default=True,
-    help="How many cells, of every model and method some.",
-)
+@sample_option("How many cells, of every model and method some.")
 @click.option("--cell", metavar="PREFIX", help="This one cell, by the start of its id.")
 @click.option("--trained", is_flag=True, help="Cells of methods that train, in place of the cheap ones.")
 @click.option(
