@@ -243,7 +243,7 @@ def cost_latex(table: CostTable, label: str) -> str:
             last = line.model
         stub, *parameters = name_lines(line.method)
         body.append(" & ".join([stub, *map(number_cell, found)]) + " \\\\")
-        body += [f"{text} \\\\" for text in parameters]
+        body += [text + " &" * len(names) + " \\\\" for text in parameters]
     title, _, notes = table.caption.partition(". ")
     heads = [f"{{{_broken(name)}}}" for name in names]
     return long_table(

@@ -112,6 +112,8 @@ def document(names: Iterable[str]) -> str:
         [
             "% made by `python -m benchmark table --all --format latex`; compile it twice",
             "\\documentclass[a4paper]{article}",
+            # as wide as two columns of a paper: six precisions in two profiles need it
+            "\\usepackage[margin=18mm]{geometry}",
             "\\usepackage[T1]{fontenc}",
             "\\usepackage{lmodern}",
             f"\\usepackage{{{','.join(PACKAGES)}}}",
