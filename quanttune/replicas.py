@@ -150,7 +150,8 @@ def run_replicated(
 
     settings = {
         "threads": torch.get_num_threads(),
-        "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        "precision": torch.get_float32_matmul_precision(),
+        "tf32": torch.backends.cudnn.allow_tf32,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
     job = json.dumps(dict(arguments))
@@ -201,7 +202,8 @@ def _replica(
     """One process: join the others, work, and leave the main process's result in ``folder``."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(settings["threads"])
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = settings["tf32"]
+    torch.set_float32_matmul_precision(settings["precision"])
+    torch.backends.cudnn.allow_tf32 = settings["tf32"]
     torch.use_deterministic_algorithms(settings["deterministic"], warn_only=True)
     from safetensors.torch import load_file
 
@@ -213,7 +215,8 @@ def _replica(
         result = work(accelerator, report, load_file(Path(folder) / _GIVEN), **json.loads(job))
         if accelerator.is_main_process:
             _save(result, Path(folder) / _RESULT)
-        accelerator.wait_for_everyone()
+        # Accelerate's own would ask for a GPU of each process, also of those on the CPU.
+        torch.distributed.barrier(device_ids=[rank] if kind == "cuda" else None)
     except QuantTuneError as error:
         (Path(folder) / f"error-{rank}").write_text(f"{type(error).__name__}\n{error}", encoding="utf-8")
         # what is meant for the user is told by the parent, once

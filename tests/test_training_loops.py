@@ -103,7 +103,9 @@ class TestParallel:
         def wrapped(model: nn.Module) -> Callable[[Any], Tensor]:
             return nn.DataParallel(model)
 
-        assert_same(trained(residual(), wrapped), trained(residual()))
+        # It moves to a GPU what it wraps.
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        assert_same(trained(residual().to(device), wrapped), trained(residual().to(device)))
 
     def test_over_devices_is_refused(self) -> None:
         wrapper = nn.DataParallel(residual())

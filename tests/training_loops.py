@@ -62,7 +62,7 @@ def batch(seed: int, items: int = 8) -> Tensor:
 
 def data(model: nn.Module, step: int) -> Any:
     if isinstance(model, Residual):
-        return batch(step)
+        return batch(step).detach().to(next(model.parameters()).device).requires_grad_()
     name = "vit" if hasattr(model, "blocks") else "bert"
     return inputs(name, 4, step)
 

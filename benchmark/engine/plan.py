@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from benchmark.engine import environment
@@ -98,10 +99,12 @@ class Plan:
             # refuse a device that is not there before any work
             prepare_torch(self.settings.threads, self.settings.device)
             events.say(f"cells finished: {len(outcomes)}, to run: {len(missing)}")
-            for outcome in self._run(missing, events):
-                outcomes[outcome.cell.cell_id] = outcome
-                told.add(outcome.cell.cell_id)
-                yield outcome
+            # Closed by whoever closes this generator: not every Python does it when the last name goes.
+            with closing(self._run(missing, events)) as running:
+                for outcome in running:
+                    outcomes[outcome.cell.cell_id] = outcome
+                    told.add(outcome.cell.cell_id)
+                    yield outcome
             cached = [cell for cell in self.cells if outcomes[cell.cell_id].status == "cached"]
             for cell in self._not_kept(cached):
                 del outcomes[cell.cell_id]

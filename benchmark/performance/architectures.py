@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from benchmark.subject.models.entry import own_random_state
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from quanttune.inputs import ModelInputs
 
 _SEED = 0
+_ON_A_GPU = 16  # times as many items, or it waits for Python
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Architecture:
         name: timm's name, or the class in transformers.
         settings: What differs from the defaults of that class.
         depth: Names of the settings that hold the number of layers.
-        items: Items in a batch.
+        items: Items in a batch on a CPU.
         tokens: Tokens of a text, or pixels along an image's side.
         tuned: Whether a fine-tuning step is timed.
     """
@@ -61,6 +63,10 @@ class Architecture:
                 kind = getattr(transformers, self.name)
                 model = kind(kind.config_class(**settings))
         return model.eval()
+
+    def on(self, device: torch.device) -> Architecture:
+        """The same with as many items in a batch as suit the device."""
+        return self if device.type == "cpu" else replace(self, items=_ON_A_GPU * self.items)
 
     def batches(self, count: int, model: nn.Module) -> list[tuple[ModelInputs, Tensor]]:
         """Random inputs with targets; a language model's targets are its own tokens."""

@@ -66,7 +66,7 @@ def _measure(key: str, device: str, threads: int, repeats: int, layers: int | No
     from quanttune.quantization import discover_sites
 
     chosen = prepare_torch(threads, device)
-    architecture = ARCHITECTURES[key]
+    architecture = ARCHITECTURES[key].on(chosen)
     model = architecture.build(layers).to(chosen)
     batches = [
         (to_device(inputs, chosen), targets.to(chosen)) for inputs, targets in architecture.batches(2, model)
@@ -132,7 +132,8 @@ def _quantize(
     usable = bool(torch.isfinite(outputs[0]).all()) and not torch.equal(outputs[0], plain)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     peak = memory.above_baseline() + weights  # before anything that only measures
-    timed = compare(repeats, {"forward": forward, "simulated": simulated}, warm=False)
+    on_gpu = outputs[0].is_cuda  # its kernels are chosen and loaded by the first call
+    timed = compare(repeats, {"forward": forward, "simulated": simulated}, warm=on_gpu)
     fp32, simulating = (min(line.seconds) for line in timed)
     saved = saved_bytes(model, batches[0])
     limit = WEIGHT_SHARE * weights + saved

@@ -13,6 +13,7 @@ of what would change the result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quanttune.quantization import one_pass
 from quanttune.quantization.byte_product import BYTE, ByteProduct, as_bytes
+from quanttune.quantization.portions import portion
 from quanttune.quantization.quantizers.grid import Encoded, Finish, Grid
 
 ARITHMETIC = 3
@@ -121,8 +124,12 @@ class LazyCodes:
         return Encoded(self.write(self.source, torch.empty_like(self.source)), self.grid)
 
     def write(self, part: Tensor, codes: Tensor) -> Tensor:
-        """The codes of a part of the source, written to ``codes``."""
-        torch.mul(part, float(np.float32(1) / np.float32(self.grid.step)), out=codes)
+        """The codes of a part of the source, which may be written to ``codes``."""
+        inverse = float(np.float32(1) / np.float32(self.grid.step))
+        found = one_pass.quantized(part, inverse, self.limits or (-math.inf, math.inf))
+        if found is not None:
+            return found
+        torch.mul(part, inverse, out=codes)
         codes.round_()
         return codes if self.limits is None else codes.clamp_(*self.limits)
 
@@ -163,18 +170,23 @@ def _linear_in_cache(
     if w is None or not x.is_contiguous() or x.dim() < 2 or x.shape[-1] != w.codes.shape[-1]:
         return None
     bound = left.grid.largest * right.row_bounds[0]
-    fits = left.grid.largest <= BYTE and x.device.type == "cpu"
-    in_bytes = right.in_bytes if fits else None
+    in_bytes = right.in_bytes if left.grid.largest <= BYTE else None
     if in_bytes is None and not _in_float32(bound, max(left.grid.largest, w.grid.largest)):
         return None
     rows, outputs = x.flatten(0, -2), w.codes.shape[0]
     result = torch.empty(len(rows), outputs, device=x.device)
-    at_once = min(max(_PRODUCT_AT_ONCE // max(x.shape[-1], outputs), _FEWEST_ROWS), len(rows))
+    most = portion(x, _PRODUCT_AT_ONCE) // max(x.shape[-1], outputs)
+    at_once = min(max(most, _FEWEST_ROWS), len(rows))
     scratch = torch.empty(at_once, x.shape[-1], device=x.device)
     product = None if in_bytes is None else ByteProduct(in_bytes, at_once)
     with _full_precision(x):
         for part, total in zip(rows.split(at_once), result.split(at_once), strict=True):
             codes = left.write(part, scratch[: len(part)])
+            if product is not None and at_once == len(rows):
+                scale = _scale(left.grid.step, _of_outputs(w.grid))
+                whole = product.scaled(codes, scale, bias)
+                if whole is not None:
+                    return whole.view(*x.shape[:-1], outputs)
             if product is None:
                 torch.mm(codes, w.codes.T, out=total)
             else:
@@ -268,8 +280,16 @@ def _summed(
 
 def _in_float32(bound: int, largest: int) -> bool:
     """Whether float32 holds sums within ``bound`` of products of codes up to ``largest``."""
-    reduced = torch.get_float32_matmul_precision() != "highest"
-    return bound <= WHOLE_IN_FLOAT32 and not (reduced and largest > _WHOLE_IN_BFLOAT16)
+    return bound <= WHOLE_IN_FLOAT32 and (largest <= _WHOLE_IN_BFLOAT16 or not _reduced())
+
+
+def _reduced() -> bool:
+    """Whether kernels may compute products of float32 with fewer bits."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:
+        # PyTorch has two ways to say it and refuses to tell where they differ: one of them says yes.
+        return True
 
 
 def _fold(left: Grid, right: Grid) -> bool:
@@ -284,18 +304,22 @@ def _scaled(total: Tensor, left: float | Tensor, right: float | Tensor, bias: Te
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         total.mul_(left)
         scale: float | Tensor = right
-    elif isinstance(left, Tensor) or isinstance(right, Tensor):
-        vector, number = (left, right) if isinstance(left, Tensor) else (right, left)
-        scale = (vector.double() * number).float()  # type: ignore[union-attr]
     else:
-        scale = left * right
+        scale = _scale(left, right)
     if bias is None:
         return total.mul_(scale)
     if (isinstance(scale, Tensor) and scale.dim() > 1) or bias.dim() > 1 or not total.is_contiguous():
         return total.mul_(scale).add_(bias)
-    for rows in total.view(-1, total.shape[-1]).split(max(_AT_ONCE // total.shape[-1], 1)):
+    for rows in total.view(-1, total.shape[-1]).split(max(portion(total, _AT_ONCE) // total.shape[-1], 1)):
         rows.mul_(scale).add_(bias)
     return total
+
+
+def _scale(left: float | Tensor, right: float | Tensor) -> float | Tensor:
+    """The product of two steps, of which one at least is a number: taken in float64, rounded once."""
+    if not isinstance(left, Tensor):
+        return left * right if not isinstance(right, Tensor) else (right.double() * left).float()
+    return (left.double() * right).float()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quanttune.quantization.portions import portion
 from quanttune.quantization.quantizers.grid import Finish
 
 _EVERYWHERE = (
@@ -175,7 +176,7 @@ def _by_rows(
     named = {key: -1 if key == "dim" else _widened(value) for key, value in options.items()}
     rows = values.flatten(0, -2)
     result = torch.empty_like(rows)
-    at_once = max(_AT_ONCE // values.shape[-1], 1)
+    at_once = max(portion(values, _AT_ONCE) // values.shape[-1], 1)
     for part, target in zip(rows.split(at_once), result.split(at_once), strict=True):
         target.copy_(func(part.double(), **named))
         if finish is not None and target.dtype == torch.float32:

@@ -47,9 +47,9 @@ class Tally:
         """
         flat = values.detach().to(torch.float32).reshape(-1)
         if flat.numel() <= _FEW:
-            self._merge(CodeCounts(*short_codes(flat).cpu().long().unique(return_counts=True)))
+            self._merge(CodeCounts(*short_codes(flat).long().unique(return_counts=True)))
         elif flat.device.type != "cpu" or not self._add_halves(flat, peak):
-            self._merge(_nonzero(torch.bincount(short_codes(flat), minlength=CODES).cpu()))
+            self._merge(_nonzero(torch.bincount(short_codes(flat), minlength=CODES)))
 
     def counts(self) -> CodeCounts:
         """Each code that occurred, ascending, with its count."""
@@ -59,10 +59,15 @@ class Tally:
         if self._smaller is not None:
             self._merge(self._smaller.counts())
             self._smaller = None
-        return self._counts
+        return CodeCounts(self._counts.codes.cpu(), self._counts.counts.cpu())
 
     def _merge(self, found: CodeCounts) -> None:
-        self._counts = self._counts.merge(found) if len(self._counts.codes) else found
+        """Where the counts are: to fetch a table for each batch would take a GPU longer than to count."""
+        if len(self._counts.codes):
+            device = found.codes.device
+            known = CodeCounts(self._counts.codes.to(device), self._counts.counts.to(device))
+            found = known.merge(found)
+        self._counts = found
 
     def _add_halves(self, values: Tensor, peak: float) -> bool:
         """Count float32 values by their codes of half precision, unless that cannot be done."""

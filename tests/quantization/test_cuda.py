@@ -18,9 +18,14 @@ from quanttune.quantization import (
     build_quantizers,
     collect_statistics,
     discover_sites,
+    exact,
+    one_pass,
     simulate,
 )
+from quanttune.quantization.exact import LazyCodes, Operand
 from quanttune.quantization.quantizers.dynamic import DynamicQuantizer
+from quanttune.quantization.quantizers.grid import Encoded, Grid
+from tests.method_contexts import HeldOut
 from tests.quantization.models import EAGER, FUSED, MODELS, build, inputs, logits, quantizers, sites
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -33,7 +38,7 @@ each_attention = pytest.mark.parametrize("attention", [EAGER, FUSED])
 
 @pytest.fixture(autouse=True)
 def _exact() -> None:
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
 
 
@@ -149,6 +154,41 @@ def test_quantizers_give_the_bits_of_the_cpu(dtype: torch.dtype, bits: int) -> N
         assert torch.equal(tracked.grad.cpu(), on_cpu.grad)
 
 
+@pytest.mark.parametrize("rows", [1, 31, 500])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("of_outputs", [True, False])
+def test_linear_layers_multiply_bytes_as_the_cpu_does(rows: int, biased: bool, of_outputs: bool) -> None:
+    """Also where a row is not a number, which no byte can say."""
+    generator = torch.Generator().manual_seed(0)
+    x, codes = (
+        torch.randn(rows, 64, generator=generator),
+        torch.randint(-127, 128, (24, 64), generator=generator),
+    )
+    x[rows // 2, 3] = torch.nan
+    steps = torch.rand(24, 1, generator=generator) if of_outputs else 0.017
+    bias = torch.randn(24, generator=generator) if biased else None
+    found = []
+    for device in ("cpu", "cuda"):
+        lazy = LazyCodes(x.to(device), Grid(0.023, 127), (-127, 127))
+        step = steps.to(device) if isinstance(steps, torch.Tensor) else steps
+        weight = Operand(encoded=Encoded(codes.float().to(device), Grid(step, 127)))
+        assert device == "cpu" or weight.in_bytes is not None
+        found.append(
+            exact.linear(Operand(lazy=lazy), weight, None if bias is None else bias.to(device)).cpu()
+        )
+    assert torch.equal(*(each.nan_to_num(nan=-1e9) for each in found))
+    assert found[1].isnan().any(dim=1).nonzero().tolist() == [[rows // 2]]
+
+
+def test_one_pass_rounds_as_several_do() -> None:
+    values = 4 * torch.randn(3000, generator=torch.Generator().manual_seed(0))
+    values[:6] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.5, 1.5, -2.5])
+    found = one_pass.quantized(values.to(CUDA), 1.0, (-3, 3), 0.3)
+    assert found is not None, "PyTorch's jiterator is not to be had"
+    expected = values.round().clamp(-3, 3) * torch.tensor(0.3)
+    assert torch.equal(found.cpu().nan_to_num(nan=9), expected.nan_to_num(nan=9))
+
+
 @pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model.causal])
 @each_attention
 def test_the_causal_mask_survives(name: str, attention: str) -> None:
@@ -207,6 +247,7 @@ def test_methods_take_calibration_items_from_the_cpu(method: str) -> None:
         training=Training(),
         recipe={"learning_rate": 1e-3, "steps": 3, "batch_size": 4},
         device=CUDA,
+        validation=HeldOut([batch_on_cuda("vit", 4, 2)]),
     )
     quantized = METHODS.get(method)().quantize(context)
     if quantized.weights is not None:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from benchmark.engine.environment import prepare_torch
 from quanttune.quantization import SiteId, exact, simulate
 from quanttune.quantization.exact import Operand
 from quanttune.quantization.exact_walk import ExactHandlers
@@ -112,6 +113,22 @@ def test_reduced_precision_of_products_is_not_followed(
     finally:
         torch.set_float32_matmul_precision("highest")
     assert kinds == [torch.float64]
+
+
+def test_settings_that_contradict_each_other_count_as_reduced() -> None:
+    """Found: PyTorch raises where its old way and its new one to allow TF32 differ, as after a ``Trainer``."""
+    torch.set_float32_matmul_precision("high")
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        with pytest.raises(RuntimeError):
+            torch.get_float32_matmul_precision()
+        x, w = operand((9, 40), 127, 0.017, 1), operand((11, 40), 127, 0.0023, 2)
+        assert exact._reduced()
+        assert torch.isfinite(exact.linear(x, w, None)).all()
+        prepare_torch(torch.get_num_threads(), "cpu")
+        assert not exact._reduced()
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_mixed_precision_around_it_is_not_followed() -> None:

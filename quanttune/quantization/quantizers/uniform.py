@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quanttune.quantization import one_pass
 from quanttune.quantization.quantizers.grid import Encoded, Grid, quotient, significant
 from quanttune.quantization.quantizers.quantizer import QUANTIZERS, Quantizer, State
 
@@ -101,14 +102,20 @@ class UniformQuantizer(Quantizer):
             return self(values.float()).to(values.dtype)  # codes of 8 bits and more need the longer mantissa
         if torch.is_grad_enabled() and values.requires_grad:
             return self._with_gradient(values)
+        if self.axis is None:
+            found = one_pass.quantized(values, self._inverse, self.shared_limits, self._step)
+            if found is not None:
+                return found
         return self.encode(values).decoded(reuse=True)
 
     def encode(self, values: Tensor) -> Encoded:
         """Codes less the zero point."""
         if self.axis is None:
             # In-cache passes: several times faster on a CPU than the fused kernel, bit for bit the same.
-            codes = (values * self._inverse).round_()
-            return Encoded(codes.clamp_(*self.shared_limits), Grid(self._step, self._largest))
+            codes = one_pass.quantized(values, self._inverse, self.shared_limits)
+            if codes is None:
+                codes = (values * self._inverse).round_().clamp_(*self.shared_limits)
+            return Encoded(codes, Grid(self._step, self._largest))
         shape = [1] * values.dim()
         shape[self.axis] = -1
         scale = self.scale.to(values.device).view(shape)
@@ -130,9 +137,9 @@ class UniformQuantizer(Quantizer):
         return self.code_min - self._zero, self.code_max - self._zero
 
     def quantize_in_place(self, values: Tensor) -> Grid | None:
-        """A part of the values at a time, all four passes while it is in the cache."""
+        """A part of the values at a time, all four passes while it is in the cache; of no use on a GPU."""
         grid = self.shared_grid
-        if grid is None or not values.is_contiguous():
+        if grid is None or not values.is_contiguous() or values.device.type != "cpu":
             return None
         for part in values.view(-1).split(_AT_ONCE):
             part.mul_(self._inverse).round_().clamp_(*self.shared_limits).mul_(self._step)
