@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from quanttune.inputs import ModelInputs
 
 _SEED = 0
-_ON_A_GPU = 16  # times as many items, or it waits for Python
+_ON_A_GPU = 32  # times as many items, or it waits for Python
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Every architecture runs in a process of its own, so that its peak memory is its 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing
 import time
@@ -32,16 +33,17 @@ _STEPS = 3
 _MIB = 2**20
 
 
-@row("full_size", "ViT-B, Swin-B, BERT-base and OPT-350m, random weights: time and memory", of_model=False)
-def full_size(setup: Setup) -> Sequence[Line]:
-    """Statistics, range rules, simulation and fine-tuning of every architecture, one process each."""
+def full_size(key: str, setup: Setup) -> Sequence[Line]:
+    """Statistics, range rules, simulation and fine-tuning of an architecture."""
     import torch
 
-    rows: list[Line] = []
-    for key, architecture in ARCHITECTURES.items():
-        setup.say(architecture.title)
-        rows += in_own_process(key, str(setup.device), torch.get_num_threads(), setup.repeats)
-    return rows
+    return in_own_process(key, str(setup.device), torch.get_num_threads(), setup.repeats)
+
+
+for _key, _architecture in ARCHITECTURES.items():
+    row(f"full_size_{_key}", f"{_architecture.title}, random weights: time and memory", of_model=False)(
+        functools.partial(full_size, _key)
+    )
 
 
 def in_own_process(

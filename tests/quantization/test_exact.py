@@ -116,7 +116,7 @@ def test_reduced_precision_of_products_is_not_followed(
 
 
 def test_settings_that_contradict_each_other_count_as_reduced() -> None:
-    """Found: PyTorch raises where its old way and its new one to allow TF32 differ, as after a ``Trainer``."""
+    """Found: PyTorch raises where its old and its new way to allow TF32 differ, as after a ``Trainer``."""
     torch.set_float32_matmul_precision("high")
     try:
         torch.backends.cuda.matmul.allow_tf32 = False
