@@ -19,10 +19,14 @@ _MOMENT = 60.0  # seconds
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, lasting: bool = True) -> Iterator[Path]:
     """Give a temporary path beside ``path``; on success it is flushed to disk and becomes ``path``.
 
     Whoever reads ``path`` sees the old file or the whole new one, whatever happens in between.
+
+    Args:
+        path: The final file; its folder is made if needed.
+        lasting: Whether to wait until it would outlive a loss of power; what a command makes anew need not.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent)
@@ -30,8 +34,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         _hold(handle)
         yield temporary
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
+        if lasting:
+            with temporary.open("rb+") as stream:
+                os.fsync(stream.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
     finally:

@@ -24,6 +24,7 @@ from benchmark.report.rows import SuiteRows, collect_rows
 from benchmark.report.significance import SWAPS, holm, paired_p, smallest_difference
 from benchmark.report.site.advice import advice_of
 from benchmark.report.site.board import EVERY, Group, board_of, recovery_of
+from benchmark.report.site.cells import CellPage
 from benchmark.report.site.folder import write_site
 from benchmark.report.site.links import cell_page, page_of
 from benchmark.report.site.pages import Site, SuiteView, p_text
@@ -79,6 +80,9 @@ def test_other_scores_are_told_apart_by_swapping() -> None:
     shifted = scores + 0.2
     perplexity: Callable[[np.ndarray], float] = lambda values: float(np.exp(values.mean()))  # noqa: E731
     assert paired_p(scores, shifted, perplexity) == 1 / (1 + SWAPS)  # every draw is less extreme
+    for one in (scores, scores[:, None]):
+        other = one + generator.normal(size=one.shape) * 0.05
+        assert paired_p(one, other, perplexity, of_means=True) == paired_p(one, other, perplexity)
     same = [paired_p(*(generator.normal(size=(2, 40)) + 3), perplexity) for _ in range(60)]
     assert 0.3 < np.mean(same) < 0.7
     assert np.mean(np.array(same) < 0.05) < 0.2
@@ -209,8 +213,12 @@ def links_of(pages: dict[str, str]) -> list[tuple[str, str]]:
     return dead
 
 
+def texts_of(site: Site) -> dict[str, str]:
+    return {name: page if isinstance(page, str) else page.text for name, page in site.pages()}
+
+
 def test_every_link_leads_somewhere_and_text_stays_text(rows: SuiteRows, store: Store) -> None:
-    pages = dict(Site([view_of(rows)], store, store.root).pages())
+    pages = texts_of(Site([view_of(rows)], store, store.root))
     assert links_of(pages) == []
     for record in rows.records.values():
         assert cell_page(record.cell.cell_id) in pages
@@ -238,7 +246,7 @@ def test_several_suites_share_cells_and_stand_apart_on_the_board(
 ) -> None:
     one_model = dataclasses.replace(suite, name="second", models=("tiny_vit",), profiles=("full", "matmul"))
     second = fill(store, one_model)
-    pages = dict(Site([view_of(rows), view_of(second)], store, store.root).pages())
+    pages = texts_of(Site([view_of(rows), view_of(second)], store, store.root))
     assert links_of(pages) == []
     found = [row for row in Page(pages["index.html"]).rows if "data-method" in row]
     assert {row["data-suite"] for row in found if "hidden" not in row} == {"made<up>"}
@@ -256,7 +264,7 @@ def test_several_suites_share_cells_and_stand_apart_on_the_board(
 
 
 def test_the_page_of_a_cell_gives_it_back(rows: SuiteRows, store: Store) -> None:
-    pages = dict(Site([view_of(rows)], store, store.root).pages())
+    pages = texts_of(Site([view_of(rows)], store, store.root))
     record = next(r for r in rows.records.values() if r.cell.label == "finetune+mse")
     words = " ".join(" ".join(Page(pages[cell_page(record.cell.cell_id)]).words).split())
     command = "python -m benchmark run --overwrite always --suite made --model tiny_vit --method finetune"
@@ -293,6 +301,29 @@ def test_what_is_gone_leaves_the_folder_and_what_stays_is_not_written_again(tmp_
     assert sorted(path.name for path in (folder / "cells").iterdir()) == ["2.html", "notes.txt"]
     assert (folder / "cells" / "2.html").read_text() == "2"
     assert (folder / "index.html").stat().st_mtime_ns == before
+
+
+def test_a_cell_s_page_is_made_again_where_what_it_shows_is_another(
+    rows: SuiteRows, store: Store, tmp_path: Path
+) -> None:
+    folder, made = tmp_path / "report", list[str]()
+
+    class Counting(Site):
+        def _cell(self, page: CellPage) -> str:
+            made.append(cell_page(page.record.cell.cell_id))
+            return super()._cell(page)
+
+    def write(view: SuiteView) -> set[str]:
+        made.clear()
+        write_site(folder, Counting([view], store, store.root).pages())
+        return set(made)
+
+    assert write(view_of(rows)) == {cell_page(cell_id) for cell_id in rows.records}
+    assert write(view_of(rows)) == set()
+    cell_id, record = next(iter(rows.records.items()))
+    later = {**rows.records, cell_id: dataclasses.replace(record, finished_at="later")}
+    assert write(view_of(dataclasses.replace(rows, records=later))) == {cell_page(cell_id)}
+    assert "later" in (folder / cell_page(cell_id)).read_text()
 
 
 def test_a_fresh_clone_shows_every_published_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

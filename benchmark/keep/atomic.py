@@ -23,20 +23,22 @@ _PATIENCE, _PATIENCE_AT_MOST = 30.0, 600.0  # seconds of waiting for a lock betw
 _HOLDER = ".holder"
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], lasting: bool = True) -> None:
     """Let ``write`` fill a temporary file beside ``path``, flush it to the disk and move it into place.
 
     Args:
         path: The final file; its folder is made if needed.
         write: Called once with the temporary path.
+        lasting: As in :func:`quanttune.files.whole_file`.
 
     Raises:
         StoreError: If the disk is full or the folder cannot be written; nothing is left behind.
     """
     try:
-        with whole_file(path) as temporary:
+        with whole_file(path, lasting) as temporary:
             write(temporary)
-        _sync_folder(path.parent)
+        if lasting:
+            _sync_folder(path.parent)
     except Exception as error:
         told = disk_error(path, error, _REMEDY)
         if told is None:
@@ -44,9 +46,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise told from error
 
 
-def write_text_atomically(path: Path, text: str) -> None:
+def write_text_atomically(path: Path, text: str, lasting: bool = True) -> None:
     """Write UTF-8 text with :func:`write_atomically`."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), lasting)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +137,11 @@ class ReferenceStore(Store):
         text = self.texts.get(cell_id)
         record = None if text is None else Record.from_json(json.loads(text), str(self.root / RECORDS))
         return record if record is not None and record.cell.cell_id == cell_id else None
+
+    def digest_of(self, cell_id: str) -> str:
+        """Digest of a cell's record; empty if there is none."""
+        text = self.texts.get(cell_id)
+        return "" if text is None else sha256(text.encode()).hexdigest()
 
     def _ids(self) -> list[str]:
         return sorted(self.texts)

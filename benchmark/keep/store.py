@@ -40,7 +40,7 @@ from benchmark.keep.record import SCHEMA, Kept, Record, refuse_newer
 from benchmark.keep.stages import Stages
 from quanttune.digests import sha256_file
 from quanttune.errors import StoreError
-from quanttune.files import remove_abandoned
+from quanttune.files import parse_json, remove_abandoned
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,6 +73,7 @@ class Store:
         if isinstance(marker, dict):
             refuse_newer(marker.get("schema"), str(self.root / "store.json"))
         self._index: Index | None = None
+        self._digests: dict[str, str] = {}
         self._references: dict[str, str | None] = {}
 
     @contextlib.contextmanager
@@ -210,6 +211,10 @@ class Store:
             raise StoreError(f"cell {cell_id[:12]} has no per-item predictions; run it again")
         return dict(load_file(path))
 
+    def digest_of(self, cell_id: str) -> str:
+        """Digest of the record that was read last of a cell; empty if none was."""
+        return self._digests.get(cell_id, "")
+
     def files_of(self, record: Record) -> list[Path]:
         """The files of a finished cell that are there: its record, arrays and quantized model."""
         paths = [self.path_of(record.cell.cell_id, ending) for ending in _ENDINGS]
@@ -336,6 +341,7 @@ class Store:
             if index is not None:
                 index.add(digest, record)
                 record = self._known(index, digest, cell_id, cell) or record
+        self._digests[cell_id] = digest
         items = record.items_sha256
         whole = items is None or is_intact(self._file("cells", cell_id, ".safetensors"), items)
         return record if whole else None
@@ -347,9 +353,8 @@ class Store:
         """The table of sites of a record whose file had this digest."""
         path = self._file("cells", cell_id, ".json")
         content = content_of(path)
-        record = None
-        if content is not None and sha256(content).hexdigest() == digest:
-            record = parsed_record(content, path, cell_id)
-        if record is None:
+        if content is None or sha256(content).hexdigest() != digest:
             raise StoreError(f"{path} was changed while it was read; give the command again")
-        return record.sites
+        # The record was found whole when it was indexed.
+        sites: list[dict[str, Any]] = parse_json(content)["sites"]
+        return sites

@@ -46,7 +46,7 @@ COST_FIELDS = ("training_s", "calibration_s", "peak_mb", "extra_operations", "tr
 """What follows where records have it: of :func:`benchmark.engine.spending.cost_of`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SuiteRows:
     """A suite's cells with what the store has of each.
 

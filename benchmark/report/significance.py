@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -20,11 +20,13 @@ POWER = 0.8
 SWAPS = 2000
 """Draws of the permutation test; its smallest p-value is one part in so many and one."""
 
+_DRAWN_AT_ONCE = 1 << 22
+
 Metric = Callable[[np.ndarray], float]
 _Key = TypeVar("_Key", bound="Hashable")
 
 
-def paired_p(first: np.ndarray, second: np.ndarray, metric: Metric) -> float:
+def paired_p(first: np.ndarray, second: np.ndarray, metric: Metric, of_means: bool = False) -> float:
     """Two-sided p-value of no difference between two methods on the same items.
 
     Where an item is right or wrong, McNemar's exact test: of the items on which they disagree, each is as
@@ -35,6 +37,7 @@ def paired_p(first: np.ndarray, second: np.ndarray, metric: Metric) -> float:
         first: Scores of the items, shape ``(N,)`` or ``(N, k)``.
         second: Those of the other method, of the same items in the same order.
         metric: From scores to the metric's value.
+        of_means: Whether that is made from their means, so that these are enough for each draw.
 
     Raises:
         ValueError: If the shapes differ.
@@ -49,15 +52,32 @@ def paired_p(first: np.ndarray, second: np.ndarray, metric: Metric) -> float:
         wins = int((first > second).sum())
         return float(binomtest(wins, wins + int((first < second).sum())).pvalue)
     observed = abs(metric(first) - metric(second))
+    # the observed difference itself, met again, must not fail by its last digit
+    least = observed * (1 - 1e-12)
+    drawn = (_swapped_means if of_means else _swapped)(first, second)
+    extreme = sum(abs(metric(one) - metric(other)) >= least for one, other in drawn)
+    return (1 + extreme) / (1 + SWAPS)
+
+
+def _swapped(first: np.ndarray, second: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Both methods' scores, swapped item by item."""
     generator = numpy_generator(0, "swaps", len(first))
-    extreme = 0
     for _ in range(SWAPS):
         swapped = generator.random(len(first)) < 0.5
         mask = swapped if first.ndim == 1 else swapped[:, None]
-        one, other = np.where(mask, second, first), np.where(mask, first, second)
-        # the observed difference itself, met again, must not fail by its last digit
-        extreme += abs(metric(one) - metric(other)) >= observed * (1 - 1e-12)
-    return (1 + extreme) / (1 + SWAPS)
+        yield np.where(mask, second, first), np.where(mask, first, second)
+
+
+def _swapped_means(first: np.ndarray, second: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The means of the same draws, each as the scores of one item."""
+    generator = numpy_generator(0, "swaps", len(first))
+    gained = (second - first) / len(first)
+    one, other = first.mean(axis=0), second.mean(axis=0)
+    at_once = max(1, _DRAWN_AT_ONCE // len(first))
+    for start in range(0, SWAPS, at_once):
+        count = min(at_once, SWAPS - start)
+        moved = (generator.random((count, len(first))) < 0.5) @ gained
+        yield from zip((one + moved)[:, None], (other - moved)[:, None], strict=True)
 
 
 def holm(values: Mapping[_Key, float]) -> dict[_Key, float]:

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from statistics import fmean
 
 import numpy as np
@@ -17,6 +18,7 @@ from benchmark.report.rows import SuiteRows
 from benchmark.report.significance import LEVEL, holm, paired_p, smallest_difference
 from benchmark.report.tables import Entry, entry_of
 from benchmark.subject.lookup import get_task
+from benchmark.subject.metrics.metric import METRICS
 from quanttune.errors import StoreError
 
 EVERY = "all models"
@@ -119,8 +121,9 @@ class Group:
     metric: str = ""
 
 
+@lru_cache(maxsize=8)
 def board_of(rows: SuiteRows) -> list[Group]:
-    """Every setting of a suite with its methods, means over the models first."""
+    """Every setting of a suite with its methods, means over the models first; not to be changed."""
     found: dict[Setting, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for cell in rows.cells:
         record = rows.records.get(cell.cell_id)
@@ -156,14 +159,15 @@ def _group(setting: Setting, by_method: dict[str, list[Record]], rows: SuiteRows
     lines = [_line(setting, label, records) for label, records in by_method.items()]
     lines = _ranked(lines)
     scores = {line.method: _scores(by_method[line.method], rows) for line in lines}
-    metric = get_task(lines[0].cells[0].task).metric_value
+    task = get_task(lines[0].cells[0].task)
+    metric, of_means = task.metric_value, task.metric in METRICS and METRICS.get(task.metric).of_means
     values, rivals, differences = {}, {}, []
     for line in lines:
         rival = next((other.method for other in lines if other.method != line.method), None)
         one, other = scores[line.method], None if rival is None else scores[rival]
         if rival is None or one is None or other is None or one.shape != other.shape:
             continue
-        rivals[line.method], values[line.method] = rival, paired_p(one, other, metric)
+        rivals[line.method], values[line.method] = rival, paired_p(one, other, metric, of_means)
         differences.append(smallest_difference(one, other, metric))
     corrected = holm(values)
     known = [value for value in differences if value is not None]

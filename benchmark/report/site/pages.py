@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from hashlib import sha256
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from benchmark.report.significance import LEVEL
 from benchmark.report.site.advice import advice_of
 from benchmark.report.site.board import EVERY, Group, Line, board_of
 from benchmark.report.site.cells import CellPage, cell_context
+from benchmark.report.site.folder import LaterPage
 from benchmark.report.site.links import cell_page, page_of
 from benchmark.report.site.site_errors import ErrorsBySite
 from benchmark.subject.lookup import get_model, get_task
@@ -93,8 +95,8 @@ class Site:
                     for cell in line.cells:
                         self._places.setdefault(cell.cell_id, []).append((group, line))
 
-    def pages(self) -> Iterator[tuple[str, str]]:
-        """Each file's path within the site and its text."""
+    def pages(self) -> Iterator[tuple[str, str | LaterPage]]:
+        """Each file's path within the site and its text, which a cell's page makes when it is asked for."""
         folder = resources.files("benchmark.report.site") / "static"
         for name in STATIC:
             yield name, (folder / name).read_text(encoding="utf-8")
@@ -187,7 +189,7 @@ class Site:
         found = self._groups(lambda group: True)
         return [(group, line) for group in found for line in group.lines if wanted(line)]
 
-    def _cells(self) -> Iterator[tuple[str, str]]:
+    def _cells(self) -> Iterator[tuple[str, LaterPage]]:
         published = isinstance(self._store, ReferenceStore)
         told: set[str] = set()
         for view in self._views:
@@ -198,13 +200,46 @@ class Site:
                     continue
                 told.add(cell.cell_id)
                 page = CellPage(record, view.rows.suite, self._results, published, errors.of(record))
-                places = self._places.get(cell.cell_id, [])
-                text = self._render("cell.html.j2", "../", "", places=places, **cell_context(page))
-                yield cell_page(cell.cell_id), text
+                yield cell_page(cell.cell_id), LaterPage(self._made_from(page), partial(self._cell, page))
+
+    def _cell(self, page: CellPage) -> str:
+        places = self._places.get(page.record.cell.cell_id, [])
+        return self._render("cell.html.j2", "../", "", places=places, **cell_context(page))
+
+    def _made_from(self, page: CellPage) -> str:
+        """Digest of all that a cell's page shows: its record, its places among others, and this code."""
+        cell = page.record.cell
+        about = {} if cell.is_reference else summary_of(cell)
+        places = [
+            (
+                group.setting.suite,
+                group.items,
+                group.smallest,
+                len(group.lines),
+                line.rank,
+                line.rival,
+                line.p,
+            )
+            for group, line in self._places.get(cell.cell_id, [])
+        ]
+        suite = (page.suite.name, page.suite.origin, str(page.results), page.published)
+        record = self._store.digest_of(cell.cell_id)
+        outcome = (record, page.record.finished_at, page.record.result)
+        shown = (self._code, self._names, outcome, suite, page.errors, about, places)
+        return sha256(repr(shown).encode()).hexdigest()
+
+    @cached_property
+    def _code(self) -> str:
+        files = sorted(path for path in Path(__file__).parents[1].rglob("*") if path.suffix in (".py", ".j2"))
+        return sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return [view.name for view in self._views]
 
     def _render(self, template: str, root: str, current: str, **context: Any) -> str:
         return self._environment.get_template(template).render(
-            root=root, current=current, suites_of_site=[view.name for view in self._views], **context
+            root=root, current=current, suites_of_site=self._names, **context
         )
 
     @cached_property

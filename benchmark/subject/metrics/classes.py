@@ -64,6 +64,7 @@ class Accuracy(Metric):
     points = True
     unit = "%"
     needs = ("hits",)
+    of_means = True
 
     def value(self, items: Mapping[str, np.ndarray]) -> float:
         """100 times the mean hit."""

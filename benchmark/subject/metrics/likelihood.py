@@ -62,6 +62,7 @@ class NegativeLogLikelihood(Metric):
     name = "negative log-likelihood"
     title = "negative log-likelihood of the true class, in nats"
     higher_is_better = False
+    of_means = True
     unit = "nats"
     needs = ("nll",)
     answers = (CLASS,)
@@ -78,6 +79,7 @@ class Perplexity(Metric):
     name = "perplexity"
     title = "perplexity: exp of the mean negative log-likelihood of a token"
     higher_is_better = False
+    of_means = True
     needs = ("text_nll",)
     answers = (TEXT,)
 

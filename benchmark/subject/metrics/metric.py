@@ -40,6 +40,8 @@ class Metric(ABC):
         unit: Shown behind the name, empty if it has none.
         needs: Names of the :data:`QUANTITIES` it is made from.
         answers: What a task's answers must be: :data:`CLASS`, :data:`VALUE` or :data:`TEXT`.
+        of_means: Whether it is made from the means of what it needs, so that one item that has them stands
+            for all.
     """
 
     name: ClassVar[str]
@@ -49,6 +51,7 @@ class Metric(ABC):
     unit: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]]
     answers: ClassVar[tuple[str, ...]] = (CLASS,)
+    of_means: ClassVar[bool] = False
 
     @abstractmethod
     def value(self, items: Mapping[str, np.ndarray]) -> float:
