@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from benchmark.cli import cli
-from benchmark.performance import idle, measurement
+from benchmark.performance import idle, measurement, parallel
 from benchmark.performance.architectures import ARCHITECTURES
 from benchmark.performance.full_size import in_own_process
 from benchmark.performance.growth import Point, _apart, _calibration, _views, exponents, measured
@@ -62,6 +62,15 @@ def test_a_row_compares_its_work_with_the_first(tmp_path: Path, name: str) -> No
         if line["seconds"]:
             of_base = line["seconds"][0] / base["seconds"][0]
             assert line["ratio"] == pytest.approx(1 / of_base if ours_first else of_base)
+
+
+def test_two_processes_give_the_numbers_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "_ITEMS", 4)
+    result = perf(tmp_path, "parallel")
+    assert result.exit_code == 0, result.output
+    lines = kept_in(tmp_path)["parallel tiny_vit"]
+    assert len(lines) == 4
+    assert lines["what is kept"]["note"] == "9 cells in all three stores: same numbers"
 
 
 def test_rows_that_are_there_stay_and_absent_packages_cost_a_line(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -75,12 +78,13 @@ def deploy(
     store = open_store(results)
     place = folder or store.views / "deployment"
     deployment = Deployment(store, place, lambda line: click.echo(line, err=True))
-    if show:
-        rows = list(deployment.rows.values())
-    else:
+    if not show:
         chosen = ("fp32", *methods) if methods else ()
         cells = expand(load_suite(suite), Selection(models, chosen, precisions))
-        rows = deployment.measure(cells, parts or PARTS, again)
+        deployment.measure(cells, parts or PARTS, again)
+    rows = list(deployment.rows.values())
+    wanted = {"model": models, "method": ("fp32", *methods) if methods else (), "precision": precisions}
+    chosen_rows = [row for row in rows if _fits(row, wanted)]
     write_text_atomically(place / "deployment.md", to_markdown(rows))
     write_text_atomically(place / "deployment.tex", to_latex(rows))
     with style():
@@ -88,9 +92,19 @@ def deploy(
     for kind, content in drawn.items():
         write_atomically(place / f"deployment.{kind}", partial(Path.write_bytes, data=content))
     if form == "json":
-        click.echo(json.dumps(rows, indent=2))
+        click.echo(json.dumps(chosen_rows, indent=2))
     else:
         shown = {"terminal": to_terminal, "markdown": to_markdown, "latex": to_latex}
-        click.echo(shown[form](rows))
-    if any("error" in row for row in rows):
+        click.echo(shown[form](chosen_rows))
+    if any("error" in row for row in chosen_rows):
         sys.exit(EXIT_FAILED)
+
+
+def _fits(row: Mapping[str, Any], wanted: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a row is of what was asked for; FP32 stands beside every precision."""
+    return all(
+        not globs
+        or any(fnmatchcase(str(row[name]), glob) for glob in globs)
+        or (name == "precision" and row["method"] == "fp32")
+        for name, globs in wanted.items()
+    )

@@ -99,6 +99,14 @@ def test_rows_are_measured_once_and_shown(store: Store, measured: list[Cell], tm
     assert to_latex(rows).count(r"\\") == len(rows) + 1
     with style():
         assert rendered(figure(rows), "png").startswith(b"\x89PNG")
+    show = ("deploy", "--show", "--output", str(tmp_path), "--format", "json")
+    for words, count in (
+        ((), 4),
+        (("--precision", "W4*"), 2),
+        (("--method", "minmax"), 3),
+        (("--model", "x"), 0),
+    ):
+        assert len(json.loads(run(store, *show, *words).stdout)) == count, words
 
 
 def test_what_cannot_be_measured_is_said(
