@@ -13,13 +13,15 @@ import numpy as np
 from benchmark.deployment import running, static
 from benchmark.engine.environment import DEFAULT_THREADS, prepare_torch, provenance
 from benchmark.engine.exporting import export_cell
-from benchmark.engine.measure import Items, metric_values
-from benchmark.engine.reopen import measure_again
+from benchmark.engine.measure import Items, evaluate, metric_values
+from benchmark.engine.reopen import load_quantized, measure_again
 from benchmark.engine.session import Session
 from benchmark.keep.atomic import write_text_atomically
 from benchmark.keep.record import plain
 from quanttune.errors import ConfigError, QuantTuneError, StoreError
+from quanttune.export.agreement import with_biases_of
 from quanttune.export.runtime import has_vnni, kernels, processor_flags
+from quanttune.quantization.simulation import simulate
 
 if TYPE_CHECKING:
     from benchmark.grid.cells import Cell
@@ -199,8 +201,27 @@ class Deployment:
             noise = None if result is None else result.noise
             found["rounding_flips"] = None if noise is None else noise.flips
             if items.predictions is not None and simulated.predictions is not None:
-                found["equal_predictions"] = float(100 * np.mean(items.predictions == simulated.predictions))
+                found["equal_predictions"] = _equal(items, simulated)
+            if items.predictions is not None and not target.cell.is_reference:
+                found["equal_with_biases"] = _equal(items, self._with_biases(target, reference, path))
         return found
+
+    def _with_biases(self, target: Target, reference: Cell, path: Path) -> Items:
+        """What the simulation predicts where its biases are rounded as the file's are."""
+        session, quantized = (
+            self._session_of(target.cell.model),
+            load_quantized(self.store, target.cell.cell_id),
+        )
+        model = with_biases_of(path, quantized, session.model)
+        with simulate(model, quantized.quantizers):
+            return evaluate(
+                model,
+                session.task,
+                session.entry,
+                limit=reference.limit,
+                device=session.device,
+                progress=lambda *_: None,
+            )
 
     def _latency(self, path: Path, float_model: Path, reference: Cell) -> list[dict[str, Any]]:
         inputs = running.examples(self._session_of(reference.model))
@@ -214,6 +235,10 @@ class Deployment:
         document = {"schema": SCHEMA, "environment": environment(), "rows": list(self.rows.values())}
         document["keys"] = list(self.rows)
         write_text_atomically(self.folder / DOCUMENT, json.dumps(document, indent=1) + "\n")
+
+
+def _equal(first: Items, second: Items) -> float:
+    return float(100 * np.mean(first.predictions == second.predictions))
 
 
 def environment() -> dict[str, Any]:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HEADS = (
-    "model", "method", "precision", "metric", "simulated", "equal %", "rounding %", "b1 t1", "b8 t1",
-    "b1 t2", "b8 t2", "items/s", "MiB", "peak MiB", "load s", "int/float",
+    "model", "method", "precision", "metric", "simulated", "equal %", "biases %", "rounding %", "b1 t1",
+    "b8 t1", "b1 t2", "b8 t2", "items/s", "MiB", "peak MiB", "load s", "int/float",
 )  # fmt: skip
 _NARROW = ("model", "method", "precision", "metric", "equal %", "b1 t1", "b8 t1")
 _NOTHING = "-"
@@ -25,8 +25,9 @@ Rows = Sequence[Mapping[str, Any]]
 def table(rows: Rows) -> list[list[str]]:
     """A line for each row under :data:`HEADS`.
 
-    The metric of the file and of the simulation, how many predictions are the same, how many a relative
-    change of 1e-6 in every step alters in the simulation itself, latencies relative to
+    The metric of the file and of the simulation, how many predictions are the same, how many are where the
+    simulation rounds biases as the file does, how many a relative change of 1e-6 in every step alters in the
+    simulation itself, latencies relative to
     FP32 at batch 1 and 8 on one and two threads, items a second (batch 8, one thread), sizes, and how many
     products are computed on integers and in float. A ratio whose timing was disturbed has a ``~``.
     """
@@ -43,6 +44,7 @@ def _line(row: Mapping[str, Any]) -> list[str]:
         _number(accuracy.get("value"), 2),
         _number(accuracy.get("simulated"), 2),
         _number(accuracy.get("equal_predictions"), 2),
+        _number(accuracy.get("equal_with_biases"), 2),
         _number(accuracy.get("rounding_flips"), 1),
     ]
     for place in ((1, 1), (8, 1), (1, 2), (8, 2)):

@@ -10,6 +10,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -46,6 +47,8 @@ _COMMANDS: Mapping[str, Sequence[str]] = {
     "table": ("table",),
     "run --dry-run": ("run", "--all", "--dry-run"),
     "run --all, all cached": ("run", "--all", "--no-tracking"),
+    "report, first time": ("report",),
+    "report": ("report",),
 }
 _BATCH = 32
 _MIB = 2**20
@@ -134,7 +137,7 @@ def _lines(points: Sequence[Point]) -> list[tuple[str, list[Point]]]:
 def growth_figure(points: Sequence[Point]) -> Figure:
     """Time above, memory below, an axis each for what grows; both on logarithmic scales."""
     axes_names = list(dict.fromkeys(point.axis for point in points))
-    figure = new_figure(4.2)
+    figure = new_figure(5.0)
     grid = figure.subplots(2, len(axes_names), squeeze=False)
     for column, axis in enumerate(axes_names):
         lines = _lines([point for point in points if point.axis == axis])
@@ -145,7 +148,8 @@ def growth_figure(points: Sequence[Point]) -> Figure:
                 axes.loglog(sizes, values, label=what, **line_style(number))
             axes.set_ylabel(name)
             axes.grid(visible=True)
-        grid[0][column].legend()
+        # Above, where no line runs.
+        grid[0][column].legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.3)
         grid[1][column].set_xlabel(axis)
     return figure
 
@@ -163,6 +167,7 @@ def _views(folder: Path, count: int) -> Iterator[Point]:
     suite = synthetic_store(folder, count)
     where = ("--suite", suite.origin, "--results", str(folder))
     (folder / "index.parquet").unlink(missing_ok=True)
+    shutil.rmtree(folder / "report", ignore_errors=True)
     for name, command in {"table, first time": ("table",), **_COMMANDS}.items():
         seconds, peak = _timed([sys.executable, "-m", "benchmark", *command, *where])
         yield Point(name, "cells", count, seconds, peak / _MIB)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quanttune.errors import QuantTuneError
-from quanttune.export.graph import SITE_KEY
+from quanttune.export.graph import BIAS_ENDING, SITE_KEY
 from quanttune.export.runtime import feed_of, open_session
 from quanttune.inputs import ModelInputs, call_model
 from quanttune.quantization.exact_operands import handled
@@ -21,6 +21,7 @@ from quanttune.quantization.quantized import Quantized
 from quanttune.quantization.quantizers import Quantizer, State
 from quanttune.quantization.quantizers.grid import Encoded
 from quanttune.quantization.simulation import Simulation
+from quanttune.quantization.sites import WEIGHT_OPERAND, SiteId
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class _Led(Quantizer):
 
 
 def code_agreement(
-    path: Path | str, quantized: Quantized, model: nn.Module, inputs: ModelInputs
+    path: Path | str, quantized: Quantized, model: nn.Module, inputs: ModelInputs, biases: bool = False
 ) -> Mapping[str, Agreement]:
     """The simulation's codes at every site of an activation against those of ONNX Runtime, not optimised.
 
@@ -127,10 +128,42 @@ def code_agreement(
         quantized: The quantized model.
         model: Its reference.
         inputs: A batch of the model's inputs.
+        biases: Whether the simulation rounds biases as the file does.
     """
     theirs = runtime_codes(path, inputs)
     led = {site_id: _Led(quantized.quantizers[site_id], each.codes) for site_id, each in theirs.items()}
-    applied = quantized.apply(model).model
+    applied = with_biases_of(path, quantized, model) if biases else quantized.apply(model).model
     with torch.no_grad(), Simulation(applied, {**quantized.quantizers, **led}, known=quantized.known):
         call_model(applied, inputs)
     return {site_id: each.found for site_id, each in led.items()}
+
+
+def with_biases_of(path: Path | str, quantized: Quantized, model: nn.Module) -> nn.Module:
+    """The quantized model, to be simulated, with the biases of its file: whole numbers of steps of the sums.
+
+    What a simulation of it still does not share with the file is then the order of float operations alone.
+
+    Args:
+        path: What :meth:`~quanttune.quantization.Quantized.to_onnx` wrote of ``quantized``.
+        quantized: The quantized model.
+        model: Its reference; left as it is.
+
+    Raises:
+        QuantTuneError: If a bias of the file is none of the model's.
+    """
+    applied = quantized.apply(model).model
+    parameters = dict(applied.named_parameters())
+    held = {each.name: each for each in onnx.load(path).graph.initializer}
+    for name, tensor in held.items():
+        scale = held.get(f"{name}.scale")
+        if scale is None or not name.endswith(f".{WEIGHT_OPERAND}{BIAS_ENDING}"):
+            continue
+        codes, steps = (onnx.numpy_helper.to_array(each) for each in (tensor, scale))
+        rounded = torch.from_numpy(codes.astype(np.float32) * steps)
+        own = parameters.get(f"{SiteId.parse(name.removesuffix(BIAS_ENDING)).module}.bias")
+        most = 0.51 * float(steps.max())
+        if own is None or own.shape != rounded.shape or float((own.detach() - rounded).abs().max()) > most:
+            raise QuantTuneError(f"{path}: {name} is no bias of the model that the file was written from")
+        with torch.no_grad():
+            own.copy_(rounded)
+    return applied

@@ -14,6 +14,8 @@ SITE_KEY = "quanttune.site"
 """Name of the metadata that tells which site a node belongs to; one site a node."""
 FACTOR_KEY = "quanttune.factor"
 """Metadata of a DequantizeLinear whose scale is the site's, times this constant."""
+BIAS_ENDING = ".bias"
+"""Behind the site of a layer's weight in the name of its integer bias; ``.scale`` follows for the steps."""
 BIAS_KEY = "quanttune.bias"
 """Metadata of a layer: its bias in float32, base64; what the integers were made from."""
 

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from quanttune.export.graph import (
+    BIAS_ENDING,
     BIAS_KEY,
     SITE_KEY,
     Editor,
@@ -121,8 +122,8 @@ def _bias_value(
     site_id = "" if reader is None else reader.metadata_props[SITE_KEY]
     numbers, scale = codes
     inputs = [
-        editor.initializer(f"{site_id}.bias", numbers),
-        editor.initializer(f"{site_id}.bias.scale", scale),
+        editor.initializer(f"{site_id}{BIAS_ENDING}", numbers),
+        editor.initializer(f"{site_id}{BIAS_ENDING}.scale", scale),
     ]
     attributes = {"axis": 0} if scale.ndim else {}
     return editor.node(before, "DequantizeLinear", inputs, bias, attributes=attributes)
