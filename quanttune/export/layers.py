@@ -21,8 +21,8 @@ from quanttune.export.graph import (
     users,
 )
 
-_ROWS = "rows."
-_NUMBER_BY_NUMBER = frozenset({"Clip", "Gelu", "QuantizeLinear", "Relu", "Sigmoid", "Tanh"})
+ROWS = "rows."
+"""How the names of shapes of two dimensions begin: all rows, and so many columns."""
 _LARGEST_BIAS = 1 << 30
 """Codes of a bias beyond would leave a sum in 32 bits no room."""
 
@@ -160,8 +160,7 @@ def _as_gemm(
         return
     inputs, outputs = (int(size) for size in sizes)  # type: ignore[arg-type]
     rows, stored = ir.Shape([None, inputs]), operand(reader)
-    flat_shape = editor.initializer(f"{_ROWS}{inputs}", np.array([-1, inputs], dtype=np.int64))
-    flat = editor.node(node, "Reshape", [stored, flat_shape], stored, shape=rows)
+    flat = rows_of(editor, node, stored)
     flat = editor.node(
         node, "DequantizeLinear", [flat, *reader.inputs[1:]], left, shape=rows, metadata=reader.metadata_props
     )
@@ -191,6 +190,13 @@ def _as_gemm(
     moved = editor.node(site, "Reshape", [old, target], old, after=True, shape=shaped)
     for reader_node, index in readers:
         reader_node.replace_input_with(index, moved)
+
+
+def rows_of(editor: Editor, before: ir.Node, value: ir.Value) -> ir.Value:
+    """A value in two dimensions, the last one as it is."""
+    last = int(value.shape[-1])  # type: ignore[arg-type, index]
+    shape = editor.initializer(f"{ROWS}{last}", np.array([-1, last], dtype=np.int64))
+    return editor.node(before, "Reshape", [value, shape], value, shape=ir.Shape([None, last]))
 
 
 class _Shapes:
@@ -233,27 +239,3 @@ class _Shapes:
                 attributes={"axis": 0},
             )
         return self._whole[key, outputs]
-
-
-def stay_flat(editor: Editor) -> None:
-    """Leave out a reshape and the one that undoes it, where what stands between works number by number."""
-    for node in list(editor.graph):
-        if node.op_type != "Reshape" or not (operand(node, 1).name or "").startswith(_ROWS):
-            continue
-        last = operand(node)
-        first, source = node, last.producer()
-        while (
-            source is not None and source.op_type in _NUMBER_BY_NUMBER and len(users(source.outputs[0])) == 1
-        ):
-            first, source = source, operand(source).producer()
-        if source is None or source.op_type != "Reshape" or first is node:
-            continue
-        flat, shaped = operand(source), source.outputs[0]
-        shapes = flat.shape, node.outputs[0].shape
-        if len(users(shaped)) != 1 or None in shapes or len(shapes[0] or ()) != 2:
-            continue
-        if list(shapes[0] or ())[-1] != list(shapes[1] or ())[-1]:
-            continue
-        first.replace_input_with(0, flat)
-        replace(node.outputs[0], last)
-        editor.graph.remove(node, safe=True)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from quanttune.errors import ConfigError, QuantTuneError
 from quanttune.export.expand import absorb_relu, expand, fold_factors
+from quanttune.export.flattening import stay_flat
 from quanttune.export.graph import Editor
-from quanttune.export.layers import lower_layers, stay_flat
+from quanttune.export.layers import lower_layers
 from quanttune.export.levels import require_expressible
 from quanttune.export.sinking import sink
 from quanttune.export.tidy import finite_masks, tidy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,20 @@ def test_batch_and_tokens_are_free() -> None:
         expected = models.logits(found.apply(models.build(name, models.FUSED)), batch)
         assert logits.shape == tuple(expected.shape)
         assert np.abs(logits - expected.numpy()).max() < 0.1 * np.abs(expected.numpy()).max()
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "opt"])
+def test_between_layers_everything_has_two_dimensions(name: str) -> None:
+    """What is left of Reshapes opens heads of attention and closes them, or stands at an end."""
+    _, path = exported(name, "full", "W8A8")
+    graph = onnx.load(path).graph
+    counts = Counter(node.op_type for node in graph.node)
+    blocks = counts["Softmax"]
+    assert counts["Gemm"] >= 4 * blocks
+    assert counts["Reshape"] <= 5 * blocks + 8
+    made = {name: node for node in graph.node for name in node.output}
+    joined = [node for node in graph.node if node.op_type == "LayerNormalization"]
+    assert sum(made[node.input[0]].op_type == "Reshape" for node in joined if node.input[0] in made) <= 1
 
 
 def test_a_row_without_a_token_gives_numbers() -> None:
