@@ -18,8 +18,11 @@ from quanttune.errors import ConfigError
 class Brecq(RoundingMethod):
     """The weights of a block are rounded up or down together such that the block's output stays.
 
-    The loss is the squared error of the block's output, each element weighted by the squared gradient of the
-    task's loss there (equation 10: the diagonal of the Fisher information), plus AdaRound's penalty. Blocks
+    The loss is the squared error of the block's output, plus AdaRound's penalty. With ``weigh_errors`` each
+    element is weighted by a squared gradient there (equation 10: the diagonal of the Fisher information). The
+    paper's is that of the task's loss; on items that a fine-tuned network has right next to nothing of it is
+    left, and rounding learned by the rest was worse than nearest (docs/methods.md). Here it is that of the
+    divergence between the outputs of FP32 and of the network rounded to nearest, which is ours. Blocks
     are the repeated modules of the network, whatever its architecture; what lies outside, as the patch
     convolution and the head, is learned layer by layer. The rest of what is ours stands at
     :class:`~baselines.reconstructing.rounding.RoundingMethod`.
@@ -36,7 +39,7 @@ class Brecq(RoundingMethod):
 
     name: ClassVar[str] = "brecq"
     variant: ClassVar[str] = "paper"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     source: ClassVar[str] = "arXiv 2102.05426, ICLR 2021"
     licence: ClassVar[str] = "MIT"
     drop: float = 1.0

@@ -218,15 +218,18 @@ class TestCalls:
         ids = torch.cat([chunk.inputs["input_ids"] for chunk in found])  # type: ignore[call-overload]
         assert torch.equal(ids, torch.cat([batch.inputs["input_ids"] for batch in batches]))  # type: ignore[call-overload]
 
-    def test_importances_are_squared_gradients_with_mean_one(self) -> None:
+    @pytest.mark.parametrize("outputs", [5, 1])
+    def test_importances_are_squared_gradients_with_mean_one(self, outputs: int) -> None:
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5))
-        x, targets = torch.randn(7, 3), torch.tensor([0, 1, 2, 3, 4, 0, 1])
-        chunks = chunks_of([Batch(x, targets)], 4, torch.device("cpu"))
-        found = importances(model, chunks, [Part("0", ("0.weight",)), Part("2", ("2.weight",))], None)
-        # By hand: at the logits the gradient of an item's cross-entropy is p - y.
-        p = model(x).softmax(-1).detach().double()
-        gradient = p - torch.eye(5)[targets]
+        model, reference = (
+            nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, outputs)) for _ in range(2)
+        )
+        x = torch.randn(7, 3)
+        chunks = chunks_of([Batch(x, torch.zeros(7))], 4, torch.device("cpu"))
+        found = importances(model, reference, chunks, [Part("0", ("0.weight",)), Part("2", ("2.weight",))])
+        # By hand: the gradient of the divergence at the logits is p - q, that of a value the difference.
+        p, q = (each(x).detach().double() for each in (model, reference))
+        gradient = p - q if outputs == 1 else p.softmax(-1) - q.softmax(-1)
         expected = gradient.square() / gradient.square().mean()
         torch.testing.assert_close(torch.cat(found["2"]).double(), expected, atol=1e-5, rtol=1e-5)
         hidden = model[0](x).detach().double()

@@ -123,15 +123,15 @@ def calls_in(model: nn.Module, batch: Batch) -> Counter[str]:
 
 
 def importances(
-    model: nn.Module, chunks: Sequence[Batch], parts: Sequence[Part], loss: Callable[..., Tensor] | None
+    model: nn.Module, reference: nn.Module, chunks: Sequence[Batch], parts: Sequence[Part]
 ) -> dict[str, list[Tensor]]:
-    """Squared gradients of the task's loss at the outputs of parts: the Fisher information's diagonal.
+    """Squared gradients at the outputs of parts of what the network's outputs have moved away.
 
     Args:
-        model: The FP32 network.
-        chunks: Items and targets.
+        model: The network with every weight rounded to nearest.
+        reference: The FP32 network.
+        chunks: Items.
         parts: Whose outputs.
-        loss: The task's mean loss; cross-entropy by default.
 
     Returns:
         By part, one tensor a chunk; each part's have mean 1, or are 1 where no gradient comes by.
@@ -146,10 +146,10 @@ def importances(
     ]
     try:
         for chunk in chunks:
+            with torch.no_grad():
+                wanted = logits_of(call_model(reference, chunk.inputs))
             with torch.enable_grad():
-                logits = logits_of(call_model(model, chunk.inputs))
-                # Of the sum over items: batches may differ in size.
-                value = (loss or F.cross_entropy)(logits, chunk.targets) * len(chunk.targets)
+                value = _divergence(logits_of(call_model(model, chunk.inputs)), wanted)
                 found = torch.autograd.grad(value, [outputs[part.path] for part in parts], allow_unused=True)
             for part, gradient in zip(parts, found, strict=True):
                 zero = torch.zeros_like(outputs[part.path])
@@ -161,6 +161,13 @@ def importances(
         mean = sum(float(tensor.double().sum()) for tensor in each) / sum(tensor.numel() for tensor in each)
         squared[path] = [tensor / mean if mean > 0 else torch.ones_like(tensor) for tensor in each]
     return squared
+
+
+def _divergence(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Summed over items: of the probabilities, or half the squared distance where there is but one value."""
+    if logits.shape[-1] == 1:
+        return (logits - wanted).square().sum() / 2
+    return F.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), reduction="sum", log_target=True)
 
 
 def runs_of(model: nn.Module, chunks: Sequence[Batch]) -> list[Callable[[], Any]]:

@@ -83,12 +83,14 @@ def learn(
     reference = copy.deepcopy(context.model)
     chunks = chunks_of(context.calibration, settings.batch_size, context.device)
     learning = [part for outer in parts for part in (outer.parts or (outer,))]
-    # With gradients for parameters, or there would be none for what is made of the input alone.
-    weights = (
-        importances(reference, chunks, learning, None if context.training is None else context.training.loss)
-        if weigh
-        else {}
-    )
+    weights: dict[str, list[Tensor]] = {}
+    if weigh:
+        # With gradients for parameters, or there would be none for what is made of the input alone.
+        nearest = copy.deepcopy(reference)
+        with torch.no_grad():
+            for name in (name for part in learning for name in part.parameters):
+                nearest.get_parameter(name).copy_(quantizers[name](reference.get_parameter(name).detach()))
+        weights = importances(nearest, reference, chunks, learning)
     reference.requires_grad_(False)
     rounded = copy.deepcopy(reference)
     found: dict[str, Tensor] = {}

@@ -8,14 +8,12 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from baselines.method import Context, Method
 from baselines.reconstructing.module_calls import calls_in, chunks_of
 from baselines.reconstructing.network_parts import Part
 from baselines.reconstructing.reconstruction import Settings, learn
-from quanttune.digests import tensor_digest
 from quanttune.errors import ConfigError, QuantTuneError
 from quanttune.quantization import (
     RANGE_RULES,
@@ -128,10 +126,6 @@ class RoundingMethod(Method):
             "seed": context.seed,
             "version": self.version,
         }
-        if self.weigh:
-            key["targets"] = tensor_digest(
-                {"": torch.cat([batch.targets.flatten() for batch in context.calibration])}
-            )
         activations: dict[str, Quantizer] | None = None
         if settings.drop < 1 and context.scheme.is_static:
             key |= {"scheme": str(context.scheme), "profile": context.scheme.profile}
