@@ -73,10 +73,33 @@ def _measure(key: str, device: str, threads: int, repeats: int, layers: int | No
     batches = [
         (to_device(inputs, chosen), targets.to(chosen)) for inputs, targets in architecture.batches(2, model)
     ]
+    _load_code(chosen)
     memory = PeakMemory(chosen)
     sites = discover_sites(model, batches[0][0])
     rows = _quantize(architecture, model, sites, [inputs for inputs, _ in batches], memory, repeats)
     return rows + (_steps(architecture, model, sites, batches, chosen) if architecture.tuned else [])
+
+
+def _load_code(device: torch.device) -> None:
+    """The same work on a few numbers: libraries are read into memory when they are first called."""
+    import torch
+
+    from quanttune.quantization import (
+        RANGE_RULES,
+        Scheme,
+        build_quantizers,
+        collect_statistics,
+        discover_sites,
+        simulate,
+    )
+
+    model, inputs = torch.nn.Linear(8, 8).to(device).eval(), torch.randn(64, 8, device=device)
+    sites = discover_sites(model, inputs)
+    statistics = collect_statistics(model, [inputs], sites)
+    for rule in RULES:
+        made = build_quantizers(model, sites, statistics, Scheme.parse("W8A8"), RANGE_RULES.get(rule))
+        with torch.no_grad(), simulate(model, made):
+            model(inputs)
 
 
 def _quantize(
