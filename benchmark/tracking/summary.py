@@ -7,11 +7,15 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmark.grid.cells import Cell
 from benchmark.keep.record import Record
 from benchmark.tracking.contents import recovery_of, table_text
+from quanttune.errors import QuantTuneError
+
+if TYPE_CHECKING:
+    from benchmark.keep.store import Store
 
 _COLUMNS = [
     "model",
@@ -37,6 +41,7 @@ _EVEN = re.compile(r"W(\d+)A\1")
 _ODD = re.compile(r"[^A-Za-z0-9_.\- ]+")
 """What the name of a metric cannot hold; a slash would make a section of the UI's."""
 TABLE, TABLE_TAG = "summary.json", "mlflow.loggedArtifacts"
+REPORT = "report.html"
 
 
 def bits_of(cell: Cell) -> int | None:
@@ -104,6 +109,27 @@ def write_summary(folder: Path, cells: Sequence[Cell], records: Mapping[str, Rec
     (folder / "summary.md").write_text(text + "\n", encoding="utf-8")
     if any(series_of(record) for record in records.values()):
         _draw(folder / "drop_by_precision.png", list(records.values()))
+
+
+def write_report(folder: Path, suite: str, store: Store) -> None:
+    """Write the report of a suite, if all of it is there: tables, comparison, claims, costs, provenance.
+
+    Figures of analyses, which take their time, are those of `report`.
+    """
+    import pandas as pd
+
+    from benchmark.grid.suite import load_suite
+    from benchmark.report.figures.figure import FIGURES
+    from benchmark.report.html import make_report
+    from benchmark.report.rows import collect_rows
+
+    try:
+        rows = collect_rows(store, load_suite(suite))
+    except QuantTuneError:
+        # Some cells are missing, or the file of the suite is.
+        return
+    text = make_report(rows, store, {name: pd.DataFrame() for name in FIGURES.names()})
+    (folder / REPORT).write_text(text, encoding="utf-8")
 
 
 def table_tag() -> str:

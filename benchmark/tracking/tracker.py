@@ -35,7 +35,15 @@ from benchmark.tracking.runs import (
     shows,
     shows_failure,
 )
-from benchmark.tracking.summary import TABLE_TAG, drops, section, series_of, table_tag, write_summary
+from benchmark.tracking.summary import (
+    TABLE_TAG,
+    drops,
+    section,
+    series_of,
+    table_tag,
+    write_report,
+    write_summary,
+)
 from benchmark.tracking.system import watch_system
 from benchmark.tracking.view import mark_experiment, save_views
 from benchmark.tracking.weights import Weights
@@ -68,6 +76,7 @@ class Tracker:
         self._weights = Weights(self.client, self.experiment_id)
         self._alive = ExitStack()
         self._cells: tuple[Cell, ...] = ()
+        self._suite: str | None = None
 
     def start(
         self,
@@ -90,7 +99,7 @@ class Tracker:
         # whose it is, so that `sync` can tell a run that was killed from one that is under way
         tags = {"kind": "invocation", RESULTS_TAG: str(self.store.root), **machine_tags(provenance or {})}
         if "suite" in parameters:
-            tags["suite"] = str(parameters["suite"])
+            self._suite = tags["suite"] = str(parameters["suite"])
         run = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
         self.parent, self._cells = run.info.run_id, tuple(cells)
         self._alive.enter_context(file_lock(parent_lock(self.store, run.info.run_id)))
@@ -145,6 +154,8 @@ class Tracker:
             return
         with tempfile.TemporaryDirectory() as folder:
             write_summary(Path(folder), self._cells, records)
+            if self._suite is not None:
+                write_report(Path(folder), self._suite, self.store)
             self.client.log_artifacts(parent, folder)
         self.client.set_tag(parent, TABLE_TAG, table_tag())
         log_methods(self.client, self.experiment_id, records.values(), str(self.store.root))

@@ -128,7 +128,11 @@ def test_the_parent_tells_the_drops(results: Path, client: Any, suite_file: str)
     assert last.data.tags["torch"]
     assert last.data.tags["suite"] == suite_file
     names = {item.path for item in client.list_artifacts(last.info.run_id)}
-    assert names == {"summary.json", "summary.md", "drop_by_precision.png"}
+    assert names == {"summary.json", "summary.md", "drop_by_precision.png", "report.html"}
+    # The suite was not whole yet.
+    assert "report.html" not in {item.path for item in client.list_artifacts(first.info.run_id)}
+    text = mlflow.artifacts.load_text(f"{last.info.artifact_uri}/report.html")
+    assert "5 of 5 cells" in text or "5 cells" in text
     table = mlflow.artifacts.load_dict(f"{last.info.artifact_uri}/summary.json")
     assert len(table["data"]) == 5
     assert len(table["columns"]) == len(table["data"][0])
