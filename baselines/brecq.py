@@ -19,10 +19,10 @@ class Brecq(RoundingMethod):
     """The weights of a block are rounded up or down together such that the block's output stays.
 
     The loss is the squared error of the block's output, plus AdaRound's penalty. With ``weigh_errors`` each
-    element is weighted by a squared gradient there (equation 10: the diagonal of the Fisher information). The
-    paper's is that of the task's loss; on items that a fine-tuned network has right next to nothing of it is
-    left, and rounding learned by the rest was worse than nearest (docs/methods.md). Here it is that of the
-    divergence between the outputs of FP32 and of the network rounded to nearest, which is ours. Blocks
+    element is weighted by a squared gradient there, which is the paper's (equation 10: the diagonal of the
+    Fisher information): here by that of the divergence between the outputs of FP32 and of the network rounded
+    to nearest. From 128 items it leaves too few elements that count, and so did that of the task's loss; on
+    validation items both are far behind no weights (docs/methods.md), so that is the default. Blocks
     are the repeated modules of the network, whatever its architecture; what lies outside, as the patch
     convolution and the head, is learned layer by layer. The rest of what is ours stands at
     :class:`~baselines.reconstructing.rounding.RoundingMethod`.
@@ -34,16 +34,16 @@ class Brecq(RoundingMethod):
 
     Args:
         drop: Probability that an element of an activation stays in FP32 while a block learns.
-        weigh_errors: Whether errors are weighted; without, each element counts the same.
+        weigh_errors: Whether errors are weighted, as in the paper; without, each element counts the same.
     """
 
     name: ClassVar[str] = "brecq"
-    variant: ClassVar[str] = "paper"
+    variant: ClassVar[str] = "ours"
     version: ClassVar[int] = 2
     source: ClassVar[str] = "arXiv 2102.05426, ICLR 2021"
     licence: ClassVar[str] = "MIT"
     drop: float = 1.0
-    weigh_errors: bool = True
+    weigh_errors: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
