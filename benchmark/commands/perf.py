@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from benchmark.cli import cli, examples
+from benchmark.cli import EXIT_FAILED, cli, examples
 from benchmark.options import include_option, results_option
-from quanttune.errors import ConfigError
+from quanttune.errors import ConfigError, QuantTuneError
 
 if TYPE_CHECKING:
     from benchmark.performance.ledger import Ledger
@@ -85,17 +86,21 @@ def perf(
     # By model: its session is opened once.
     jobs = sorted(of_models, key=lambda job: job[1]) + once
     setups: dict[str, Setup] = {}
+    well = True
     for number, (name, model) in enumerate(jobs, 1):
         key = " ".join(filter(None, (name, model)))
         if model not in setups:
             setups.clear()  # one model in memory
             setups[model] = Setup(model, results, where, repeats, _say)
         click.echo(f"[{number}/{len(jobs)}] {key}: {chosen[name].title}", err=True)
-        _measure(key, chosen[name], setups[model], ledger, threads, again)
+        well = _measure(key, chosen[name], setups[model], ledger, threads, again) and well
     click.echo(f"written to {ledger.path} and {ledger.path.with_suffix('.md')}", err=True)
+    if not well:
+        sys.exit(EXIT_FAILED)
 
 
-def _measure(key: str, row: MeasuredRow, setup: Setup, ledger: Ledger, threads: int, again: bool) -> None:
+def _measure(key: str, row: MeasuredRow, setup: Setup, ledger: Ledger, threads: int, again: bool) -> bool:
+    """Measure a row, and say whether that went well."""
     from tabulate import tabulate
 
     from benchmark.performance.idle import Watch
@@ -104,11 +109,11 @@ def _measure(key: str, row: MeasuredRow, setup: Setup, ledger: Ledger, threads: 
 
     if row.obstacle is not None:
         _say(f"skipped: {row.obstacle}")
-        return
+        return True
     where = _where(threads, setup, row.needs)
     if not again and ledger.has(key, where, setup.repeats):
         _say("measured before; --again measures it again")
-        return
+        return True
     if row.of_model:
         _ = setup.session.sites  # loaded before the clock runs
     watch = Watch()
@@ -116,7 +121,11 @@ def _measure(key: str, row: MeasuredRow, setup: Setup, ledger: Ledger, threads: 
         lines = row.measure(setup)
     except NotMeasurableError as error:
         _say(f"skipped: {error}")
-        return
+        return True
+    except QuantTuneError as error:
+        # It must not cost the others their rows.
+        _say(f"failed: {error}")
+        return False
     ledger.put(key, row.title, lines, watch.seen(), where=where, repeats=setup.repeats)
     entry = ledger.rows[key]
     table = [cells_of(line, entry["watch"]["idle"]) for line in entry["lines"]]
@@ -125,6 +134,7 @@ def _measure(key: str, row: MeasuredRow, setup: Setup, ledger: Ledger, threads: 
     for line in lines:
         if line.note:
             click.echo(f"{line.what}: {line.note}")
+    return True
 
 
 def _say(line: str) -> None:
