@@ -80,9 +80,17 @@ def publish(
         for record in found:
             cell_id = record.cell.cell_id
             suites[cell_id] = sorted({*suites.get(cell_id, ()), suite})
+            if cell_id in texts and _same_result(texts[cell_id], record):
+                # Tables of the suites that stay tell its times.
+                continue
             texts[cell_id] = json.dumps(record.to_json(), sort_keys=True, allow_nan=False)
             arrays[cell_id] = items(cell_id) if record.items_sha256 else {}
     return _write(folder, texts, suites, arrays, largest)
+
+
+def _same_result(text: str, record: Record) -> bool:
+    kept = Record.from_json(json.loads(text), "the published record")
+    return kept is not None and (kept.result, kept.items_sha256) == (record.result, record.items_sha256)
 
 
 def extend(

@@ -124,6 +124,20 @@ def test_a_suite_is_replaced_and_the_others_stay(
         assert set(again.items(cell_id)) == {"ids", "targets", "scores", "predictions"}
 
 
+def test_a_cell_of_a_suite_that_stays_keeps_its_record(published: ReferenceStore, store: Store) -> None:
+    """Found: the times of a shared reference changed, and kept tables of the other suite with them."""
+    first = next(iter(published.records()))
+    later = dataclasses.replace(first, duration_s=first.duration_s + 100)
+    publish(published.root, {"another": [later]}, store.items)
+    kept = ReferenceStore(published.root)
+    assert kept.find_or_none(first.cell.cell_id) == first
+    assert "another" in kept.suites_of[first.cell.cell_id]
+    assert first.result is not None
+    other = dataclasses.replace(later, result=dataclasses.replace(first.result, value=1.0))
+    publish(published.root, {"another": [other]}, store.items)
+    assert ReferenceStore(published.root).find_or_none(first.cell.cell_id) == other
+
+
 def test_the_same_results_give_the_same_files(
     published: ReferenceStore, store: Store, tmp_path: Path
 ) -> None:
