@@ -18,6 +18,8 @@ HEADS = (
 _NARROW = ("model", "method", "precision", "metric", "equal %", "b1 t1", "b8 t1")
 _NOTHING = "-"
 _PANEL = 2.6
+_FILLS = ("full", "left", "none")
+"""How markers of the widths are filled, the first one whole."""
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -107,6 +109,10 @@ def figure(rows: Rows) -> Figure:
         return new_figure(_PANEL)
     made, axes = panels_of(len(models), _PANEL, "latency at batch 8, FP32 = 1")
     methods = list(dict.fromkeys(row["method"] for row in drawn))
+    fills = dict(
+        zip(dict.fromkeys(row["precision"] for row in drawn if row["method"] != "fp32"), _FILLS, strict=False)
+    )
+    metrics = {row["model"]: row["accuracy"]["metric"] for row in drawn}
     for model, axis in zip(models, axes, strict=False):
         for row in drawn:
             if row["model"] != model:
@@ -120,21 +126,22 @@ def figure(rows: Rows) -> Figure:
                 row["accuracy"]["value"],
                 MARKERS[index % len(MARKERS)],
                 color=COLOURS[index % len(COLOURS)],
-                label=row["method"],
-            )
-            axis.annotate(
-                row["precision"],
-                (ratio, row["accuracy"]["value"]),
-                (4, 2),
-                textcoords="offset points",
-                fontsize=6,
+                fillstyle=fills.get(row["precision"], "full"),
+                markerfacecoloralt="white",
             )
         axis.set_title(model)
-        axis.set_ylabel(drawn[0]["accuracy"]["metric"] if model == drawn[0]["model"] else "")
+        axis.set_ylabel("" if axis is not axes[0] and len(set(metrics.values())) == 1 else metrics[model])
         axis.grid(visible=True)
         axis.set_xlim(left=0)
-    handles = {
-        text: handle for axis in axes for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    made.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+    handles = [
+        axes[0].plot([], [], MARKERS[index % len(MARKERS)], color=COLOURS[index % len(COLOURS)], label=name)[
+            0
+        ]
+        for index, name in enumerate(methods)
+    ]
+    handles += [
+        axes[0].plot([], [], "s", color="grey", fillstyle=fill, markerfacecoloralt="white", label=width)[0]
+        for width, fill in fills.items()
+    ]
+    made.legend(handles=handles, loc="outside lower center", ncols=3)
     return made
