@@ -51,7 +51,7 @@ def rounding(setup: Setup) -> Sequence[Line]:
     for name, work in list(works.items()):
         try:
             found = work()
-        except Exception as error:
+        except (ImportError, OSError, RuntimeError) as error:
             del works[name]
             setup.say(f"{name} cannot be had here: {type(error).__name__}")
             continue
