@@ -143,10 +143,10 @@ def open_suite(
         click.echo(f"partial: {rows.finished} of {len(rows.cells)} cells", err=True)
     chosen = prepare_torch(DEFAULT_THREADS, device) if measure else device_named(device)
     if not measure:
-        return rows, analyses_of(rows, store, chosen, None)
+        return rows, analyses_of(rows, rows.store, chosen, None)
     display = Display((), 1, live=False)
     return rows, analyses_of(
-        rows, store, chosen, lambda name, done, total: display.stage(0, name, done, total)
+        rows, rows.store, chosen, lambda name, done, total: display.stage(0, name, done, total)
     )
 
 

@@ -345,7 +345,7 @@ def test_a_fresh_clone_shows_every_published_cell(tmp_path: Path, monkeypatch: p
     rows = collect_rows(store, parse_of("laptop"))
     cell = next(cell for cell in rows.cells if cell.label == "quanttune")
     text = pages[cell_page(cell.cell_id)]
-    assert f"python -m benchmark verify --cell {cell.cell_id[:12]}" in text
+    assert f"python -m benchmark verify --suite laptop --cell {cell.cell_id[:12]}" in text
     assert f"benchmark.load(&#34;{cell.cell_id[:12]}&#34;)" in text
     assert "--overwrite" not in text
     refused = CliRunner().invoke(cli, ["report", "--all", "--suite", "laptop"])

@@ -145,8 +145,8 @@ def _names(source: Store) -> Callable[[Record], list[str]]:
     from benchmark.keep.reference_store import ReferenceStore
 
     if isinstance(source, ReferenceStore):
-        suites = source.suites_of
-        return lambda record: suites[record.cell.cell_id]
+        published = source
+        return lambda record: published.suites_of(record.cell.cell_id)
     return lambda _: [SUBMITTED]
 
 

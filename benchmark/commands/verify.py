@@ -72,13 +72,15 @@ def verify(
         raise ConfigError(f"{folder} holds no published results; `python -m benchmark publish` makes them")
     if suite is not None and suite not in published.suites:
         raise ConfigError(f"no suite {suite!r} is published there; it has {', '.join(published.suites)}")
+    if suite is not None:
+        published = published.of_suite(suite)
     if cell is not None:
         chosen = [published.find(cell)]
     else:
         of_suite = [
             record
             for record in published.records()
-            if suite is None or suite in published.suites_of[record.cell.cell_id]
+            if suite is None or suite in published.suites_of(record.cell.cell_id)
         ]
         chosen = verification.sample(of_suite, sample, trained)
     if not chosen:

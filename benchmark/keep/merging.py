@@ -76,16 +76,20 @@ def difference(source: Store, target: Store) -> Difference:
     found = Difference()
     weights: dict[str, str] = {}
     others: dict[str, list[Record]] = {}
-    for record in source.records():
+    new: dict[str, tuple[Record, Store]] = {}
+    for record, its in source.measurements():
         cell = record.cell
-        if source.load(cell) is None:
+        if its.load(cell) is None:
             continue
         if cell.limit is not None and isinstance(target, ReferenceStore):
             found.limited += 1
             continue
-        known = target.find_or_none(cell.cell_id)
+        ours = target.measured_like(record) if isinstance(target, ReferenceStore) else target
+        known = ours.find_or_none(cell.cell_id)
+        if known is None and cell.cell_id in new:
+            known, ours = new[cell.cell_id]
         if known is not None:
-            conflict = _conflict(known, target, record, source)
+            conflict = _conflict(known, ours, record, its)
             if conflict is None:
                 found.present += 1
             else:
@@ -97,7 +101,8 @@ def difference(source: Store, target: Store) -> Difference:
             if weights.setdefault(cell.model_identity, kept or digest) != digest:
                 others.setdefault(cell.model_identity, []).append(record)
                 continue
-        found.new.append(record)
+        new[cell.cell_id] = record, its
+    found.new.extend(record for record, _ in new.values())
     for identity, left in sorted(others.items()):
         what = f"reference weights of {left[0].cell.model}"
         theirs = str(left[0].reference_digest)[:12]

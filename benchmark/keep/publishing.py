@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from benchmark.grid.cells import Cell
+from benchmark.grid.suite import DEFAULT_SUITE
 from benchmark.keep.atomic import write_atomically, write_text_atomically
 from benchmark.keep.record import Record
 from benchmark.keep.reference_store import (
@@ -21,6 +24,7 @@ from benchmark.keep.reference_store import (
     RECORDS,
     SCHEMA,
     ReferenceStore,
+    cell_of,
 )
 from quanttune.digests import json_digest, sha256_file
 from quanttune.errors import StoreError
@@ -38,7 +42,7 @@ class Publication:
     """What was written.
 
     Attributes:
-        cells: Cells in the files.
+        cells: Measured cells in the files; one counts twice that two suites have on different weights.
         suites: Number of cells by suite.
         size: Bytes of all files.
     """
@@ -66,26 +70,54 @@ def publish(
     Raises:
         StoreError: If the files would be larger, or cannot be written; nothing is changed then.
     """
-    texts: dict[str, str] = {}
-    suites: dict[str, list[str]] = {}
-    arrays: dict[str, Mapping[str, np.ndarray]] = {}
-    if (folder / MANIFEST).is_file():
-        old = ReferenceStore(folder)
-        for cell_id, names in old.suites_of.items():
-            left = [name for name in names if name not in records]
-            if left:
-                suites[cell_id], texts[cell_id] = left, old.texts[cell_id]
-                arrays[cell_id] = old.arrays.get(cell_id, {})
+    kept = _published(folder) if (folder / MANIFEST).is_file() else []
+    for each in kept:
+        each.suites -= set(records)
+    kept = [each for each in kept if each.suites]
     for suite, found in records.items():
         for record in found:
-            cell_id = record.cell.cell_id
-            suites[cell_id] = sorted({*suites.get(cell_id, ()), suite})
-            if cell_id in texts and _same_result(texts[cell_id], record):
-                # Tables of the suites that stay tell its times.
-                continue
-            texts[cell_id] = json.dumps(record.to_json(), sort_keys=True, allow_nan=False)
-            arrays[cell_id] = items(cell_id) if record.items_sha256 else {}
-    return _write(folder, texts, suites, arrays, largest)
+            _add(kept, record, {suite}, items)
+    return _write(folder, kept, largest)
+
+
+@dataclass
+class _Measured:
+    """One measurement of a cell: the suites that show it, its record as JSON, and its arrays."""
+
+    cell_id: str
+    suites: set[str]
+    text: str
+    arrays: Mapping[str, np.ndarray]
+
+    @property
+    def rank(self) -> tuple[bool, list[str], str]:
+        """Which of several measurements of a cell comes first: that of the main job."""
+        return DEFAULT_SUITE not in self.suites, sorted(self.suites), self.text
+
+
+def _published(folder: Path) -> list[_Measured]:
+    files = ReferenceStore(folder).files
+    return [
+        _Measured(cell_of(row), set(suites), text, files.arrays.get(row, {}))
+        for row, (suites, text) in files.measured.items()
+    ]
+
+
+def _add(
+    kept: list[_Measured],
+    record: Record,
+    suites: Iterable[str],
+    items: Callable[[str], Mapping[str, np.ndarray]],
+) -> None:
+    """Give a record to suites: the measurement that has its result, or one more of the cell."""
+    cell_id = record.cell.cell_id
+    for each in kept:
+        if each.cell_id == cell_id and _same_result(each.text, record):
+            # The text stays as it is: tables of the suites that have it tell its times.
+            each.suites |= set(suites)
+            return
+    text = json.dumps(record.to_json(), sort_keys=True, allow_nan=False)
+    kept.append(_Measured(cell_id, set(suites), text, items(cell_id) if record.items_sha256 else {}))
 
 
 def _same_result(text: str, record: Record) -> bool:
@@ -113,38 +145,30 @@ def extend(
     Raises:
         StoreError: If the files would be larger, or cannot be written; nothing is changed then.
     """
-    old = ReferenceStore(folder)
-    texts, names = dict(old.texts), dict(old.suites_of)
-    arrays: dict[str, Mapping[str, np.ndarray]] = {cell_id: old.arrays.get(cell_id, {}) for cell_id in texts}
+    kept = _published(folder)
     for record in records:
-        cell_id = record.cell.cell_id
-        names[cell_id] = sorted({*names.get(cell_id, ()), *suites[cell_id]})
-        texts[cell_id] = json.dumps(record.to_json(), sort_keys=True, allow_nan=False)
-        arrays[cell_id] = items(cell_id) if record.items_sha256 else {}
-    return _write(folder, texts, names, arrays, largest)
+        _add(kept, record, suites[record.cell.cell_id], items)
+    return _write(folder, kept, largest)
 
 
-def _write(
-    folder: Path,
-    texts: Mapping[str, str],
-    suites: Mapping[str, list[str]],
-    arrays: Mapping[str, Mapping[str, np.ndarray]],
-    largest: int,
-) -> Publication:
+def _write(folder: Path, kept: Iterable[_Measured], largest: int) -> Publication:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    rows: dict[str, _Measured] = {}
+    for each in sorted(kept, key=lambda each: each.rank):
+        rows[each.cell_id if each.cell_id not in rows else row_of(each.cell_id, each.text)] = each
     # Records that resemble each other stand side by side, which makes the file a third smaller.
-    order = sorted(texts, key=lambda cell_id: (*_likeness(texts[cell_id]), cell_id))
+    rows = dict(sorted(rows.items(), key=lambda row: (*_likeness(row[1].text), row[0])))
     tables = {
         RECORDS: pa.table(
             {
-                "cell_id": order,
-                "suites": [suites[cell_id] for cell_id in order],
-                "record": [texts[cell_id] for cell_id in order],
+                "cell_id": list(rows),
+                "suites": [sorted(each.suites) for each in rows.values()],
+                "record": [each.text for each in rows.values()],
             }
         ),
-        ITEMS: _item_table(order, arrays),
+        ITEMS: _item_table({row: each.arrays for row, each in rows.items()}),
     }
     written: dict[str, pa.BufferOutputStream] = {}
     for name, table in tables.items():
@@ -160,16 +184,26 @@ def _write(
             f"the published results would have {size / 2**20:.1f} MiB, more than {largest / 2**20:.1f}; "
             "publish fewer suites"
         )
-    names = sorted({name for found in suites.values() for name in found})
-    counts = {name: sum(name in found for found in suites.values()) for name in names}
+    counts = Counter(name for each in rows.values() for name in each.suites)
     for name, content in contents.items():
         write_atomically(folder / name, partial(_fill, content))
     files = {name: sha256_file(folder / name) for name in contents}
-    body = {"schema": SCHEMA, "suites": counts, "files": files}
+    suites = dict(sorted(counts.items()))
+    body = {"schema": SCHEMA, "suites": suites, "files": files}
     text = json.dumps(body | {"digest": json_digest(body)}, indent=1, sort_keys=True) + "\n"
     # The manifest goes last: files that it does not name are refused.
     write_text_atomically(folder / MANIFEST, text)
-    return Publication(len(order), counts, size + len(text))
+    return Publication(len(rows), suites, size + len(text))
+
+
+def row_of(cell_id: str, text: str) -> str:
+    """Id of a further row of a cell, see :mod:`.reference_store`.
+
+    Args:
+        cell_id: The cell's.
+        text: The record as JSON.
+    """
+    return f"{cell_id}@{sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _likeness(text: str) -> tuple[str, ...]:
@@ -177,20 +211,20 @@ def _likeness(text: str) -> tuple[str, ...]:
     return cell.model, cell.profile, cell.precision, cell.method
 
 
-def _item_table(order: Iterable[str], arrays: Mapping[str, Mapping[str, np.ndarray]]) -> pa.Table:
+def _item_table(arrays: Mapping[str, Mapping[str, np.ndarray]]) -> pa.Table:
     import pyarrow as pa
 
-    rows, seen = [], set()
-    for cell_id in order:
+    lines, seen = [], set()
+    for row, named in arrays.items():
         for name in PUBLISHED:
-            if name not in arrays[cell_id]:
+            if name not in named:
                 continue
-            array = np.ascontiguousarray(arrays[cell_id][name])
+            array = np.ascontiguousarray(named[name])
             packed = _packed(array)
             digest = json_digest([str(array.dtype), list(array.shape), packed.tobytes().hex()])
-            rows.append(
+            lines.append(
                 {
-                    "cell_id": cell_id,
+                    "cell_id": row,
                     "name": name,
                     "digest": digest[:32],
                     "dtype": array.dtype.str,
@@ -210,7 +244,7 @@ def _item_table(order: Iterable[str], arrays: Mapping[str, Mapping[str, np.ndarr
         "shape": pa.list_(pa.int64()),
         "data": pa.binary(),
     }
-    return pa.Table.from_pylist(rows, schema=pa.schema(kinds))
+    return pa.Table.from_pylist(lines, schema=pa.schema(kinds))
 
 
 def _packed(array: np.ndarray) -> np.ndarray:

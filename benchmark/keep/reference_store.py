@@ -3,8 +3,13 @@
 Layout of the folder, ``results/reference`` in a checkout::
 
     manifest.json    schema, suites, and the sha256 of the files
-    records.parquet  a row a cell: its id, the suites that have it, its record as JSON
-    items.parquet    a row for every array of every cell, packed into the narrowest type that holds it
+    records.parquet  a row a measured cell: its id, the suites that have it, its record as JSON
+    items.parquet    a row for every array of every one, packed into the narrowest type that holds it
+
+Suites that were measured on different machines have different reference weights, and so different numbers of
+a cell that they share. Each keeps its own: the id of such a row is the cell's, ``@`` and the beginning of the
+record's digest. A table is of one suite and so of one set of weights; where no suite is asked for, the main
+job's number stands for the cell.
 
 A record is checked against its own digest, the files against the manifest's. What is left out of the items
 are quantities that only further metrics need: their values stand in the record, and the record's digest of
@@ -14,7 +19,8 @@ all items tells whether a new measurement gives the same.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from copy import copy
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -22,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmark.grid.suite import DEFAULT_SUITE
 from benchmark.keep.record import Record
 from benchmark.keep.stages import Stages
 from benchmark.keep.store import Store
@@ -36,7 +43,8 @@ if TYPE_CHECKING:
     from quanttune.quantization import Quantized
 
 MANIFEST, RECORDS, ITEMS = "manifest.json", "records.parquet", "items.parquet"
-SCHEMA = 1
+SCHEMA = 2
+"""2 since a cell may have been measured on several reference weights."""
 PUBLISHED = ("ids", "targets", "scores", "predictions")
 """The arrays of a cell that are published."""
 ALIAS = "reference"
@@ -65,6 +73,36 @@ def open_store(results: Path) -> Store:
             )
         results = found
     return ReferenceStore(results) if (results / MANIFEST).is_file() else Store(results)
+
+
+class Files:
+    """What the two files hold, read when it is asked for.
+
+    Args:
+        root: Their folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @cached_property
+    def measured(self) -> dict[str, tuple[list[str], str]]:
+        """The suites that have it, and the record as JSON, by id of the row."""
+        table = _read(self.root / RECORDS)
+        columns = (table[name].to_pylist() for name in ("cell_id", "suites", "record"))
+        return {row: (suites, text) for row, suites, text in zip(*columns, strict=True)}
+
+    @cached_property
+    def arrays(self) -> dict[str, dict[str, np.ndarray]]:
+        """The published arrays of every measured cell that has any, by id of the row and name."""
+        kept: dict[str, np.ndarray] = {}
+        found: dict[str, dict[str, np.ndarray]] = {}
+        for row in _read(self.root / ITEMS).to_pylist():
+            if row["data"] is not None:
+                packed = np.frombuffer(row["data"], dtype=row["packed"])
+                kept[row["digest"]] = packed.astype(row["dtype"]).reshape(row["shape"])
+            found.setdefault(row["cell_id"], {})[row["name"]] = kept[row["digest"]]
+        return found
 
 
 class ReferenceStore(Store):
@@ -98,6 +136,8 @@ class ReferenceStore(Store):
             if sha256_file(self.root / name) != digest:
                 raise StoreError(f"{self.root / name} is not the file that was published; get it again")
         self.suites: Mapping[str, int] = body["suites"]
+        self.files = Files(self.root)
+        self._suite: str | None = None
 
     @property
     def views(self) -> Path:
@@ -109,42 +149,77 @@ class ReferenceStore(Store):
         """What a figure measures is kept beside the folder."""
         return Stages(self.views / "stages")
 
-    @cached_property
-    def texts(self) -> dict[str, str]:
-        """The record of every cell as JSON, by cell id."""
-        table = _read(self.root / RECORDS)
-        return dict(zip(table["cell_id"].to_pylist(), table["record"].to_pylist(), strict=True))
+    def of_suite(self, name: str) -> ReferenceStore:
+        """The same results, with that suite's own measurement of every cell that it has.
+
+        Args:
+            name: A suite's name; of one that is not published nothing changes.
+        """
+        if name not in self.suites:
+            return self
+        view = copy(self)
+        view.__dict__.pop("_rows", None)
+        view._suite = name
+        return view
 
     @cached_property
-    def suites_of(self) -> dict[str, list[str]]:
-        """Names of the suites that have a cell, by cell id."""
-        table = _read(self.root / RECORDS)
-        return dict(zip(table["cell_id"].to_pylist(), table["suites"].to_pylist(), strict=True))
+    def _rows(self) -> dict[str, str]:
+        """Id of the row that counts, by cell id."""
+        measured = self.files.measured
 
-    @cached_property
-    def arrays(self) -> dict[str, dict[str, np.ndarray]]:
-        """The published arrays of every cell that has any, by cell id and name."""
-        kept: dict[str, np.ndarray] = {}
-        found: dict[str, dict[str, np.ndarray]] = {}
-        for row in _read(self.root / ITEMS).to_pylist():
-            if row["data"] is not None:
-                packed = np.frombuffer(row["data"], dtype=row["packed"])
-                kept[row["digest"]] = packed.astype(row["dtype"]).reshape(row["shape"])
-            found.setdefault(row["cell_id"], {})[row["name"]] = kept[row["digest"]]
+        def rank(row: str) -> tuple[bool, bool, bool, str]:
+            suites = measured[row][0]
+            return self._suite not in suites, DEFAULT_SUITE not in suites, "@" in row, row
+
+        found: dict[str, str] = {}
+        for row in sorted(measured, key=rank):
+            found.setdefault(cell_of(row), row)
         return found
 
+    def suites_of(self, cell_id: str) -> list[str]:
+        """Names of the suites that have the measurement of a cell that counts here."""
+        return self.files.measured[self._rows[cell_id]][0]
+
+    def elsewhere(self, cell_id: str) -> list[str]:
+        """Names of the suites whose number of a cell is another, because their weights are."""
+        own = self._rows[cell_id]
+        return sorted(
+            name
+            for row, (suites, _) in self.files.measured.items()
+            if cell_of(row) == cell_id and row != own
+            for name in suites
+        )
+
+    def measurements(self) -> Iterator[tuple[Record, Store]]:
+        """Every record, and the view where it stands for its cell."""
+        for row, (suites, _) in sorted(self.files.measured.items()):
+            view = self.of_suite(suites[0])
+            yield view.find(cell_of(row)), view
+
+    def measured_like(self, record: Record) -> Store:
+        """The view where a record's cell stands as measured on the same reference weights, or this one."""
+        cell_id = record.cell.cell_id
+        if cell_id not in self._rows:
+            return self
+        views = [self, *(self.of_suite(name) for name in self.elsewhere(cell_id))]
+        alike = (view for view in views if view.find(cell_id).reference_digest == record.reference_digest)
+        return next(alike, self)
+
     def _read(self, cell_id: str, cell: Cell | None = None) -> Record | None:
-        text = self.texts.get(cell_id)
-        record = None if text is None else Record.from_json(json.loads(text), str(self.root / RECORDS))
+        row = self._rows.get(cell_id)
+        if row is None:
+            return None
+        text = self.files.measured[row][1]
+        record = Record.from_json(json.loads(text), str(self.root / RECORDS))
         return record if record is not None and record.cell.cell_id == cell_id else None
 
     def digest_of(self, cell_id: str) -> str:
         """Digest of a cell's record; empty if there is none."""
-        text = self.texts.get(cell_id)
-        return "" if text is None else sha256(text.encode()).hexdigest()
+        row = self._rows.get(cell_id)
+        return "" if row is None else sha256(self.files.measured[row][1].encode()).hexdigest()
 
     def _ids(self) -> list[str]:
-        return sorted(self.texts)
+        return sorted(self._rows)
 
     def items(self, cell_id: str) -> dict[str, np.ndarray]:
         """The published arrays of a cell: those of :data:`PUBLISHED` that it has.
@@ -152,9 +227,10 @@ class ReferenceStore(Store):
         Raises:
             StoreError: If the cell has none.
         """
-        if cell_id not in self.arrays:
+        row = self._rows.get(cell_id)
+        if row not in self.files.arrays:
             raise StoreError(f"cell {cell_id[:12]} has no published per-item predictions")
-        return dict(self.arrays[cell_id])
+        return dict(self.files.arrays[row])
 
     def quantized(self, record: Record) -> Quantized:
         """Quantized models are not published: a run makes them again.
@@ -188,6 +264,11 @@ class ReferenceStore(Store):
 
     def require_writable(self) -> None:
         """What is drawn goes beside the folder, not into it."""
+
+
+def cell_of(row: str) -> str:
+    """The cell of a row, by the row's id."""
+    return row.partition("@")[0]
 
 
 def _read(path: Path) -> pa.Table:

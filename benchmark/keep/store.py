@@ -176,6 +176,15 @@ class Store:
             self._file("cells", cell_id, _QUANTIZED), kept.sha256, self.stages, kept.weights
         )
 
+    def of_suite(self, name: str) -> Store:
+        """Where the numbers of a suite are read: here; published results may have several of one cell."""
+        return self
+
+    def measurements(self) -> Iterator[tuple[Record, Store]]:
+        """Every record, and where it stands for its cell; published results may have several of one."""
+        for record in self.records():
+            yield record, self
+
     @property
     def views(self) -> Path:
         """The folder of tables, figures and reports."""

@@ -155,9 +155,9 @@ def collect_rows(store: Store, suite: Suite, allow_partial: bool = False) -> Sui
         ConfigError: If cells are missing and ``allow_partial`` is false. Cells measured with ``--limit`` have
             other ids and never stand in for missing ones.
     """
-    rows = rows_of(store, suite, expand(suite))
+    rows = rows_of(store.of_suite(suite.name), suite, expand(suite))
     if not rows.complete and not allow_partial:
-        raise ConfigError(_refusal(store, rows))
+        raise ConfigError(_refusal(rows.store, rows))
     return rows
 
 

@@ -17,10 +17,12 @@ from benchmark.grid.cells import Cell
 from benchmark.grid.expand import expand
 from benchmark.grid.suite import load_suite, parse_suite
 from benchmark.keep import publishing
+from benchmark.keep.merging import difference
 from benchmark.keep.publishing import publish
 from benchmark.keep.record import Record, Result
 from benchmark.keep.reference_store import MANIFEST, RECORDS, ReferenceStore, open_store
 from benchmark.keep.store import Store
+from benchmark.report.rows import collect_rows
 from quanttune.errors import StoreError
 
 SUITE = """
@@ -132,11 +134,80 @@ def test_a_cell_of_a_suite_that_stays_keeps_its_record(published: ReferenceStore
     publish(published.root, {"another": [later]}, store.items)
     kept = ReferenceStore(published.root)
     assert kept.find_or_none(first.cell.cell_id) == first
-    assert "another" in kept.suites_of[first.cell.cell_id]
-    assert first.result is not None
-    other = dataclasses.replace(later, result=dataclasses.replace(first.result, value=1.0))
-    publish(published.root, {"another": [other]}, store.items)
-    assert ReferenceStore(published.root).find_or_none(first.cell.cell_id) == other
+    assert "another" in kept.suites_of(first.cell.cell_id)
+
+
+@pytest.fixture
+def two_machines(published: ReferenceStore, store: Store) -> tuple[ReferenceStore, Record, Record]:
+    """A cell of suites ``first`` and ``second``, which suite ``another`` has from other reference weights."""
+    shared = next(record for record in published.records() if record.cell.is_reference)
+    assert shared.result is not None
+    result = dataclasses.replace(shared.result, value=1.0)
+    other = dataclasses.replace(shared, result=result, reference_digest="b" * 64, items_sha256="c" * 64)
+    items = {name: array[::-1].copy() for name, array in store.items(shared.cell.cell_id).items()}
+    publish(published.root, {"another": [other]}, lambda _: items)
+    return ReferenceStore(published.root), shared, other
+
+
+def test_suites_of_two_machines_keep_their_own_numbers_of_a_cell(
+    two_machines: tuple[ReferenceStore, Record, Record], store: Store
+) -> None:
+    """Found: what was published last stood for the cell in every suite, whose tables mixed two references."""
+    kept, shared, other = two_machines
+    cell_id = shared.cell.cell_id
+    assert kept.suites == {"another": 1, "first": 3, "second": 3}
+    for name, record in (("first", shared), ("second", shared), ("another", other)):
+        view = kept.of_suite(name)
+        assert view.load(record.cell) == record
+        assert name in view.suites_of(cell_id)
+    own, others = (kept.of_suite(name).items(cell_id)["targets"] for name in ("first", "another"))
+    np.testing.assert_array_equal(own, others[::-1])
+    assert len(list(kept.records())) == 5  # one a cell
+    assert len(list(kept.measurements())) == 6
+    assert kept.of_suite("unknown") is kept
+
+
+def test_the_main_job_stands_for_a_cell_and_the_rest_is_told(
+    two_machines: tuple[ReferenceStore, Record, Record], store: Store
+) -> None:
+    kept, shared, other = two_machines
+    cell_id = shared.cell.cell_id
+    assert kept.find(cell_id) == other  # of "another", by name before "first"
+    assert kept.elsewhere(cell_id) == ["first", "second"]
+    publish(kept.root, {"laptop": [shared]}, store.items)
+    again = ReferenceStore(kept.root)
+    assert again.find(cell_id) == shared
+    assert again.elsewhere(cell_id) == ["another"]
+    assert again.measured_like(other).find(cell_id) == other
+    assert again.measured_like(shared).find(cell_id) == shared
+
+
+def test_a_measurement_goes_with_the_last_suite_that_shows_it(
+    two_machines: tuple[ReferenceStore, Record, Record], store: Store
+) -> None:
+    kept, shared, _ = two_machines
+    publish(kept.root, {"another": [shared]}, store.items)
+    again = ReferenceStore(kept.root)
+    assert [record for record, _ in again.measurements() if record.cell == shared.cell] == [shared]
+    assert again.suites_of(shared.cell.cell_id) == ["another", "first", "second"]
+
+
+def test_a_merge_knows_a_cell_by_any_of_its_measurements(
+    two_machines: tuple[ReferenceStore, Record, Record], store: Store, tmp_path: Path
+) -> None:
+    kept, _, other = two_machines
+    assert difference(store, kept).conflicts == []
+    third = dataclasses.replace(other, reference_digest="d" * 64, items_sha256=None)
+    assert third.result is not None
+    foreign = Store(tmp_path / "foreign")
+    foreign.prepare()
+    foreign.save(dataclasses.replace(third, result=dataclasses.replace(third.result, value=2.0)))
+    (conflict,) = difference(foreign, kept).conflicts
+    assert "accuracy 2.0" in str(conflict)
+    # and both are named where they would go into one store
+    target = Store(tmp_path / "target")
+    (conflict,) = difference(kept, target).conflicts
+    assert "accuracy 1.0" in str(conflict)
 
 
 def test_the_same_results_give_the_same_files(
@@ -177,7 +248,7 @@ def test_a_damaged_folder_is_refused_in_one_line(published: ReferenceStore, name
 def test_a_newer_folder_is_refused(published: ReferenceStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publishing, "SCHEMA", 7)
     publish(published.root, {}, published.items)
-    with pytest.raises(StoreError, match="has schema 7, this version reads up to 1; upgrade"):
+    with pytest.raises(StoreError, match="has schema 7, this version reads up to 2; upgrade"):
         open_store(published.root)
 
 
@@ -254,5 +325,13 @@ def test_every_suite_that_came_with_the_code_is_one_that_is_known() -> None:
     store = ReferenceStore(folder)
     for name in store.suites:
         cells = expand(load_suite(name))
-        assert sum(name in suites for suites in store.suites_of.values()) == len(cells)
+        view = store.of_suite(name)
+        assert sum(name in view.suites_of(record.cell.cell_id) for record in view.records()) == len(cells)
+        # one table is of one set of weights
+        digests = {
+            (record.cell.model, record.reference_digest)
+            for record in collect_rows(store, load_suite(name)).records.values()
+            if record.reference_digest
+        }
+        assert len(digests) == len({model for model, _ in digests})
         assert all(store.load(cell) is not None for cell in cells)

@@ -23,6 +23,7 @@ class CellPage:
     """What a page is made from.
 
     Attributes:
+        path: Where it goes within the site.
         record: Of the cell.
         suite: One that has it.
         results: The store's folder as commands name it.
@@ -30,6 +31,7 @@ class CellPage:
         errors: Of the sites; empty where they are not kept.
     """
 
+    path: str
     record: Record
     suite: Suite
     results: Path
@@ -58,7 +60,7 @@ def cell_context(page: CellPage) -> dict[str, Any]:
         "numbers": _numbers(record),
         "metrics": _metrics(record),
         "again": again,
-        "verify": f"python -m benchmark verify --cell {cell.cell_id[:12]}",
+        "verify": f"python -m benchmark verify --suite {page.suite.name} --cell {cell.cell_id[:12]}",
         "published": page.published,
         "lines": python_lines(cell, own) if reopen else [],
         "plot": range_plot(record.sites, f"Ranges of the sites of {cell}"),

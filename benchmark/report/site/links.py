@@ -24,6 +24,11 @@ def page_of(kind: str, name: str) -> str:
     return f"{kind}/{safe}.html"
 
 
-def cell_page(cell_id: str) -> str:
-    """The path of a cell's page."""
-    return f"cells/{cell_id[:16]}.html"
+def cell_page(cell_id: str, suite: str = "") -> str:
+    """The path of a cell's page.
+
+    Args:
+        cell_id: The cell's.
+        suite: The suite whose number of it is another than that of the suites before.
+    """
+    return page_of("cells", f"{cell_id[:16]}-{suite}") if suite else f"cells/{cell_id[:16]}.html"

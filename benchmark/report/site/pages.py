@@ -88,12 +88,14 @@ class Site:
         self._views = views
         self._store = store
         self._results = results
+        self._paths = _cell_pages(views)
         self._places: dict[str, list[tuple[Group, Line]]] = {}
         for view in views:
             for group in view.groups:
                 for line in group.lines if group.setting.model != EVERY else ():
                     for cell in line.cells:
-                        self._places.setdefault(cell.cell_id, []).append((group, line))
+                        path = self._page_of_cell(view.name, cell.cell_id)
+                        self._places.setdefault(path, []).append((group, line))
 
     def pages(self) -> Iterator[tuple[str, str | LaterPage]]:
         """Each file's path within the site and its text, which a cell's page makes when it is asked for."""
@@ -116,7 +118,7 @@ class Site:
             path = page_of("suites", view.name)
             yield (
                 path,
-                make_report(view.rows, self._store, view.frames, found=view.claims, home="../index.html"),
+                make_report(view.rows, view.rows.store, view.frames, found=view.claims, home="../index.html"),
             )
         yield from self._cells()
 
@@ -163,7 +165,7 @@ class Site:
                     about["fp32"], about["n"] = record.result.fp32, record.result.n
                     about["metric"], about["weights"] = record.result.metric, record.reference_digest
                 if cell.is_reference:
-                    about["reference"] = cell_page(cell.cell_id)
+                    about["reference"] = self._page_of_cell(view.name, cell.cell_id)
         for name, about in found.items():
             about["page"] = page_of("models", name)
             try:
@@ -195,18 +197,22 @@ class Site:
         for view in self._views:
             errors = ErrorsBySite(view.analyses)
             for record in _records(view.rows):
-                cell = record.cell
-                if cell.cell_id in told:
+                path = self._page_of_cell(view.name, record.cell.cell_id)
+                if path in told:
                     continue
-                told.add(cell.cell_id)
-                page = CellPage(record, view.rows.suite, self._results, published, errors.of(record))
-                yield cell_page(cell.cell_id), LaterPage(self._made_from(page), partial(self._cell, page))
+                told.add(path)
+                page = CellPage(path, record, view.rows.suite, self._results, published, errors.of(record))
+                digest = view.rows.store.digest_of(record.cell.cell_id)
+                yield path, LaterPage(self._made_from(page, digest), partial(self._cell, page))
+
+    def _page_of_cell(self, suite: str, cell_id: str) -> str:
+        return self._paths[suite, cell_id]
 
     def _cell(self, page: CellPage) -> str:
-        places = self._places.get(page.record.cell.cell_id, [])
+        places = self._places.get(page.path, [])
         return self._render("cell.html.j2", "../", "", places=places, **cell_context(page))
 
-    def _made_from(self, page: CellPage) -> str:
+    def _made_from(self, page: CellPage, digest: str) -> str:
         """Digest of all that a cell's page shows: its record, its places among others, and this code."""
         cell = page.record.cell
         about = {} if cell.is_reference else summary_of(cell)
@@ -220,11 +226,10 @@ class Site:
                 line.rival,
                 line.p,
             )
-            for group, line in self._places.get(cell.cell_id, [])
+            for group, line in self._places.get(page.path, [])
         ]
         suite = (page.suite.name, page.suite.origin, str(page.results), page.published)
-        record = self._store.digest_of(cell.cell_id)
-        outcome = (record, page.record.finished_at, page.record.result)
+        outcome = (digest, page.record.finished_at, page.record.result)
         shown = (self._code, self._names, outcome, suite, page.errors, about, places)
         return sha256(repr(shown).encode()).hexdigest()
 
@@ -255,7 +260,7 @@ class Site:
         )
         environment.globals |= {
             "page_of": page_of,
-            "cell_page": cell_page,
+            "cell_page": self._page_of_cell,
             "EVERY": EVERY,
             "LEVEL": LEVEL,
             "number": number,
@@ -270,6 +275,19 @@ def _first(groups: Sequence[Group]) -> Group:
     """What is shown at first: the mean over models at the last precision, which tells methods apart."""
     kind, profile = groups[0].setting.model, groups[0].setting.profile
     return [group for group in groups if (group.setting.model, group.setting.profile) == (kind, profile)][-1]
+
+
+def _cell_pages(views: Sequence[SuiteView]) -> dict[tuple[str, str], str]:
+    """The page of a cell, by suite and cell id: suites whose numbers of it differ have a page each."""
+    paths: dict[tuple[str, str], str] = {}
+    digests: dict[str, str] = {}
+    for view in views:
+        for record in _records(view.rows):
+            cell_id = record.cell.cell_id
+            digest = view.rows.store.digest_of(cell_id)
+            other = digests.setdefault(cell_id, digest) != digest
+            paths[view.name, cell_id] = cell_page(cell_id, view.name if other else "")
+    return paths
 
 
 def _records(rows: SuiteRows) -> list[Record]:
