@@ -6,7 +6,6 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urldefrag
 
@@ -21,7 +20,6 @@ from benchmark.keep.reference_store import ReferenceStore, reference_folder
 from benchmark.keep.store import Store
 from benchmark.report.figures.figure import FIGURES
 from benchmark.report.rows import SuiteRows, collect_rows
-from benchmark.report.significance import SWAPS, holm, paired_p, smallest_difference
 from benchmark.report.site.advice import advice_of
 from benchmark.report.site.board import EVERY, Group, board_of, recovery_of
 from benchmark.report.site.cells import CellPage
@@ -34,10 +32,6 @@ from tests.pages import Page
 from tests.test_report import ACCURACY, FP32, NO_FRAMES, SUITE, N, fill
 
 LABELS = ["minmax", "mse", "finetune", "finetune+mse", "quanttune"]
-
-
-def mean(scores: np.ndarray) -> float:
-    return 100 * float(scores.mean())
 
 
 @pytest.fixture
@@ -62,61 +56,6 @@ def view_of(rows: SuiteRows) -> SuiteView:
 def find(groups: list[Group], model: str, width: str) -> Group:
     (group,) = (g for g in groups if (g.setting.model, g.setting.width) == (model, width))
     return group
-
-
-def test_right_and_wrong_are_told_apart_by_mcnemars_exact_test() -> None:
-    one, other = np.zeros(100), np.zeros(100)
-    one[:9], other[9:10] = 1, 1  # 9 against 1 of 10 on which they disagree
-    assert paired_p(one, other, mean) == pytest.approx(2 * (1 + 10) / 2**10)
-    assert paired_p(other, one, mean) == paired_p(one, other, mean)
-    assert paired_p(one, one.copy(), mean) == 1.0
-    with pytest.raises(ValueError, match="differ in shape"):
-        paired_p(one, other[:50], mean)
-
-
-def test_other_scores_are_told_apart_by_swapping() -> None:
-    generator = np.random.default_rng(0)
-    scores = generator.normal(size=200)
-    shifted = scores + 0.2
-    perplexity: Callable[[np.ndarray], float] = lambda values: float(np.exp(values.mean()))  # noqa: E731
-    assert paired_p(scores, shifted, perplexity) == 1 / (1 + SWAPS)  # every draw is less extreme
-    for one in (scores, scores[:, None]):
-        other = one + generator.normal(size=one.shape) * 0.05
-        assert paired_p(one, other, perplexity, of_means=True) == paired_p(one, other, perplexity)
-    same = [paired_p(*(generator.normal(size=(2, 40)) + 3), perplexity) for _ in range(60)]
-    assert 0.3 < np.mean(same) < 0.7
-    assert np.mean(np.array(same) < 0.05) < 0.2
-    # ties with the observed difference count: two items give four draws, of which two are as extreme
-    assert paired_p(np.array([0.3, 0.3]), np.array([0.1, 0.1]), mean) == pytest.approx(0.5, abs=0.05)
-
-
-def test_holms_correction() -> None:
-    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == {
-        "a": pytest.approx(0.03),
-        "b": pytest.approx(0.06),  # not below that of c
-        "c": pytest.approx(0.06),
-    }
-    assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
-    assert holm({}) == {}
-
-
-def test_the_smallest_difference_is_what_is_found_four_times_in_five() -> None:
-    generator = np.random.default_rng(1)
-    n, disagree = 500, 0.2
-    kinds = generator.choice(3, size=n, p=[1 - disagree, disagree / 2, disagree / 2])
-    one, other = (kinds == 1).astype(float), (kinds == 2).astype(float)
-    found = smallest_difference(one, other, mean)
-    assert found is not None
-    assert found == pytest.approx(100 * 2.8016 * np.sqrt(disagree / n), rel=0.1)
-    shift = found / 100
-    shown = 0
-    for _ in range(300):
-        chances = [1 - disagree, disagree / 2 + shift / 2, disagree / 2 - shift / 2]
-        drawn = generator.choice(3, size=n, p=chances)
-        shown += paired_p((drawn == 1).astype(float), (drawn == 2).astype(float), mean) < 0.05
-    assert 0.68 < shown / 300 < 0.9
-    assert smallest_difference(one, one, mean) is None
-    assert smallest_difference(np.ones((4, 2)), np.zeros((4, 2)), mean) is None
 
 
 def test_the_best_come_first_and_are_compared_with_the_best_other(rows: SuiteRows) -> None:

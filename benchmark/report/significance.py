@@ -1,4 +1,8 @@
-"""Whether two methods differ on the same items: a paired test, corrected for many, and what n can show."""
+"""Whether two methods differ on the same items: a paired test, corrected for many, and what n can show.
+
+Two methods are compared as their intervals are: by the items, and by what rounding alone does to their
+values.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ from quanttune.seeds import numpy_generator
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
+
+    from benchmark.report.rounding import Rounded
 
 LEVEL = 0.05
 """Significance level, after correction."""
@@ -57,6 +63,30 @@ def paired_p(first: np.ndarray, second: np.ndarray, metric: Metric, of_means: bo
     drawn = (_swapped_means if of_means else _swapped)(first, second)
     extreme = sum(abs(metric(one) - metric(other)) >= least for one, other in drawn)
     return (1 + extreme) / (1 + SWAPS)
+
+
+def p_with_rounding(p: float, observed: float, difference: Rounded) -> float:
+    """The p-value of :func:`paired_p` where the two values also move by rounding.
+
+    What rounding changes on single items makes the methods disagree there, which the test of the items counts
+    already. What it does to all items at once is added in squares to the deviation that this test saw, taken
+    from ``p`` as if the difference were normal. And whatever the items say, rounding alone must not be likely
+    to lead as far as the mean difference over the copies.
+
+    Args:
+        p: Of the items.
+        observed: The difference of the two values, in the metric's unit.
+        difference: That over the copies, with its deviations; without noise ``p`` is returned.
+    """
+    if not difference.deviation or not observed:
+        return p
+    from scipy.stats import norm
+
+    joined = p
+    if difference.common and p < 1:
+        by_items = abs(observed) / float(norm.isf(p / 2))
+        joined = 2 * float(norm.sf(abs(observed) / math.hypot(by_items, difference.common)))
+    return max(joined, 2 * float(norm.sf(abs(difference.mean) / difference.deviation)))
 
 
 def _swapped(first: np.ndarray, second: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

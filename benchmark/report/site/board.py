@@ -15,7 +15,7 @@ from benchmark.grid.cells import Cell
 from benchmark.keep.record import Record
 from benchmark.report.roles import role_of
 from benchmark.report.rows import SuiteRows
-from benchmark.report.significance import LEVEL, holm, paired_p, smallest_difference
+from benchmark.report.significance import LEVEL, holm, p_with_rounding, paired_p, smallest_difference
 from benchmark.report.tables import Entry, entry_of
 from benchmark.subject.lookup import get_task
 from benchmark.subject.metrics.metric import METRICS
@@ -163,11 +163,12 @@ def _group(setting: Setting, by_method: dict[str, list[Record]], rows: SuiteRows
     metric, of_means = task.metric_value, task.metric in METRICS and METRICS.get(task.metric).of_means
     values, rivals, differences = {}, {}, []
     for line in lines:
-        rival = next((other.method for other in lines if other.method != line.method), None)
-        one, other = scores[line.method], None if rival is None else scores[rival]
+        rival = next((other for other in lines if other.method != line.method), None)
+        one, other = scores[line.method], None if rival is None else scores[rival.method]
         if rival is None or one is None or other is None or one.shape != other.shape:
             continue
-        rivals[line.method], values[line.method] = rival, paired_p(one, other, metric, of_means)
+        p = paired_p(one, other, metric, of_means)
+        rivals[line.method], values[line.method] = rival.method, _p_rounded(p, line, rival)
         differences.append(smallest_difference(one, other, metric))
     corrected = holm(values)
     known = [value for value in differences if value is not None]
@@ -183,6 +184,14 @@ def _group(setting: Setting, by_method: dict[str, list[Record]], rows: SuiteRows
         smallest=float(np.median(known)) if known else None,
         metric="" if result is None else result.metric,
     )
+
+
+def _p_rounded(p: float, line: Line, rival: Line) -> float:
+    """A p-value of the items, with the noise of rounding of both methods where it was measured."""
+    one, other = line.entry, rival.entry
+    if one is None or other is None:
+        return p
+    return p_with_rounding(p, one.value - other.value, one.compared - other.compared)
 
 
 def _scores(records: Sequence[Record], rows: SuiteRows) -> np.ndarray | None:
