@@ -68,6 +68,9 @@ def show(cell_id_prefix: str, results: Path) -> None:
 
     store = open_store(results)
     record = store.find(cell_id_prefix)
+    others = store.elsewhere(record.cell.cell_id) if isinstance(store, ReferenceStore) else []
+    if others:
+        click.echo(f"measured on other reference weights in suite {', '.join(others)}", err=True)
     click.echo(json.dumps(record.to_json(), indent=2))
     for line in reopening(record, results, not isinstance(store, ReferenceStore)):
         click.echo(line, err=True)

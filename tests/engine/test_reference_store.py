@@ -174,6 +174,9 @@ def test_the_main_job_stands_for_a_cell_and_the_rest_is_told(
     cell_id = shared.cell.cell_id
     assert kept.find(cell_id) == other  # of "another", by name before "first"
     assert kept.elsewhere(cell_id) == ["first", "second"]
+    told = CliRunner().invoke(cli, ["show", cell_id[:12], "--results", str(kept.root)])
+    assert "measured on other reference weights in suite first, second" in told.stderr
+    assert json.loads(told.stdout)["result"]["value"] == 1.0
     publish(kept.root, {"laptop": [shared]}, store.items)
     again = ReferenceStore(kept.root)
     assert again.find(cell_id) == shared
