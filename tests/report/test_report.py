@@ -15,14 +15,11 @@ from click.testing import CliRunner
 from baselines.method import METHODS
 from benchmark.cli import cli
 from benchmark.engine.measure import drop_interval
-from benchmark.grid.cells import Cell
 from benchmark.grid.expand import expand
 from benchmark.grid.suite import MethodSpec, Suite, parse_suite
-from benchmark.keep.record import Record, Result
 from benchmark.keep.store import Store
-from benchmark.report.claims import ABSENT, Claim, _verdict, claims
-from benchmark.report.comparison import Comparison, Estimate, comparison_frame
-from benchmark.report.figures.figure import FIGURES
+from benchmark.report.claims import ABSENT, claims
+from benchmark.report.comparison import Comparison, comparison_frame
 from benchmark.report.figures.overview import Overview
 from benchmark.report.gallery import csv_of
 from benchmark.report.html import make_report
@@ -31,82 +28,8 @@ from benchmark.report.rows import SuiteRows, collect_rows
 from benchmark.subject.models.entry import MODELS
 from benchmark.subject.tasks.task import get_task
 from quanttune.errors import StoreError
-from quanttune.seeds import numpy_generator
 from tests.pages import Page
-
-SUITE = """
-models = ["tiny_vit", "tiny_bert"]
-precisions = ["W8A8", "W6A6"]
-[[methods]]
-name = "fp32"
-[[methods]]
-name = "minmax"
-[[methods]]
-name = "mse"
-[[methods]]
-name = "finetune"
-calibrator = ["minmax", "mse"]
-[[methods]]
-name = "quanttune"
-"""
-
-SITE = {"id": "fc/linear.input", "kind": "linear input", "shape": [4], "parameter": None}
-SITE |= {"low": -2.0, "high": 2.0, "quantizer": "<q>"}
-N = 400
-FP32 = 90.0
-ACCURACY = {
-    "minmax": {"W8A8": 60.0, "W6A6": 20.0},
-    "mse": {"W8A8": 75.0, "W6A6": 15.0},
-    "finetune": {"W8A8": 80.0, "W6A6": 40.0},
-    "finetune+mse": {"W8A8": 85.0, "W6A6": 82.0},
-    "quanttune": {"W8A8": 89.0, "W6A6": 84.0},
-}
-OWN = {"finetune": 91.0, "finetune+mse": 91.0, "quanttune": 89.5}
-NO_FRAMES = {name: pd.DataFrame() for name in FIGURES.names()}
-
-
-def scores_of(cell: Cell) -> np.ndarray:
-    """Items that are right, drawn apart for each cell, as many as its accuracy says."""
-    share = FP32 if cell.is_reference else ACCURACY[cell.label][cell.precision]
-    right = np.zeros(N)
-    right[: round(N * share / 100)] = 1
-    return numpy_generator(cell.seed, "scores", cell.model, cell.label, cell.precision).permutation(right)
-
-
-def fill(store: Store, suite: Suite, shift: int = 0) -> SuiteRows:
-    for cell in expand(suite):
-        scores = scores_of(cell)
-        value = 100 * float(scores.mean())
-        result = Result("accuracy", True, value, FP32, OWN.get(cell.label), FP32 - value, -1.0, 1.0, N)
-        record = Record(
-            cell,
-            "done",
-            "2026-01-01T00:00:00+00:00",
-            2.0,
-            result,
-            reference_digest="a" * 64,
-            weights_digest=cell.method * 3,
-            sites=[] if cell.is_reference else [dict(SITE)],
-            provenance={"python": "3.12", "cpu": "a <fast> one", "versions": {"torch": "2.9"}},
-        )
-        ids = np.arange(N) + (shift if cell.seed else 0)
-        store.save(record, {"ids": ids, "scores": scores})
-    return collect_rows(store, suite)
-
-
-@pytest.fixture
-def suite() -> Suite:
-    return parse_suite("made<up>", SUITE, "made")
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "results")
-
-
-@pytest.fixture
-def rows(store: Store, suite: Suite) -> SuiteRows:
-    return fill(store, suite)
+from tests.report.made_rows import ACCURACY, NO_FRAMES, SUITE, by_statement, fill, frames_of_figures
 
 
 def test_the_best_rival_is_chosen_by_model_and_precision(rows: SuiteRows, store: Store) -> None:
@@ -171,128 +94,6 @@ def test_different_items_are_not_compared(suite: Suite, store: Store) -> None:
     rows = fill(store, dataclasses.replace(suite, seeds=(0, 1)), shift=1)
     with pytest.raises(StoreError, match="different items"):
         Comparison(rows, store)
-
-
-@pytest.mark.parametrize(
-    ("gain", "stated", "before", "verdict"),
-    [
-        (Estimate(30.0, 25.0, 35.0), 12.09, 40.0, "reached"),
-        (Estimate(13.0, 11.0, 15.0), 12.09, 40.0, "open: the interval holds the stated value"),
-        (Estimate(5.0, 4.0, 6.0), 12.09, 40.0, "not reached"),
-        (Estimate(5.0, 4.0, 6.0), 12.09, 6.0, "not reached; the rival loses only 6.0 points"),
-        (Estimate(2.0, 0.5, 3.0), None, 9.0, "better"),
-        (Estimate(0.0, -1.0, 1.0), None, 9.0, "no difference shown"),
-        (Estimate(-2.0, -3.0, -1.0), None, 9.0, "worse"),
-    ],
-)
-def test_verdicts(gain: Estimate, stated: float | None, before: float, verdict: str) -> None:
-    assert _verdict(gain, stated, before).startswith(verdict)
-
-
-def by_statement(found: list[Claim], start: str) -> Claim:
-    (claim,) = (claim for claim in found if claim.statement.startswith(start))
-    return claim
-
-
-def test_claims_of_the_store(rows: SuiteRows, store: Store) -> None:
-    found = claims(rows, Comparison(rows, store), NO_FRAMES)
-    first = by_statement(found, "The drop shrinks against the best calibrator at W8A8")
-    assert first.stated == "12.09"
-    assert first.measured.startswith("14.0 [")
-    assert "from 15.0 to 1.0" in first.measured
-    assert first.verdict == "open: the interval holds the stated value"
-    six = by_statement(found, "The drop shrinks against the best calibrator at W6A6")
-    assert (six.stated, six.verdict) == ("-", "better")
-    kept = by_statement(found, "Accuracy is kept at 6 bits")
-    assert kept.measured == "tiny_vit 7.0 points, tiny_bert 7.0 points"  # against training's 91
-    assert kept.verdict == "kept on 0 of 2 models"
-    assert by_statement(found, "Inference needs no extra operation").verdict == "holds"
-    control = by_statement(found, "Control: the outlier loss does it, not the fine-tuning, at W8A8")
-    assert "finetune+mse" in control.measured
-    for start in (
-        "The drop shrinks against the calibrator chosen on validation items at W8A8",
-        "Control with a calibrator chosen on validation items, at W6A6",
-        "Share of the",
-        "Precision loss",
-        "How far ranges",
-        "The range grows",
-        "More accurate than",
-    ):
-        assert by_statement(found, start).verdict == ABSENT
-
-
-def frames_of_figures() -> dict[str, pd.DataFrame]:
-    shares = {"W8A8": 0.7, "W6A6": 0.5}
-    decomposition = [
-        {
-            "model": model,
-            "weights": weights,
-            "precision": precision,
-            "rule": rule,
-            "amplification": share if rule == "minmax" else 0.0,
-            "saturation": 0.0 if rule == "minmax" else 0.6,
-            "amplification_4": share,
-            "amplification_5": 0.6,
-            "amplification_8": 0.1,
-        }
-        for model in ("one", "two")
-        for weights in ("reference", "quanttune")
-        for precision, share in shares.items()
-        for rule in ("minmax", "mse")
-    ]
-    sweep = [
-        {"model": "one", "precision": "W8A8", "saturation_percent": percent, "value": value}
-        | {"metric": "accuracy"}
-        for percent, value in ((0.0, 50.0), (10.0, 80.0), (20.0, 70.0))
-    ]
-    sweep += [  # perplexity takes no part in claims about accuracy
-        {"model": "two", "precision": "W8A8", "saturation_percent": percent, "value": value}
-        | {"metric": "perplexity"}
-        for percent, value in ((0.0, 50.0), (10.0, 80.0), (20.0, 40.0))
-    ]
-    outliers = [
-        {"model": model, "weights": "reference", "layer": f"blocks.{layer}", "site": f"s{layer}", "kind": "k"}
-        | {"ratio": 9.0, "kurtosis": 3.0, "inf_norm": 1.0, "range": sign * layer + 10.0}
-        for model, sign in (("one", 1), ("two", -1))
-        for layer in range(5)
-    ]
-    made = {"decomposition": decomposition, "saturation": sweep, "outliers": outliers}
-    return NO_FRAMES | {name: pd.DataFrame(lines) for name, lines in made.items()}
-
-
-def test_claims_of_the_figures(rows: SuiteRows, store: Store) -> None:
-    found = claims(rows, Comparison(rows, store), frames_of_figures())
-    share = by_statement(found, "Share of the")
-    assert share.stated == "65 %"
-    assert share.measured == (
-        "60 % (W8A8 70 %, W6A6 50 %; one 60 %, two 60 %; with another limit of the ordinary: "
-        "60 % at 4, 60 % at 5, 10 % at 8 deviations)"
-    )
-    assert share.verdict == "agrees"
-    assert by_statement(found, "Precision loss").measured == "minmax 100 %, mse 40 %"
-    assert by_statement(found, "Precision loss").verdict == "does not hold with mse"
-    sweep = by_statement(found, "How far ranges")
-    assert sweep.measured == "one W8A8 50.0 to 80.0 at 10 %"
-    assert sweep.verdict == "clipping helps in 1 of 1 cases"
-    depth = by_statement(found, "The range grows")
-    assert depth.measured == "one 1.00, two -1.00"
-    assert depth.verdict == "holds for 1 of 2 models"
-
-
-def test_points_are_compared_of_models_measured_in_accuracy_alone(rows: SuiteRows, store: Store) -> None:
-    records = {
-        cell_id: record
-        if record.cell.model == "tiny_vit" or record.result is None
-        else dataclasses.replace(record, result=dataclasses.replace(record.result, metric="perplexity"))
-        for cell_id, record in rows.records.items()
-    }
-    mixed = dataclasses.replace(rows, records=records)
-    comparison = Comparison(mixed, store)
-    assert comparison.models == ["tiny_vit"]
-    assert set(comparison_frame(comparison)["model"]) == {"tiny_vit"}
-    kept = by_statement(claims(mixed, comparison, NO_FRAMES), "Accuracy is kept")
-    assert "tiny_vit" in kept.measured
-    assert "tiny_bert" not in kept.measured
 
 
 def test_the_page_stands_alone(rows: SuiteRows, store: Store) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import shutil
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmark.cli import cli
-from benchmark.grid.suite import Suite, parse_suite
+from benchmark.grid.suite import Suite, load_suite
 from benchmark.keep.publishing import publish
 from benchmark.keep.reference_store import ReferenceStore, reference_folder
 from benchmark.keep.store import Store
@@ -28,30 +27,10 @@ from benchmark.report.site.folder import write_site
 from benchmark.report.site.links import cell_page, page_of
 from benchmark.report.site.pages import Site, SuiteView, p_text
 from benchmark.report.site.range_plot import range_plot
-from tests.chromium import FOUND, tab
 from tests.pages import Page
-from tests.test_report import ACCURACY, FP32, NO_FRAMES, SUITE, N, fill
+from tests.report.made_rows import ACCURACY, FP32, N, fill, view_of
 
 LABELS = ["minmax", "mse", "finetune", "finetune+mse", "quanttune"]
-
-
-@pytest.fixture
-def suite() -> Suite:
-    return parse_suite("made<up>", SUITE, "made")
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "results")
-
-
-@pytest.fixture
-def rows(store: Store, suite: Suite) -> SuiteRows:
-    return fill(store, suite)
-
-
-def view_of(rows: SuiteRows) -> SuiteView:
-    return SuiteView(rows, [], NO_FRAMES, {"saturation": ["tiny_vit"]})
 
 
 def find(groups: list[Group], model: str, width: str) -> Group:
@@ -314,7 +293,7 @@ def test_a_fresh_clone_shows_every_published_cell(tmp_path: Path, monkeypatch: p
     assert len(found) == len(list(store.measurements()))
     pages = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.*")}
     assert links_of(pages) == []
-    rows = collect_rows(store, parse_of("laptop"))
+    rows = collect_rows(store, load_suite("laptop"))
     cell = next(cell for cell in rows.cells if cell.label == "quanttune")
     text = pages[cell_page(cell.cell_id)]
     assert f"python -m benchmark verify --suite laptop --cell {cell.cell_id[:12]}" in text
@@ -328,103 +307,5 @@ def test_a_fresh_clone_shows_every_published_cell(tmp_path: Path, monkeypatch: p
     assert "no suite has results" in empty.output
 
 
-def parse_of(name: str) -> Suite:
-    from benchmark.grid.suite import load_suite
-
-    return load_suite(name)
-
-
 def test_small_p_values_are_bounds() -> None:
     assert (p_text(0.5), p_text(0.0123), p_text(1e-9)) == ("p = 0.5", "p = 0.012", "p < 0.0001")
-
-
-VISIBLE = "[...document.querySelectorAll('#board tbody tr')].filter(row => !row.hidden)"
-COLOURS = """(() => {
-  const light = text => {
-    const parts = text.match(/[\\d.]+/g).map(Number);
-    const linear = c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
-    const [r, g, b] = parts.slice(0, 3).map(c => linear(c / 255));
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const behind = node => {
-    for (; node; node = node.parentElement) {
-      const colour = getComputedStyle(node).backgroundColor;
-      if (!colour.startsWith('rgba(0, 0, 0, 0')) return colour;
-    }
-    return 'rgb(255, 255, 255)';
-  };
-  let worst = [99, ''];
-  for (const node of document.querySelectorAll('body *')) {
-    const said = [...node.childNodes].some(c => c.nodeType === 3 && c.data.trim());
-    if (!said || !node.getClientRects().length) continue;
-    const svg = node.closest('svg');
-    const ink = svg ? getComputedStyle(node).fill : getComputedStyle(node).color;
-    const pair = [light(ink), light(behind(node))].sort((a, b) => b - a);
-    const contrast = (pair[0] + 0.05) / (pair[1] + 0.05);
-    if (contrast < worst[0]) worst = [contrast, node.outerHTML.slice(0, 100)];
-  }
-  return JSON.stringify(worst);
-})()"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(FOUND is None, reason="no Chromium is installed")
-def test_a_browser_filters_sorts_and_draws(rows: SuiteRows, store: Store, tmp_path: Path) -> None:
-    index = write_site(tmp_path / "site", Site([view_of(rows)], store, store.root).pages())
-    with tab(tmp_path / "profile") as page:
-        page.look(1280, 900)
-        page.open(index)
-        assert page.run(f"{VISIBLE}.length") == 5
-        page.run("document.querySelector('[name=trained]').focus()")
-        page.press("ArrowDown", 40)  # the keyboard alone: "without"
-        page.wait_for(f"{VISIBLE}.length === 2")
-        shown = page.run(f"{VISIBLE}.map(row => [row.dataset.method, row.cells[0].textContent].join())")
-        assert shown == ["minmax,1", "mse,2"]
-        assert "trained=no" in page.run("location.hash")
-        assert page.run("document.querySelector('#count').textContent").startswith("2 methods: all models")
-        page.open(index, "#model=tiny_bert&width=W8A8")
-        methods = page.run(f"{VISIBLE}.map(row => row.dataset.method)")
-        assert methods == sorted(LABELS, key=lambda name: -ACCURACY[name]["W8A8"])
-        page.run("document.querySelector('th[data-key=recovery] button').click()")
-        assert page.run(f"{VISIBLE}.map(row => row.dataset.method)") == methods[::-1]
-        assert page.run("document.querySelector('[data-key=recovery]').ariaSort") == "ascending"
-        page.run("document.querySelector('button[type=reset]').click()")
-        page.wait_for("location.hash === ''")
-        page.wait_for("document.querySelector('[name=trained]').value === ''")
-        assert page.complaints == []
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(FOUND is None, reason="no Chromium is installed")
-def test_pages_fit_a_phone_and_can_be_read_in_both_themes(tmp_path: Path) -> None:
-    kept = reference_folder()
-    assert kept is not None
-    store = ReferenceStore(kept)
-    rows = collect_rows(store, parse_of("laptop"))
-    index = write_site(tmp_path / "site", Site([view_of(rows)], store, Path("reference")).pages())
-    names = ["index.html", "models.html", "methods.html", "claims.html"]
-    names += [page_of("models", "minilm_l6"), page_of("methods", "quanttune")]
-    names += [cell_page(next(cell.cell_id for cell in rows.cells if cell.label == "mse"))]
-    names += [page_of("suites", "laptop")]
-    with tab(tmp_path / "profile") as page:
-        for width, theme in ((390, "light"), (390, "dark"), (1280, "light"), (1280, "dark")):
-            page.look(width, 900, theme)
-            for name in names:
-                page.open(index.parent / name)
-                wide = page.run("document.documentElement.scrollWidth")
-                assert wide <= width, (name, width, wide)
-                contrast, where = json.loads(page.run(COLOURS))
-                assert contrast >= 4.5, (name, theme, where)
-            page.open(index)
-            # a link for every ranked method with a known cost, each of which the keyboard reaches
-            points = page.run("document.querySelectorAll('#pareto svg a[href]').length")
-            assert points == 9
-            first = page.run("document.querySelector('#pareto svg a').getAttribute('href')")
-            assert (index.parent / first).is_file()
-            page.run("document.querySelector('#pareto svg a').focus()")
-            assert page.run("document.activeElement.getAttribute('aria-label')")
-        page.open(index)
-        page.press("Tab", 9)
-        assert page.run("document.activeElement.className") == "skip"
-        assert page.complaints == []
-        assert all(url.startswith(("file:", "data:", "about:")) for url in page.requests)
