@@ -14,7 +14,7 @@ from benchmark.engine.plan import Plan, Request, make_plan
 from benchmark.engine.runner import Outcome, Settings
 from benchmark.grid.expand import Selection
 from benchmark.grid.suite import DEFAULT_SUITE, load_suite
-from benchmark.keep.reference_store import open_store
+from benchmark.keep.reference_store import folder_of, open_store
 from quanttune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -94,9 +94,15 @@ def run(
         _several("profiles", profiles, str),
         _several("seeds", seeds, int),
     )
-    request = Request(os.fspath(suite), selection, limit, autocast)
+    request = Request(_path("suite", suite), selection, limit, autocast)
     settings = Settings(
-        Path(results).absolute(), threads, device, overwrite, processes, batch, components.included()
+        folder_of(Path(_path("results", results))).absolute(),
+        threads,
+        device,
+        overwrite,
+        processes,
+        batch,
+        components.included(),
     )
     return outcomes(make_plan(request, settings, executor, jobs), track, events or Events())
 
@@ -138,7 +144,11 @@ def table(
     from benchmark.report.rows import collect_rows
     from benchmark.report.tables import to_frame
 
-    rows = collect_rows(open_store(Path(results)), load_suite(os.fspath(suite)), allow_partial)
+    rows = collect_rows(
+        open_store(Path(_path("results", results))),
+        load_suite(_path("suite", suite)),
+        allow_partial,
+    )
     return to_frame(rows if metric is None else in_metric(rows, metric, allow_partial))
 
 
@@ -159,7 +169,7 @@ def load(cell_id_prefix: str, *, results: StrPath = "results") -> Quantized:
 
     if not isinstance(cell_id_prefix, str):
         raise ConfigError(f"{cell_id_prefix!r} is no cell id; give the start of one as text, e.g. '3f9a'")
-    return load_quantized(open_store(Path(results)), cell_id_prefix)
+    return load_quantized(open_store(Path(_path("results", results))), cell_id_prefix)
 
 
 def reference(model: str, *, results: StrPath = "results") -> nn.Module:
@@ -175,7 +185,16 @@ def reference(model: str, *, results: StrPath = "results") -> nn.Module:
     """
     from benchmark.engine.reopen import load_reference
 
-    return load_reference(open_store(Path(results)), model)
+    if not isinstance(model, str):
+        raise ConfigError(f"model = {model!r}: give a model's name")
+    return load_reference(open_store(Path(_path("results", results))), model)
+
+
+def _path(name: str, given: StrPath) -> str:
+    """A path, or a suite's name, as text."""
+    if not isinstance(given, str | os.PathLike):
+        raise ConfigError(f"{name} = {given!r}: give a name or a path")
+    return os.fspath(given)
 
 
 def _several(name: str, given: Sequence[_T] | _T, kind: type[_T]) -> tuple[_T, ...]:

@@ -8,7 +8,9 @@ do), 130 interrupted, 143 and 129 ended by SIGTERM and SIGHUP.
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import pkgutil
 import sys
 import warnings
@@ -67,6 +69,12 @@ class CommandGroup(click.Group):
             _refuse(
                 f"{error.object[error.start : error.end]!r} cannot be printed in {error.encoding}; {remedy}"
             )
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            # what is left in the buffer must not fail again at the end
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+            _refuse(f"{error.strerror}: nothing more can be written there")
         except (click.Abort, KeyboardInterrupt) as error:
             click.echo("interrupted", err=True)
             sys.exit(exit_code(error))

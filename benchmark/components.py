@@ -115,6 +115,13 @@ def included() -> tuple[Include, ...]:
     return tuple(_FILES.values())
 
 
+def included_methods() -> list[str]:
+    """Names of the methods that included files registered."""
+    from baselines import METHODS
+
+    return [name for name, method in METHODS.items() if method.__module__.startswith(f"{__name__}.")]
+
+
 def forget(files: Iterable[Include]) -> None:
     """Take back included files with everything that they registered."""
     for file in files:

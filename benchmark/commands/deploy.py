@@ -14,6 +14,7 @@ import click
 
 from benchmark.cli import EXIT_FAILED, cli, examples
 from benchmark.options import include_option, results_option
+from quanttune.errors import ConfigError
 
 _FORMS = ("terminal", "markdown", "latex", "json")
 
@@ -83,6 +84,8 @@ def deploy(
         cells = expand(load_suite(suite), Selection(models, chosen, precisions))
         deployment.measure(cells, parts or PARTS, again)
     rows = list(deployment.rows.values())
+    if not rows:
+        raise ConfigError(f"nothing is measured in {place}; `python -m benchmark deploy` does it")
     wanted = {"model": models, "method": ("fp32", *methods) if methods else (), "precision": precisions}
     chosen_rows = [row for row in rows if _fits(row, wanted)]
     write_text_atomically(place / "deployment.md", to_markdown(rows))

@@ -72,7 +72,7 @@ def export(
     The sizes of batch and tokens are free. Methods whose quantizers ONNX has no form of are refused, and the
     fp32 cell of a model gives its graph in float.
     """
-    if (cell is None) == (model is None or method is None):
+    if (cell is None) == (model is None or method is None) or (cell and (model or method)):
         raise ConfigError("name one cell: by the start of its id, or by --model and --method")
     from benchmark.engine.exporting import export_cell, find_cell, rewrite_cell
     from benchmark.grid.expand import Selection

@@ -11,6 +11,7 @@ import click
 
 from benchmark.cli import cli, examples
 from benchmark.options import include_option, results_option, suite_option
+from quanttune.errors import ConfigError
 
 _KINDS = ("suites", "models", "methods", "tasks", "metrics", "figures", "executors", "cells")
 
@@ -56,9 +57,12 @@ def list_command(kind: str, suite: str, as_json: bool, results: Path) -> None:
     epilog=examples("show 3f9a", "show 3f9a --results my-results"),
 )
 @click.argument("cell_id_prefix")
+@click.option(
+    "--suite", metavar="NAME", help="Of published results, the number of this suite where several have one."
+)
 @include_option
 @results_option
-def show(cell_id_prefix: str, results: Path) -> None:
+def show(cell_id_prefix: str, suite: str | None, results: Path) -> None:
     """Print everything the store knows about the cell whose id starts with CELL_ID_PREFIX, as JSON.
 
     Standard error has the lines of Python that give its quantized model back.
@@ -67,10 +71,13 @@ def show(cell_id_prefix: str, results: Path) -> None:
     from benchmark.report.reopening import reopening
 
     store = open_store(results)
+    if suite is not None and suite not in getattr(store, "suites", ()):
+        raise ConfigError(f"{results} has no published suite {suite!r}; leave out --suite")
+    store = store if suite is None else store.of_suite(suite)
     record = store.find(cell_id_prefix)
     others = store.elsewhere(record.cell.cell_id) if isinstance(store, ReferenceStore) else []
     if others:
-        click.echo(f"measured on other reference weights in suite {', '.join(others)}", err=True)
+        click.echo(f"another number, on other reference weights: --suite {' or '.join(others)}", err=True)
     click.echo(json.dumps(record.to_json(), indent=2))
     for line in reopening(record, results, not isinstance(store, ReferenceStore)):
         click.echo(line, err=True)

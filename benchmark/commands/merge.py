@@ -141,7 +141,7 @@ def _told(origin: Path, about: About) -> str:
 
 
 def _names(source: Store) -> Callable[[Record], list[str]]:
-    from benchmark.keep.merging import SUBMITTED
+    from benchmark.keep.publishing import SUBMITTED
     from benchmark.keep.reference_store import ReferenceStore
 
     if isinstance(source, ReferenceStore):
@@ -162,7 +162,7 @@ def _names_of_grid(
     from benchmark.engine.submission import refuse_other_text, unknown_cells
     from benchmark.grid.expand import expand
     from benchmark.grid.suite import load_suite, suite_names
-    from benchmark.keep.merging import SUBMITTED
+    from benchmark.keep.publishing import SUBMITTED
     from quanttune.errors import ConfigError
 
     known = suite is not None or about.suite in suite_names()

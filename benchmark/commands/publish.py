@@ -9,6 +9,7 @@ import click
 from benchmark.cli import cli, examples
 from benchmark.grid.suite import DEFAULT_SUITE
 from benchmark.options import include_option, results_option
+from quanttune.errors import ConfigError
 
 
 @cli.command(
@@ -43,9 +44,16 @@ def publish(suites: tuple[str, ...], folder: Path | None, results: Path) -> None
     from benchmark.report.rows import collect_rows
 
     store = open_store(results)
-    rows = [collect_rows(store, load_suite(name)) for name in suites or (DEFAULT_SUITE,)]
-    records = {each.suite.name: list(each.records.values()) for each in rows}
-    made = write(folder or store.views / "reference", records, store.items)
+    rows = {}
+    for given in suites or (DEFAULT_SUITE,):
+        suite = load_suite(given)
+        if suite.name in rows:
+            raise ConfigError(f"two suites have the name {suite.name}; give one of them another file name")
+        rows[suite.name] = collect_rows(store, suite, remedy="; suites are published whole")
+    records = {name: list(each.records.values()) for name, each in rows.items()}
+    made = write(
+        folder or store.views / "reference", records, lambda name, cell_id: rows[name].store.items(cell_id)
+    )
     for name, count in made.suites.items():
         click.echo(f"{name}: {count} cells" + ("" if name in records else ", as before"))
     click.echo(f"{made.cells} cells in {made.size / 2**20:.2f} MiB: {folder or store.views / 'reference'}")

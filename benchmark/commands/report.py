@@ -21,7 +21,12 @@ from quanttune.errors import ConfigError
     metavar="NAME",
     help=f"A suite's name, or a path to a .toml file.  [default: {DEFAULT_SUITE}]",
 )
-@click.option("--all", "everything", is_flag=True, help="Every suite that has finished cells.")
+@click.option(
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Every suite of this package with finished cells, `smoke` only if alone.",
+)
 @analysis_options
 @include_option
 @results_option

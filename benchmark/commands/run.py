@@ -185,13 +185,14 @@ def _plan(given: dict[str, Any]) -> Plan:
     from benchmark.engine.plan import Request, make_plan
     from benchmark.engine.runner import Settings
     from benchmark.grid.expand import Selection
+    from benchmark.keep.reference_store import folder_of
 
     selection = Selection(*(given[name] for name in _SELECTION))
     request = Request(given["suite"], selection, given["limit"], given["autocast"])
     results: Path = given["results"]
     threads = DEFAULT_THREADS if given["threads"] is None else given["threads"]
     settings = Settings(
-        results.absolute(),
+        folder_of(results).absolute(),
         threads,
         given["device"],
         given["overwrite"],

@@ -26,13 +26,14 @@ def ui(port: int, open_it: bool, results: Path) -> None:
     Prints two addresses: the drop of each method by precision as of the last `run` or `sync`, and the table
     of all cells.
     """
-    from benchmark.keep.store import Store
+    from benchmark.keep.reference_store import open_store, refuse_published
     from benchmark.tracking.backend import database, experiment_of, is_local, serve_ui, tracking_uri
     from benchmark.tracking.view import CELLS, DROPS, address
 
     if not 1 <= port <= 65535:
         raise ConfigError(f"--port {port}: it must be between 1 and 65535")
-    store = Store(results)
+    store = open_store(results)
+    refuse_published(store, "logged to MLflow")
     uri = tracking_uri(store)
     if is_local() and not database(store).exists():
         raise StoreError(f"{uri} does not exist yet; `run` makes it, or `sync` from the cells of {results}")
@@ -59,11 +60,13 @@ def ui(port: int, open_it: bool, results: Path) -> None:
 @results_option
 def sync(suites: tuple[str, ...], results: Path) -> None:
     """Log every cell of the store that MLflow does not have yet, or has otherwise."""
-    from benchmark.keep.store import Store
+    from benchmark.keep.reference_store import folder_of, open_store, refuse_published
     from benchmark.tracking.suites import suites_by_cell
     from benchmark.tracking.tracker import sync_store
 
-    if not results.is_dir():
+    if not folder_of(results).is_dir():
         raise StoreError(f"there is no folder {results}; give the one that `run` wrote to")
-    logged, present = sync_store(Store(results), suites_by_cell(suites))
+    store = open_store(results)
+    refuse_published(store, "logged to MLflow")
+    logged, present = sync_store(store, suites_by_cell(suites))
     click.echo(f"{logged} cells logged, {present} were there already")

@@ -76,6 +76,8 @@ def verify(
         published = published.of_suite(suite)
     if cell is not None:
         chosen = [published.find(cell)]
+        if suite is not None and suite not in published.suites_of(chosen[0].cell.cell_id):
+            raise ConfigError(f"cell {cell} is not of suite {suite}; leave out --suite")
     else:
         of_suite = [
             record

@@ -81,7 +81,6 @@ class Deployment:
 
     def __init__(self, store: Store, folder: Path, say: Say) -> None:
         self.store, self.folder, self.say = store, folder, say
-        folder.mkdir(parents=True, exist_ok=True)
         self._session: Session | None = None
         self.rows = read_rows(folder)
 
@@ -98,6 +97,7 @@ class Deployment:
                 cannot express, the row says so.
             ConfigError: If a model has no float cell among them.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
         chosen = list(cells)
         references = {cell.model: cell for cell in chosen if cell.is_reference}
         targets = [Target(cell) for cell in chosen]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from benchmark.engine import environment
 from benchmark.engine.assets import fetch_models
@@ -65,8 +66,13 @@ class Plan:
 
     @property
     def store(self) -> Store:
-        """Where results are kept."""
-        return open_store(self.settings.results)
+        """Where results are kept, as the suite sees them."""
+        return open_store(self.settings.results).of_suite(self.name)
+
+    @cached_property
+    def name(self) -> str:
+        """The suite's name."""
+        return load_suite(self.suite).name
 
     def known(self) -> dict[str, Outcome]:
         """The outcomes that the store already has, by cell id; the other cells have to run."""
@@ -152,6 +158,10 @@ class Plan:
             events.end(status)
 
 
+_REQUIRED = ("threads", "processes")
+"""Counts that have a default and cannot be left open."""
+
+
 def make_plan(
     request: Request,
     settings: Settings,
@@ -180,8 +190,12 @@ def make_plan(
         "batch": settings.batch,
     }
     for option, value in counts.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"--{option} {value}: it must be at least 1")
+        if value is None and option not in _REQUIRED:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"--{option} {value}: it must be a whole number of at least 1")
+    if not isinstance(settings.device, str):
+        raise ConfigError(f"--device {settings.device}: give cpu or cuda")
     if settings.overwrite not in OVERWRITE:
         raise UnknownNameError("choice of --overwrite", settings.overwrite, OVERWRITE)
     cells = tuple(request.cells())

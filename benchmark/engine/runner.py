@@ -18,6 +18,7 @@ from benchmark.grid.cells import Cell
 from benchmark.keep.lock import Lock, LockError
 from benchmark.keep.meter import Meter
 from benchmark.keep.record import DONE, SKIPPED, Record, Result, plain
+from benchmark.keep.reference_store import open_store
 from benchmark.keep.stages import Stages
 from benchmark.keep.status import FAILED, status_of
 from benchmark.keep.store import Store
@@ -134,7 +135,7 @@ class CellRunner:
         components.use(settings.includes)
         self.settings = settings
         self.progress = progress
-        self.store = Store(settings.results)
+        self.store = open_store(settings.results)
         self.device = prepare_torch(settings.threads, settings.device)
         self._meter = Meter(self.device.type)
         self._session: Session | None = None

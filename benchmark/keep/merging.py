@@ -17,14 +17,11 @@ import numpy as np
 
 from benchmark.keep.atomic import write_atomically
 from benchmark.keep.lock import Lock, LockError
-from benchmark.keep.publishing import extend
+from benchmark.keep.publishing import SUBMITTED, extend
 from benchmark.keep.record import Record
 from benchmark.keep.reference_store import ReferenceStore
 from benchmark.keep.store import Store
 from quanttune.errors import StoreError
-
-SUBMITTED = "submitted"
-"""Under which published results keep cells that no suite of theirs has."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +78,6 @@ def difference(source: Store, target: Store) -> Difference:
         cell = record.cell
         if its.load(cell) is None:
             continue
-        if cell.limit is not None and isinstance(target, ReferenceStore):
-            found.limited += 1
-            continue
         ours = target.measured_like(record) if isinstance(target, ReferenceStore) else target
         known = ours.find_or_none(cell.cell_id)
         if known is None and cell.cell_id in new:
@@ -95,9 +89,12 @@ def difference(source: Store, target: Store) -> Difference:
             else:
                 found.conflicts.append(conflict)
             continue
+        if cell.limit is not None and isinstance(target, ReferenceStore):
+            found.limited += 1
+            continue
         digest = record.reference_digest
-        if digest and not isinstance(target, ReferenceStore):
-            kept = target.reference_digest(cell.model_identity)
+        if digest:
+            kept = _kept_reference(target, cell.model_identity, digest)
             if weights.setdefault(cell.model_identity, kept or digest) != digest:
                 others.setdefault(cell.model_identity, []).append(record)
                 continue
@@ -108,6 +105,14 @@ def difference(source: Store, target: Store) -> Difference:
         theirs = str(left[0].reference_digest)[:12]
         found.conflicts.append(Conflict(what, weights[identity][:12], theirs, len(left)))
     return found
+
+
+def _kept_reference(target: Store, model_identity: str, digest: str) -> str | None:
+    """The reference weights that a store has of a model; of several published ones the given, if there."""
+    if not isinstance(target, ReferenceStore):
+        return target.reference_digest(model_identity)
+    published = target.references_of(model_identity)
+    return digest if digest in published else min(published, default=None)
 
 
 def take(

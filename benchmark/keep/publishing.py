@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -15,7 +16,7 @@ import numpy as np
 
 from benchmark.grid.cells import Cell
 from benchmark.grid.suite import DEFAULT_SUITE
-from benchmark.keep.atomic import write_atomically, write_text_atomically
+from benchmark.keep.atomic import file_lock, write_atomically, write_text_atomically
 from benchmark.keep.record import Record
 from benchmark.keep.reference_store import (
     ITEMS,
@@ -31,6 +32,9 @@ from quanttune.errors import StoreError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+SUBMITTED = "submitted"
+"""Under which published results keep cells that are of no suite."""
 
 LARGEST = 6 * 2**20
 """Bytes that the files of a folder may have together."""
@@ -55,7 +59,7 @@ class Publication:
 def publish(
     folder: Path,
     records: Mapping[str, Iterable[Record]],
-    items: Callable[[str], Mapping[str, np.ndarray]],
+    items: Callable[[str, str], Mapping[str, np.ndarray]],
     *,
     largest: int = LARGEST,
 ) -> Publication:
@@ -64,20 +68,32 @@ def publish(
     Args:
         folder: Where; made if need be.
         records: The finished records of each suite, by its name.
-        items: The arrays of a cell, by its id.
+        items: The arrays of a cell, by the suite's name and the cell's id.
         largest: Bytes that the files may have together.
 
     Raises:
-        StoreError: If the files would be larger, or cannot be written; nothing is changed then.
+        StoreError: If the files would be larger, or cannot be written, or the folder or a suite's name is one
+            that must not be written; nothing is changed then.
     """
-    kept = _published(folder) if (folder / MANIFEST).is_file() else []
-    for each in kept:
-        each.suites -= set(records)
-    kept = [each for each in kept if each.suites]
-    for suite, found in records.items():
-        for record in found:
-            _add(kept, record, {suite}, items)
-    return _write(folder, kept, largest)
+    if SUBMITTED in records:
+        raise StoreError(f"{SUBMITTED!r} is the name of what was merged; give the suite another name")
+    if any((folder / name).exists() for name in ("store.json", "cells")):
+        raise StoreError(f"{folder} is a results folder of its own; publish to another one")
+    with _alone(folder):
+        kept = _published(folder) if (folder / MANIFEST).is_file() else []
+        for each in kept:
+            each.suites -= set(records)
+        kept = [each for each in kept if each.suites]
+        for suite, found in records.items():
+            for record in found:
+                _add(kept, record, {suite}, partial(items, suite))
+        return _write(folder, kept, largest)
+
+
+def _alone(folder: Path) -> AbstractContextManager[None]:
+    """Hold the folder against other processes that write it."""
+    place = folder.absolute()
+    return file_lock(place.parent / f".{place.name}.lock")
 
 
 @dataclass
@@ -145,10 +161,11 @@ def extend(
     Raises:
         StoreError: If the files would be larger, or cannot be written; nothing is changed then.
     """
-    kept = _published(folder)
-    for record in records:
-        _add(kept, record, suites[record.cell.cell_id], items)
-    return _write(folder, kept, largest)
+    with _alone(folder):
+        kept = _published(folder)
+        for record in records:
+            _add(kept, record, suites[record.cell.cell_id], items)
+        return _write(folder, kept, largest)
 
 
 def _write(folder: Path, kept: Iterable[_Measured], largest: int) -> Publication:
@@ -177,7 +194,10 @@ def _write(folder: Path, kept: Iterable[_Measured], largest: int) -> Publication
         pq.write_table(
             table, stream, use_dictionary=["name", "dtype", "packed"], store_schema=False, **options
         )
-    contents = {name: stream.getvalue().to_pybytes() for name, stream in written.items()}
+    filled = {kind: stream.getvalue().to_pybytes() for kind, stream in written.items()}
+    contents = {
+        f"{kind}-{sha256(content).hexdigest()[:16]}.parquet": content for kind, content in filled.items()
+    }
     size = sum(len(content) for content in contents.values())
     if size > largest:
         raise StoreError(
@@ -191,8 +211,11 @@ def _write(folder: Path, kept: Iterable[_Measured], largest: int) -> Publication
     suites = dict(sorted(counts.items()))
     body = {"schema": SCHEMA, "suites": suites, "files": files}
     text = json.dumps(body | {"digest": json_digest(body)}, indent=1, sort_keys=True) + "\n"
-    # The manifest goes last: files that it does not name are refused.
+    # The manifest goes last: until then it names the files of before, which are still there.
     write_text_atomically(folder / MANIFEST, text)
+    for path in sorted(folder.glob("*.parquet")):
+        if path.name not in files:
+            path.unlink(missing_ok=True)
     return Publication(len(rows), suites, size + len(text))
 
 

@@ -2,14 +2,17 @@
 
 Layout of the folder, ``results/reference`` in a checkout::
 
-    manifest.json    schema, suites, and the sha256 of the files
-    records.parquet  a row a measured cell: its id, the suites that have it, its record as JSON
-    items.parquet    a row for every array of every one, packed into the narrowest type that holds it
+    manifest.json             schema, suites, and the sha256 of the files
+    records-<digest>.parquet  a row a measured cell: its id, the suites that have it, its record as JSON
+    items-<digest>.parquet    a row for every array of every one, packed into the narrowest type that holds it
+
+The manifest names both files, and is written when they are there: a folder is as before or as after.
 
 Suites that were measured on different machines have different reference weights, and so different numbers of
 a cell that they share. Each keeps its own: the id of such a row is the cell's, ``@`` and the beginning of the
-record's digest. A table is of one suite and so of one set of weights; where no suite is asked for, the main
-job's number stands for the cell.
+record's digest. A suite is seen with one set of weights for each model, its own or, where it was not
+published, the main job's; a cell that was measured on others is missing then. Where no suite is asked for,
+the main job's number stands for a cell, and where that has none the first suite's by name.
 
 A record is checked against its own digest, the files against the manifest's. What is left out of the items
 are quantities that only further metrics need: their values stand in the record, and the record's digest of
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
     from benchmark.grid.cells import Cell
     from quanttune.quantization import Quantized
 
-MANIFEST, RECORDS, ITEMS = "manifest.json", "records.parquet", "items.parquet"
+MANIFEST, RECORDS, ITEMS = "manifest.json", "records", "items"
 SCHEMA = 2
 """2 since a cell may have been measured on several reference weights."""
 PUBLISHED = ("ids", "targets", "scores", "predictions")
@@ -56,48 +59,81 @@ def reference_folder() -> Path | None:
     return _CHECKOUT if (_CHECKOUT / MANIFEST).is_file() else None
 
 
+def folder_of(results: Path) -> Path:
+    """The folder that is meant: ``reference`` is the one that came with the code, unless one has that name.
+
+    Raises:
+        StoreError: If none came with it.
+    """
+    if results != Path(ALIAS) or results.exists():
+        return results
+    found = reference_folder()
+    if found is None:
+        raise StoreError(
+            "no results came with this installation; they are in the repository, in results/reference"
+        )
+    return found
+
+
 def open_store(results: Path) -> Store:
     """A results folder: the user's own, or a published one, which can only be read.
 
     Args:
-        results: The folder; ``reference`` is the one that came with the code, unless a folder has that name.
+        results: As :func:`folder_of` takes it.
 
     Raises:
         StoreError: If it is no results folder, or was written by a newer version.
     """
-    if results == Path(ALIAS) and not results.exists():
-        found = reference_folder()
-        if found is None:
-            raise StoreError(
-                "no results came with this installation; they are in the repository, in results/reference"
-            )
-        results = found
-    return ReferenceStore(results) if (results / MANIFEST).is_file() else Store(results)
+    folder = folder_of(results)
+    return ReferenceStore(folder) if (folder / MANIFEST).is_file() else Store(folder)
+
+
+def refuse_published(store: Store, what: str) -> None:
+    """Refuse published results for what would write into them.
+
+    Raises:
+        StoreError: If ``store`` holds such.
+    """
+    if isinstance(store, ReferenceStore):
+        raise StoreError(
+            f"{store.root} holds published results and cannot be {what}; choose another --results"
+        )
 
 
 class Files:
     """What the two files hold, read when it is asked for.
 
     Args:
-        root: Their folder.
+        records: The file of records.
+        items: The file of arrays.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, records: Path, items: Path) -> None:
+        self.records = records
+        self.items = items
 
     @cached_property
     def measured(self) -> dict[str, tuple[list[str], str]]:
         """The suites that have it, and the record as JSON, by id of the row."""
-        table = _read(self.root / RECORDS)
+        table = _read(self.records)
         columns = (table[name].to_pylist() for name in ("cell_id", "suites", "record"))
         return {row: (suites, text) for row, suites, text in zip(*columns, strict=True)}
+
+    @cached_property
+    def references(self) -> dict[str, tuple[str, str | None]]:
+        """The identity of the model and the digest of its reference's weights, by id of the row."""
+        records = {row: json.loads(text) for row, (_, text) in self.measured.items()}
+        return {
+            row: (str(record["cell"]["model_identity"]), record.get("reference_digest"))
+            for row, record in records.items()
+        }
 
     @cached_property
     def arrays(self) -> dict[str, dict[str, np.ndarray]]:
         """The published arrays of every measured cell that has any, by id of the row and name."""
         kept: dict[str, np.ndarray] = {}
         found: dict[str, dict[str, np.ndarray]] = {}
-        for row in _read(self.root / ITEMS).to_pylist():
+        for row in _read(self.items).to_pylist():
             if row["data"] is not None:
                 packed = np.frombuffer(row["data"], dtype=row["packed"])
                 kept[row["digest"]] = packed.astype(row["dtype"]).reshape(row["shape"])
@@ -122,21 +158,26 @@ class ReferenceStore(Store):
             manifest = read_json(path)
         except (OSError, ValueError) as error:
             raise StoreError(f"cannot read {path}: {error}; get the folder again") from error
+        if not isinstance(manifest, dict):
+            raise StoreError(f"{path} is damaged or was edited; get the folder again")
         body = {name: value for name, value in manifest.items() if name != "digest"}
         schema = body.get("schema")
         if isinstance(schema, int) and schema > SCHEMA:
             raise StoreError(
                 f"{path} has schema {schema}, this version reads up to {SCHEMA}; upgrade quanttune-bench"
             )
-        if manifest.get("digest") != json_digest(body):
+        named, suites = body.get("files"), body.get("suites")
+        sealed = manifest.get("digest") == json_digest(body)
+        if not sealed or not isinstance(named, dict) or not isinstance(suites, dict):
             raise StoreError(f"{path} is damaged or was edited; get the folder again")
-        for name, digest in sorted(body["files"].items()):
-            if name not in (RECORDS, ITEMS) or not (self.root / name).is_file():
-                raise StoreError(f"{self.root / name} is absent; get the folder again")
-            if sha256_file(self.root / name) != digest:
-                raise StoreError(f"{self.root / name} is not the file that was published; get it again")
-        self.suites: Mapping[str, int] = body["suites"]
-        self.files = Files(self.root)
+        paths = {kind: self.root / _named(kind, named, path) for kind in (RECORDS, ITEMS)}
+        for file in paths.values():
+            if not file.is_file():
+                raise StoreError(f"{file} is absent; get the folder again")
+            if sha256_file(file) != named[file.name]:
+                raise StoreError(f"{file} is not the file that was published; get it again")
+        self.suites: Mapping[str, int] = suites
+        self.files = Files(paths[RECORDS], paths[ITEMS])
         self._suite: str | None = None
 
     @property
@@ -150,31 +191,53 @@ class ReferenceStore(Store):
         return Stages(self.views / "stages")
 
     def of_suite(self, name: str) -> ReferenceStore:
-        """The same results, with that suite's own measurement of every cell that it has.
+        """The same results as a suite sees them: its own measurement of every cell, one reference a model.
 
         Args:
-            name: A suite's name; of one that is not published nothing changes.
+            name: A suite's name; one that is not published sees the main job's references.
         """
-        if name not in self.suites:
-            return self
         view = copy(self)
-        view.__dict__.pop("_rows", None)
+        for made in ("_rows", "_references_of_suite"):
+            view.__dict__.pop(made, None)
         view._suite = name
         return view
+
+    def _ranked(self) -> list[str]:
+        """The rows, those that come first for a suite first."""
+        measured = self.files.measured
+
+        def rank(row: str) -> tuple[bool, bool, list[str], str]:
+            suites = measured[row][0]
+            return self._suite not in suites, DEFAULT_SUITE not in suites, suites, row
+
+        return sorted(measured, key=rank)
+
+    @cached_property
+    def _references_of_suite(self) -> dict[str, str]:
+        """Digest of the reference's weights that a suite sees of a model, by the model's identity."""
+        found: dict[str, str] = {}
+        for row in self._ranked():
+            identity, digest = self.files.references[row]
+            if digest:
+                found.setdefault(identity, digest)
+        return found
 
     @cached_property
     def _rows(self) -> dict[str, str]:
         """Id of the row that counts, by cell id."""
-        measured = self.files.measured
-
-        def rank(row: str) -> tuple[bool, bool, bool, str]:
-            suites = measured[row][0]
-            return self._suite not in suites, DEFAULT_SUITE not in suites, "@" in row, row
-
         found: dict[str, str] = {}
-        for row in sorted(measured, key=rank):
+        for row in self._ranked():
+            if self._suite is not None:
+                identity, digest = self.files.references[row]
+                if digest and digest != self._references_of_suite[identity]:
+                    continue
             found.setdefault(cell_of(row), row)
         return found
+
+    def references_of(self, model_identity: str) -> set[str]:
+        """Digests of all reference weights on which cells of a model were measured."""
+        found = self.files.references.values()
+        return {digest for identity, digest in found if identity == model_identity and digest}
 
     def suites_of(self, cell_id: str) -> list[str]:
         """Names of the suites that have the measurement of a cell that counts here."""
@@ -210,7 +273,7 @@ class ReferenceStore(Store):
         if row is None:
             return None
         text = self.files.measured[row][1]
-        record = Record.from_json(json.loads(text), str(self.root / RECORDS))
+        record = Record.from_json(json.loads(text), str(self.files.records))
         return record if record is not None and record.cell.cell_id == cell_id else None
 
     def digest_of(self, cell_id: str) -> str:
@@ -258,12 +321,18 @@ class ReferenceStore(Store):
         Raises:
             StoreError: Always.
         """
-        raise StoreError(
-            f"{self.root} holds published results and cannot be measured into; choose another --results"
-        )
+        refuse_published(self, "measured into")
 
     def require_writable(self) -> None:
         """What is drawn goes beside the folder, not into it."""
+
+
+def _named(kind: str, named: Mapping[str, str], manifest: Path) -> str:
+    """The name of the file of a kind, ``records-<digest>.parquet``."""
+    for name in named:
+        if name.startswith(kind) and name.endswith(".parquet") and Path(name).name == name:
+            return name
+    raise StoreError(f"{manifest} names no file of {kind}; get the folder again")
 
 
 def cell_of(row: str) -> str:

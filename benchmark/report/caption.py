@@ -68,20 +68,20 @@ def origin_of(rows: SuiteRows) -> str:
 
 def _rounding(rows: SuiteRows) -> str:
     """What is said of the noise of rounding, where it was measured."""
-    found = {
-        record.cell.method: record.result.noise
+    found = [
+        (record.cell.method, record.result.noise)
         for record in rows.records.values()
         if record.result is not None and record.result.noise is not None
-    }
+    ]
     if not found:
         return ""
-    counts = sorted({noise.items for noise in found.values()})
+    counts = sorted({noise.items for _, noise in found})
     items = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
     one = len(rows.suite.seeds) == 1
     what = ", behind ± and in the interval," if one else ""
-    shown = any(noise.flips is not None and role_of(method) in RETRAINED for method, noise in found.items())
+    shown = any(noise.flips is not None and role_of(method) in RETRAINED for method, noise in found)
     flips = " Flips: predictions that are others in a copy." if shown else ""
-    first = next(iter(found.values()))
+    first = found[0][1]
     return (
         f" The standard deviation of rounding alone{what} is from {first.copies} copies whose steps differ "
         f"by {first.relative:g} at most, on {items} items; bold, too, is what lies within twice that of its "

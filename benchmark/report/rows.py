@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from benchmark.components import included_methods
 from benchmark.grid.cells import Cell
-from benchmark.grid.expand import expand
+from benchmark.grid.expand import Selection, expand
 from benchmark.grid.schemes import scheme_of
 from benchmark.grid.suite import Suite
 from benchmark.keep.record import Record
@@ -148,17 +150,42 @@ def rows_of(store: Store, suite: Suite, cells: Sequence[Cell]) -> SuiteRows:
     return SuiteRows(suite, list(cells), records, unfinished, store)
 
 
-def collect_rows(store: Store, suite: Suite, allow_partial: bool = False) -> SuiteRows:
-    """Read the cells of a suite from the store.
+def collect_rows(
+    store: Store, suite: Suite, allow_partial: bool = False, remedy: str = ", or give --allow-partial"
+) -> SuiteRows:
+    """Read the cells of a suite from the store, and beside them what there is of methods of included files.
+
+    Args:
+        store: Where to look.
+        suite: Whose cells.
+        allow_partial: Whether cells may be missing.
+        remedy: What else may be done where some are.
 
     Raises:
         ConfigError: If cells are missing and ``allow_partial`` is false. Cells measured with ``--limit`` have
             other ids and never stand in for missing ones.
     """
-    rows = rows_of(store.of_suite(suite.name), suite, expand(suite))
+    store = store.of_suite(suite.name)
+    cells = expand(suite)
+    rows = rows_of(store, suite, [*cells, *_joined(store, suite, cells)])
     if not rows.complete and not allow_partial:
-        raise ConfigError(_refusal(rows.store, rows))
+        raise ConfigError(_refusal(rows.store, rows) + remedy)
     return rows
+
+
+def _joined(store: Store, suite: Suite, own: Iterable[Cell]) -> list[Cell]:
+    """The finished cells of the user's methods on the suite's grid."""
+    of_suite = {spec.name for spec in suite.methods}
+    names = tuple(name for name in included_methods() if name not in of_suite)
+    if not names:
+        return []
+    known = set(own)
+    with store.indexed():
+        return [
+            cell
+            for cell in expand(suite, Selection(methods=names))
+            if cell not in known and store.load(cell) is not None
+        ]
 
 
 def _refusal(store: Store, rows: SuiteRows) -> str:
@@ -166,8 +193,8 @@ def _refusal(store: Store, rows: SuiteRows) -> str:
     text = f"{rows.finished} of {len(rows.cells)} cells of suite {name} are finished"
     if not rows.finished and _is_published(name):
         return (
-            f"{text} in {store.root}; --results reference shows what came with the code, and "
-            f"`python -m benchmark run --all --suite {rows.suite.origin}` measures them"
+            f"{text} in {store.root}; --results reference shows what came with the code; "
+            f"measure them with `python -m benchmark run --all --suite {rows.suite.origin}`"
         )
     failed = list(rows.unfinished.values()).count("failed")
     if failed:
@@ -181,7 +208,8 @@ def _refusal(store: Store, rows: SuiteRows) -> str:
         )
     if limited:
         text += f"; {limited} measured with --limit are not used"
-    return f"{text}; run `python -m benchmark run --all --suite {rows.suite.origin}`, or give --allow-partial"
+    where = "" if store.root == Path("results").absolute() else f" --results {store.root}"
+    return f"{text}; run `python -m benchmark run --all --suite {rows.suite.origin}{where}`"
 
 
 def _is_published(suite: str) -> bool:

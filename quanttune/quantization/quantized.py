@@ -324,6 +324,8 @@ def quantize(
         raise QuantTuneError(f"profile {wanted.profile} of {type(model).__name__} has nothing to quantize")
     statistics = collect_statistics(model, data, sites) if wanted.is_static else {}
     chosen = RANGE_RULES.get(rule) if isinstance(rule, str) else rule
+    if not callable(chosen):
+        raise ConfigError(f"rule = {rule!r}: give a range rule or the name of one")
     quantizers = build_quantizers(model, sites, statistics, wanted, chosen)
     return Quantized(quantizers, scheme=wanted, known=sites.known)
 

@@ -175,7 +175,7 @@ def test_an_interrupted_merge_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_published_results_take_cells_and_keep_theirs(tmp_path: Path) -> None:
     theirs = fill(Store(tmp_path / "b"), {1: 80.0, 2: 70.0, 3: 75.0})
     old = [record for record in theirs.records() if record.cell == CELLS[1]]
-    publish(tmp_path / "reference", {"many": old}, theirs.items)
+    publish(tmp_path / "reference", {"many": old}, lambda _, cell_id: theirs.items(cell_id))
     found = merged(theirs, ReferenceStore(tmp_path / "reference"))
     assert (len(found.new), found.present) == (2, 1)
     again = ReferenceStore(tmp_path / "reference")
@@ -187,6 +187,21 @@ def test_published_results_take_cells_and_keep_theirs(tmp_path: Path) -> None:
     assert (merged(theirs, again).new, difference(theirs, again).limited) == ([], 1)
     with pytest.raises(StoreError, match="holds published results without all"):
         merged(again, Store(tmp_path / "c"))
+
+
+def test_published_results_take_no_cell_of_other_reference_weights(tmp_path: Path) -> None:
+    """Found: one such cell changed the FP32 of a whole table."""
+    ours = fill(Store(tmp_path / "a"), {1: 80.0})
+    known = dataclasses.replace(next(ours.records()), reference_digest="a" * 64)
+    publish(tmp_path / "reference", {"many": [known]}, lambda _, cell_id: ours.items(cell_id))
+    theirs = Store(tmp_path / "b")
+    theirs.prepare()
+    for number, digest in ((2, "a" * 64), (3, "b" * 64)):
+        theirs.save(dataclasses.replace(record_of(number, 70.0), reference_digest=digest))
+    found = merged(theirs, ReferenceStore(tmp_path / "reference"))
+    assert [record.cell for record in found.new] == [CELLS[2]]
+    (conflict,) = difference(theirs, ReferenceStore(tmp_path / "reference")).conflicts
+    assert "reference weights" in str(conflict)
 
 
 @pytest.fixture

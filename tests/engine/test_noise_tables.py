@@ -108,6 +108,22 @@ def test_tables_show_it(fill: Fill) -> None:
     assert tuple(to_frame(rows).columns)[-5:] == NOISE_FIELDS
 
 
+def test_a_caption_speaks_of_every_model(fill: Fill) -> None:
+    """Found: it spoke of the last model alone, whose task may have no classes and other items."""
+    rows = fill(minmax=(70.0, 70.2, 0.5), quanttune=(75.0, 75.1, 0.25))
+    records = dict(rows.records)
+    last = [record for record in records.values() if record.cell.method == "quanttune"][-1]
+    assert last.result is not None
+    assert last.result.noise is not None
+    noise = dataclasses.replace(last.result.noise, items=3, flips=None)
+    records[last.cell.cell_id] = dataclasses.replace(
+        last, result=dataclasses.replace(last.result, noise=noise)
+    )
+    caption = make_table(dataclasses.replace(rows, records=records)).caption
+    assert "on 3 to 10 items" in caption
+    assert "Flips: predictions that are others in a copy." in caption
+
+
 def test_seeds_average_and_keep_their_own_deviation(suite: Suite, store: Store) -> None:
     several = dataclasses.replace(suite, seeds=(0, 1), methods=(MethodSpec("fp32"), MethodSpec("minmax")))
     for cell in expand(several):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from benchmark.cli import cli
 from benchmark.grid.cells import Cell
 from benchmark.grid.expand import expand
 from benchmark.grid.suite import load_suite, parse_suite
-from benchmark.keep import publishing
+from benchmark.keep import atomic, publishing
 from benchmark.keep.merging import difference
 from benchmark.keep.publishing import publish
 from benchmark.keep.record import Record, Result
-from benchmark.keep.reference_store import MANIFEST, RECORDS, ReferenceStore, open_store
+from benchmark.keep.reference_store import ITEMS, MANIFEST, RECORDS, ReferenceStore, open_store
 from benchmark.keep.store import Store
 from benchmark.report.rows import collect_rows
+from quanttune.digests import json_digest
 from quanttune.errors import StoreError
 
 SUITE = """
@@ -52,6 +54,10 @@ def arrays(cell: Cell, n: int = 40) -> dict[str, np.ndarray]:
     }
 
 
+def of(store: Store) -> Callable[[str, str], Mapping[str, np.ndarray]]:
+    return lambda suite, cell_id: store.items(cell_id)
+
+
 def measure(store: Store, text: str, name: str) -> list[Record]:
     records = []
     for cell in expand(parse_suite(name, text, name)):
@@ -69,7 +75,7 @@ def measure(store: Store, text: str, name: str) -> list[Record]:
 @pytest.fixture
 def published(store: Store, tmp_path: Path) -> ReferenceStore:
     records = {"first": measure(store, SUITE, "first"), "second": measure(store, OTHER, "second")}
-    publish(tmp_path / "reference", records, store.items)
+    publish(tmp_path / "reference", records, of(store))
     return ReferenceStore(tmp_path / "reference")
 
 
@@ -105,7 +111,7 @@ def test_so_do_the_arrays_that_are_published(published: ReferenceStore, store: S
 )
 def test_packing_loses_nothing(array: np.ndarray, store: Store, tmp_path: Path) -> None:
     (record, *_) = measure(store, SUITE, "first")
-    publish(tmp_path / "to", {"first": [record]}, lambda _: {"scores": array})
+    publish(tmp_path / "to", {"first": [record]}, lambda *_: {"scores": array})
     found = ReferenceStore(tmp_path / "to").items(record.cell.cell_id)["scores"]
     assert found.dtype == array.dtype
     assert found.shape == array.shape
@@ -117,7 +123,7 @@ def test_a_suite_is_replaced_and_the_others_stay(
 ) -> None:
     assert published.suites == {"first": 3, "second": 3}
     records = measure(store, SUITE.replace('"W8A8", "W6A6"', '"W5A5"'), "first")
-    made = publish(published.root, {"first": records}, store.items)
+    made = publish(published.root, {"first": records}, of(store))
     again = ReferenceStore(published.root)
     assert again.suites == made.suites == {"first": 2, "second": 3}
     ids = {record.cell.cell_id for record in again.records()}
@@ -131,7 +137,7 @@ def test_a_cell_of_a_suite_that_stays_keeps_its_record(published: ReferenceStore
     """Found: the times of a shared reference changed, and kept tables of the other suite with them."""
     first = next(iter(published.records()))
     later = dataclasses.replace(first, duration_s=first.duration_s + 100)
-    publish(published.root, {"another": [later]}, store.items)
+    publish(published.root, {"another": [later]}, of(store))
     kept = ReferenceStore(published.root)
     assert kept.find_or_none(first.cell.cell_id) == first
     assert "another" in kept.suites_of(first.cell.cell_id)
@@ -145,7 +151,7 @@ def two_machines(published: ReferenceStore, store: Store) -> tuple[ReferenceStor
     result = dataclasses.replace(shared.result, value=1.0)
     other = dataclasses.replace(shared, result=result, reference_digest="b" * 64, items_sha256="c" * 64)
     items = {name: array[::-1].copy() for name, array in store.items(shared.cell.cell_id).items()}
-    publish(published.root, {"another": [other]}, lambda _: items)
+    publish(published.root, {"another": [other]}, lambda *_: items)
     return ReferenceStore(published.root), shared, other
 
 
@@ -164,7 +170,6 @@ def test_suites_of_two_machines_keep_their_own_numbers_of_a_cell(
     np.testing.assert_array_equal(own, others[::-1])
     assert len(list(kept.records())) == 5  # one a cell
     assert len(list(kept.measurements())) == 6
-    assert kept.of_suite("unknown") is kept
 
 
 def test_the_main_job_stands_for_a_cell_and_the_rest_is_told(
@@ -175,9 +180,9 @@ def test_the_main_job_stands_for_a_cell_and_the_rest_is_told(
     assert kept.find(cell_id) == other  # of "another", by name before "first"
     assert kept.elsewhere(cell_id) == ["first", "second"]
     told = CliRunner().invoke(cli, ["show", cell_id[:12], "--results", str(kept.root)])
-    assert "measured on other reference weights in suite first, second" in told.stderr
+    assert "another number, on other reference weights: --suite first or second" in told.stderr
     assert json.loads(told.stdout)["result"]["value"] == 1.0
-    publish(kept.root, {"laptop": [shared]}, store.items)
+    publish(kept.root, {"laptop": [shared]}, of(store))
     again = ReferenceStore(kept.root)
     assert again.find(cell_id) == shared
     assert again.elsewhere(cell_id) == ["another"]
@@ -189,7 +194,7 @@ def test_a_measurement_goes_with_the_last_suite_that_shows_it(
     two_machines: tuple[ReferenceStore, Record, Record], store: Store
 ) -> None:
     kept, shared, _ = two_machines
-    publish(kept.root, {"another": [shared]}, store.items)
+    publish(kept.root, {"another": [shared]}, of(store))
     again = ReferenceStore(kept.root)
     assert [record for record, _ in again.measurements() if record.cell == shared.cell] == [shared]
     assert again.suites_of(shared.cell.cell_id) == ["another", "first", "second"]
@@ -217,7 +222,7 @@ def test_the_same_results_give_the_same_files(
     published: ReferenceStore, store: Store, tmp_path: Path
 ) -> None:
     records = {"second": measure(store, OTHER, "second"), "first": measure(store, SUITE, "first")}
-    publish(tmp_path / "again", records, store.items)
+    publish(tmp_path / "again", records, of(store))
     for path in published.root.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
@@ -225,14 +230,14 @@ def test_the_same_results_give_the_same_files(
 def test_too_much_is_refused_and_changes_nothing(published: ReferenceStore, store: Store) -> None:
     before = {path.name: path.read_bytes() for path in published.root.iterdir()}
     with pytest.raises(StoreError, match=r"would have 0\.0 MiB, more than 0\.0; publish fewer suites"):
-        publish(published.root, {"first": measure(store, SUITE, "first")}, store.items, largest=100)
+        publish(published.root, {"first": measure(store, SUITE, "first")}, of(store), largest=100)
     assert {path.name: path.read_bytes() for path in published.root.iterdir()} == before
 
 
-@pytest.mark.parametrize("name", [MANIFEST, RECORDS, "items.parquet"])
+@pytest.mark.parametrize("name", [MANIFEST, RECORDS, ITEMS])
 @pytest.mark.parametrize("how", ["gone", "cut", "edited"])
 def test_a_damaged_folder_is_refused_in_one_line(published: ReferenceStore, name: str, how: str) -> None:
-    path = published.root / name
+    (path,) = published.root.glob(f"{name}*")
     content = path.read_bytes()
     if how == "gone":
         path.unlink()
@@ -248,9 +253,83 @@ def test_a_damaged_folder_is_refused_in_one_line(published: ReferenceStore, name
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("text", ["[]", "null", "3", "{}", '{"schema": 2}', '{"files": [], "digest": ""}'])
+def test_a_manifest_of_another_form_is_refused(published: ReferenceStore, text: str) -> None:
+    (published.root / MANIFEST).write_text(text)
+    with pytest.raises(StoreError, match="damaged or was edited"):
+        open_store(published.root)
+
+
+@pytest.mark.parametrize(
+    "files", [{}, {"records-1.parquet": "0"}, {"../records.parquet": "0", "items.parquet": "0"}]
+)
+def test_a_manifest_names_both_files(published: ReferenceStore, files: dict[str, str]) -> None:
+    body = {"schema": 2, "suites": {}, "files": files}
+    (published.root / MANIFEST).write_text(json.dumps(body | {"digest": json_digest(body)}))
+    with pytest.raises(StoreError, match="get the folder again"):
+        open_store(published.root)
+
+
+@pytest.mark.parametrize("broken", [RECORDS, ITEMS, "manifest"])
+def test_a_full_disk_leaves_the_folder_as_it_was(
+    published: ReferenceStore, store: Store, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    """Found: files were replaced one by one, and half of a publication made the folder unreadable."""
+    before = [record for record, _ in published.measurements()]
+
+    def full(path: Path, write: Any, lasting: bool = True) -> None:
+        if path.name.startswith(broken):
+            raise StoreError("no space left on the disk")
+        atomic.write_atomically(path, write, lasting)
+
+    monkeypatch.setattr(publishing, "write_atomically", full)
+    monkeypatch.setattr(
+        publishing, "write_text_atomically", lambda path, text: full(path, lambda to: to.write_text(text))
+    )
+    records = measure(store, SUITE.replace("minmax", "omse"), "third")
+    with pytest.raises(StoreError, match="no space"):
+        publish(published.root, {"third": records}, of(store))
+    kept = ReferenceStore(published.root)
+    assert [record for record, _ in kept.measurements()] == before
+    assert set(kept.suites) == {"first", "second"}
+    monkeypatch.undo()
+    publish(published.root, {"third": records}, of(store))
+    assert len(list(published.root.glob("*.parquet"))) == 2
+
+
+def test_two_that_publish_at_once_lose_nothing(published: ReferenceStore, store: Store) -> None:
+    records = {
+        name: measure(store, SUITE.replace("minmax", name), name) for name in ("omse", "ema", "entropy")
+    }
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda name: publish(published.root, {name: records[name]}, of(store)), records))
+    assert set(ReferenceStore(published.root).suites) == {"first", "second", *records}
+
+
+def test_what_must_not_be_published(published: ReferenceStore, store: Store) -> None:
+    records = list(store.records())
+    with pytest.raises(StoreError, match="the name of what was merged"):
+        publish(published.root, {"submitted": records}, of(store))
+    with pytest.raises(StoreError, match="a results folder of its own"):
+        publish(store.root, {"first": records}, of(store))
+    assert not isinstance(open_store(store.root), ReferenceStore)
+
+
+def test_a_suite_that_is_not_published_sees_one_set_of_weights(
+    two_machines: tuple[ReferenceStore, Record, Record], store: Store
+) -> None:
+    """Found: its table had the FP32 of one machine above the methods of another."""
+    kept, shared, other = two_machines
+    for name, record in (("unknown", other), ("first", shared)):
+        view = kept.of_suite(name)
+        assert view.load(shared.cell) == record
+    digests = {view.reference_digest for view in kept.of_suite("unknown").records()}
+    assert len(digests - {None}) == 1
+
+
 def test_a_newer_folder_is_refused(published: ReferenceStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publishing, "SCHEMA", 7)
-    publish(published.root, {}, published.items)
+    publish(published.root, {}, of(published))
     with pytest.raises(StoreError, match="has schema 7, this version reads up to 2; upgrade"):
         open_store(published.root)
 

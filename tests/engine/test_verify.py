@@ -31,7 +31,7 @@ def published(store: Store, suite_file: str, tmp_path: Path) -> ReferenceStore:
     runner = CellRunner(Settings(store.root), lambda *_: None)
     for cell in expand(load_suite(suite_file)):
         assert runner.run(cell).status == "done"
-    publish(tmp_path / "published", {"toys": store.records()}, store.items)
+    publish(tmp_path / "published", {"toys": store.records()}, lambda _, cell_id: store.items(cell_id))
     return ReferenceStore(tmp_path / "published")
 
 

@@ -171,3 +171,11 @@ def test_per_token_is_dynamic_and_needs_no_statistics() -> None:
     assert PerToken().dynamic
     assert not Scheme.parse("W8A8-token").is_static
     assert not quantize(build("vit"), [inputs("vit", 2)], "W8A8-token").extra_operations
+
+
+def test_a_group_wider_than_a_row_is_the_row() -> None:
+    """Found: it was filled up with zeros, to terabytes."""
+    weight = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    wide, whole = (GroupQuantizer.of_weight(weight, 4, size) for size in (99_999_999_999, 20))
+    assert wide.size == 20
+    assert torch.equal(wide(weight), whole(weight))

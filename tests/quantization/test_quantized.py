@@ -226,3 +226,8 @@ def test_scaled_pairs_are_kept(tmp_path: Path) -> None:
     assert found.sites == pair.sites
     assert torch.equal(found.factors, pair.factors)
     assert again.extra_operations == {"c/add": "1 multiplication an element"}
+
+
+def test_a_rule_is_a_name_or_a_function() -> None:
+    with pytest.raises(ConfigError, match="rule = 3: give a range rule or the name of one"):
+        quantize(build("vit"), [inputs("vit", 2, 1)], "W8A8", rule=3)  # type: ignore[arg-type]

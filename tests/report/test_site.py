@@ -257,7 +257,11 @@ def test_suites_of_two_machines_have_a_page_each_for_their_number_of_a_cell(
         for record in first
         if record.result is not None
     ]
-    publish(tmp_path / "reference", {suite.name: first, other.name: second}, store.items)
+    publish(
+        tmp_path / "reference",
+        {suite.name: first, other.name: second},
+        lambda _, cell_id: store.items(cell_id),
+    )
     kept = ReferenceStore(tmp_path / "reference")
     views = [view_of(collect_rows(kept, each)) for each in (suite, other)]
     made = {

@@ -157,15 +157,29 @@ class Site:
         for view in self._views:
             for record in _records(view.rows):
                 cell = record.cell
-                about = found.setdefault(cell.model, {"name": cell.model, "suites": {}, "cells": 0})
+                about = found.setdefault(
+                    cell.model, {"name": cell.model, "suites": {}, "cells": 0, "references": {}}
+                )
                 about["suites"][view.name] = page_of("suites", view.name)
                 about["cells"] += 1
                 about["task_name"], about["data"] = cell.task, cell.task_fingerprint
-                if record.result is not None:
-                    about["fp32"], about["n"] = record.result.fp32, record.result.n
-                    about["metric"], about["weights"] = record.result.metric, record.reference_digest
-                if cell.is_reference:
-                    about["reference"] = self._page_of_cell(view.name, cell.cell_id)
+                if record.result is None:
+                    continue
+                # suites of several machines have references of their own
+                reference = about["references"].setdefault(
+                    record.reference_digest or "",
+                    {
+                        "fp32": record.result.fp32,
+                        "n": record.result.n,
+                        "metric": record.result.metric,
+                        "suites": [],
+                        "page": None,
+                    },
+                )
+                if view.name not in reference["suites"]:
+                    reference["suites"].append(view.name)
+                if cell.is_reference and reference["page"] is None:
+                    reference["page"] = self._page_of_cell(view.name, cell.cell_id)
         for name, about in found.items():
             about["page"] = page_of("models", name)
             try:

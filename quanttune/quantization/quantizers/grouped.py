@@ -48,8 +48,13 @@ class GroupQuantizer(Quantizer):
 
     @classmethod
     def of_weight(cls, weight: Tensor, bits: int, size: int, symmetric: bool = True) -> GroupQuantizer:
-        """The min-max quantizer of a weight; a group of zeros gets the range 1."""
-        groups = _grouped(weight.detach().flatten(1), size)
+        """The min-max quantizer of a weight; a group of zeros gets the range 1.
+
+        A row shorter than ``size`` is one group.
+        """
+        rows = weight.detach().flatten(1)
+        size = min(size, max(1, rows.shape[1]))
+        groups = _grouped(rows, size)
         # aminmax along a dimension takes twenty times as long on a CPU
         low, high = groups.amin(dim=-1).double().cpu(), groups.amax(dim=-1).double().cpu()
         if symmetric:
