@@ -18,7 +18,7 @@ import click
 from quanttune.errors import StoreError
 from quanttune.files import disk_error, whole_file
 
-_REMEDY = "choose another --results folder"
+_REMEDY = "choose another folder"
 _PATIENCE, _PATIENCE_AT_MOST = 30.0, 600.0  # seconds of waiting for a lock between two lines about it
 _HOLDER = ".holder"
 

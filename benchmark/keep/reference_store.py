@@ -85,7 +85,12 @@ def open_store(results: Path) -> Store:
         StoreError: If it is no results folder, or was written by a newer version.
     """
     folder = folder_of(results)
-    return ReferenceStore(folder) if (folder / MANIFEST).is_file() else Store(folder)
+    return ReferenceStore(folder) if is_published(folder) else Store(folder)
+
+
+def is_published(results: Path) -> bool:
+    """Whether a results folder, as :func:`folder_of` takes it, holds published results."""
+    return (folder_of(results) / MANIFEST).is_file()
 
 
 def refuse_published(store: Store, what: str) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmark.engine.session import Session, stage_scope
+from benchmark.keep.reference_store import ReferenceStore
 from benchmark.keep.stages import Stages
 from benchmark.keep.store import Store
 from benchmark.report.rows import SuiteRows
@@ -261,9 +262,10 @@ class ModelAnalysis:
         return None
 
     def _changed(self, what: str) -> StoreError:
+        again = "run --all" if isinstance(self._store, ReferenceStore) else "run --all --overwrite always"
         return StoreError(
-            f"{what} weights of {self.model} are not those that were measured; "
-            f"run `python -m benchmark run --all --overwrite always --suite {self.suite.origin}`"
+            f"{what} weights of {self.model} are not those that were measured; measure the suite on this "
+            f"machine: `python -m benchmark {again} --suite {self.suite.origin}`"
         )
 
     @cached_property

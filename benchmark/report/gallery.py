@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmark.keep.atomic import write_atomically, write_text_atomically
+from benchmark.keep.reference_store import is_published
 from benchmark.report import canvas
 from benchmark.report.analyses import ModelAnalysis, NotMeasuredError
 from benchmark.report.figures.figure import FigureKind, ModelFigure, SuiteFigure
@@ -64,12 +65,18 @@ def make_frames(
 def analyse_command(suite: str, results: Path, items: int = SWEEP_ITEMS) -> str:
     """The command that measures what figures of a suite lack.
 
+    The models of published results are elsewhere: there it measures the suite, in the user's own folder.
+
     Args:
         suite: What to give as ``--suite``.
         results: The store's folder as commands name it.
         items: Items of the saturation sweep.
     """
-    words = ["analyse", "--suite", suite]
+    published = is_published(results)
+    words = ["run", "--all", "--analyse"] if published else ["analyse"]
+    words += ["--suite", suite]
+    if published:
+        return f"python -m benchmark {shlex.join(words)}"
     words += [] if items == SWEEP_ITEMS else ["--items", str(items)]
     words += [] if results == Path("results") else ["--results", str(results)]
     return f"python -m benchmark {shlex.join(words)}"

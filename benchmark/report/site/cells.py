@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from benchmark.engine.reopen import measure_again
 from benchmark.grid.suite import Suite
 from benchmark.keep.record import Record
+from benchmark.keep.reference_store import folder_of, reference_folder
 from benchmark.report.gallery import analyse_command
 from benchmark.report.html import summary_of
 from benchmark.report.reopening import python_lines
@@ -60,7 +62,7 @@ def cell_context(page: CellPage) -> dict[str, Any]:
         "numbers": _numbers(record),
         "metrics": _metrics(record),
         "again": again,
-        "verify": f"python -m benchmark verify --suite {page.suite.name} --cell {cell.cell_id[:12]}",
+        "verify": _verify(page),
         "published": page.published,
         "lines": python_lines(cell, own) if reopen else [],
         "plot": range_plot(record.sites, f"Ranges of the sites of {cell}"),
@@ -72,6 +74,14 @@ def cell_context(page: CellPage) -> dict[str, Any]:
         "versions": sorted(versions.items()) if isinstance(versions, dict) else [],
         "identity": cell.identity(),
     }
+
+
+def _verify(page: CellPage) -> str:
+    """The command that measures a published cell again."""
+    words = ["verify", "--suite", page.suite.name, "--cell", page.record.cell.cell_id[:12]]
+    if folder_of(page.results).absolute() != reference_folder():
+        words += ["--of", str(page.results)]
+    return f"python -m benchmark {shlex.join(words)}"
 
 
 def _numbers(record: Record) -> list[tuple[str, str]]:
