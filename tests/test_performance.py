@@ -15,13 +15,13 @@ import torch
 from click.testing import CliRunner, Result
 
 from benchmark.cli import cli
-from benchmark.performance import idle, measurement, parallel
+from benchmark.performance import idle, measurement, onnx_runtime, parallel
 from benchmark.performance.architectures import ARCHITECTURES
 from benchmark.performance.full_size import in_own_process
 from benchmark.performance.growth import Point, _apart, _calibration, _views, exponents, measured
 from benchmark.performance.idle import Watch
 from benchmark.performance.ledger import Ledger
-from benchmark.performance.measurement import ROWS, Line, Setup, compare
+from benchmark.performance.measurement import ROWS, Line, NotMeasurableError, Setup, compare
 from benchmark.performance.peak_memory import PeakMemory, saved_bytes
 from quanttune.errors import StoreError
 
@@ -240,3 +240,25 @@ def test_growth_times_the_command_line_on_synthetic_stores(tmp_path: Path) -> No
 def test_the_memory_of_a_calibration_hardly_grows_with_its_items() -> None:
     few, many = (_apart(_calibration, items, 1, "cpu").peak_mb for items in (64, 1024))
     assert many < 2 * few
+
+
+def test_a_calibrator_of_others_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found: the histogram of one overflows on the masks of BERT, and the row failed with it."""
+    failing = {"Percentile"}
+
+    def calibrate(name: str, *_: Any) -> Callable[[], object]:
+        def run() -> None:
+            if name in failing:
+                raise ValueError("no range")
+
+        return run
+
+    monkeypatch.setattr(onnx_runtime, "_export", lambda *_: None)
+    monkeypatch.setattr(onnx_runtime, "_calibrate", calibrate)
+    setup = Setup("tiny_vit", tmp_path, torch.device("cpu"), 1, lambda _: None)
+    lines = {line.what: line for line in ROWS.get("calibrators_onnxruntime").measure(setup)}
+    assert set(lines) == {"our statistics", measurement.FORWARD, "MinMax", "Entropy"}
+    assert "Percentile fails on this model: ValueError: no range" in lines[measurement.FORWARD].note
+    failing |= {"MinMax", "Entropy"}
+    with pytest.raises(NotMeasurableError, match="MinMax fails"):
+        ROWS.get("calibrators_onnxruntime").measure(setup)

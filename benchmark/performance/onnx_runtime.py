@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmark.performance.measurement import FORWARD, Line, Setup, compare, row
+from benchmark.performance.measurement import FORWARD, Line, NotMeasurableError, Setup, compare, row
 from benchmark.performance.torch_observers import over_others
 
 if TYPE_CHECKING:
@@ -37,8 +37,22 @@ def calibrators(setup: Setup) -> Sequence[Line]:
             "our statistics": lambda: collect_statistics(model, batches, sites),
             FORWARD: setup.forward(_ITEMS),
         }
-        works |= {name: _calibrate(name, path, batches) for name in METHODS}
-        lines = compare(min(setup.repeats, 2), works, notes={FORWARD: f"of {_ITEMS} items"}, warm=False)
+        notes = {FORWARD: f"of {_ITEMS} items"}
+        failures = []
+        for name in METHODS:
+            work = _calibrate(name, path, batches)
+            try:
+                work()
+            # code of others, and what it cannot do is a result as well
+            except Exception as error:
+                failures.append(f"{name} fails on this model: {type(error).__name__}: {error}")
+            else:
+                works[name] = work
+        if len(failures) == len(METHODS):
+            raise NotMeasurableError("; ".join(failures))
+        if failures:
+            notes[FORWARD] = "; ".join([notes[FORWARD], *failures])
+        lines = compare(min(setup.repeats, 2), works, notes=notes, warm=False)
     return over_others(lines)
 
 
