@@ -26,3 +26,8 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _one_job(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands run in the process of the test: others would not know what it registered."""
     monkeypatch.setattr("benchmark.engine.environment.MOST_JOBS", 1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that fork come first: a child cannot train once the parent has threads of autograd."""
+    items.sort(key=lambda item: item.get_closest_marker("forks") is None)

@@ -146,9 +146,15 @@ def column_format(texts: Iterable[str]) -> str:
     whole = max(len(match[2].replace(",", "")) for match in found)
     places = max(len(match[3] or "") for match in found)
     deviations = [_deviation(match) for match in found if match[4] is not None]
-    digits = max((len(text.replace(".", "").lstrip("0")) or 1 for text in deviations), default=0)
+    digits = max((_digits(text, places) for text in deviations), default=0)
     form = f"{sign}{whole}" + (f".{places}" if places else "") + (f"({digits})" if digits else "")
     return f"S[table-format={form}]"
+
+
+def _digits(deviation: str, places: int) -> int:
+    """The digits that siunitx must make room for: they are counted from the last place of the column."""
+    whole, _, part = deviation.partition(".")
+    return len(whole) + places if whole.strip("0") else len(part.lstrip("0")) or 1
 
 
 def _deviation(match: re.Match[str]) -> str:

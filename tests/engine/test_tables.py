@@ -182,8 +182,11 @@ def test_a_note_says_where_and_with_what(full: SuiteRows) -> None:
     ("texts", "column"),
     [
         (["84.7 ± 0.3", "7.7", "-3.6", "--"], "S[table-format=-2.1(1)]"),
-        (["101.0 ± 1.46", "97.24"], "S[table-format=3.2(2)]"),
+        (["101.0 ± 1.46", "97.24"], "S[table-format=3.2(3)]"),
         (["12,345", "3.2e+09"], "S[table-format=5]"),
+        # room for 274 before the point, which the column has for others
+        (["74.20", "49,310 ± 274", "112.2 ± 0.77"], "S[table-format=5.2(5)]"),
+        (["87.1 ± 12.5", "7.7 ± 0.3"], "S[table-format=2.1(3)]"),
         (["failed", "--"], "r"),
     ],
 )

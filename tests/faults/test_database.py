@@ -18,6 +18,8 @@ from tests.faults.corruptions import HARMS, precious
 from tests.faults.killing import several
 from tests.faults.test_kills import AT_ONCE, Disturbed, disturbed, warm
 
+pytestmark = pytest.mark.forks
+
 __all__ = ["disturbed", "warm"]
 
 

@@ -24,6 +24,8 @@ from benchmark.subject.models.entry import MODELS
 from tests.faults import runs, tally
 from tests.faults.killing import Kill, Point, killed, several, spread, undisturbed
 
+pytestmark = pytest.mark.forks
+
 AT_ONCE = min(4, os.cpu_count() or 1)
 
 
