@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -38,6 +39,7 @@ SUBMITTED = "submitted"
 
 LARGEST = 6 * 2**20
 """Bytes that the files of a folder may have together."""
+_OURS = re.compile(rf"({RECORDS}|{ITEMS})(-[0-9a-f]{{16}})?\.parquet")
 _PAGE = 1 << 24  # bytes: what repeats in other records is found within a page
 
 
@@ -214,7 +216,8 @@ def _write(folder: Path, kept: Iterable[_Measured], largest: int) -> Publication
     # The manifest goes last: until then it names the files of before, which are still there.
     write_text_atomically(folder / MANIFEST, text)
     for path in sorted(folder.glob("*.parquet")):
-        if path.name not in files:
+        # what else lies there is not ours
+        if _OURS.fullmatch(path.name) and path.name not in files:
             path.unlink(missing_ok=True)
     return Publication(len(rows), suites, size + len(text))
 

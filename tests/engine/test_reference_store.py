@@ -18,7 +18,6 @@ from benchmark.grid.cells import Cell
 from benchmark.grid.expand import expand
 from benchmark.grid.suite import load_suite, parse_suite
 from benchmark.keep import atomic, publishing
-from benchmark.keep.merging import difference
 from benchmark.keep.publishing import publish
 from benchmark.keep.record import Record, Result
 from benchmark.keep.reference_store import ITEMS, MANIFEST, RECORDS, ReferenceStore, open_store
@@ -66,7 +65,13 @@ def measure(store: Store, text: str, name: str) -> list[Record]:
         result = Result("accuracy", True, value, 90.0, None, 90.0 - value, -1.25, 1.5, 40)
         site = {"id": "head/linear.weight", "low": -0.1, "high": 1 / 3, "shape": [3, 8], "source": None}
         record = Record(
-            cell, "done", "2026-01-01T00:00:00+00:00", 1.25, result, sites=[site] * (not cell.is_reference)
+            cell,
+            "done",
+            "2026-01-01T00:00:00+00:00",
+            1.25,
+            result,
+            reference_digest="a" * 64,
+            sites=[site] * (not cell.is_reference),
         )
         records.append(store.save(record, items))
     return records
@@ -141,81 +146,6 @@ def test_a_cell_of_a_suite_that_stays_keeps_its_record(published: ReferenceStore
     kept = ReferenceStore(published.root)
     assert kept.find_or_none(first.cell.cell_id) == first
     assert "another" in kept.suites_of(first.cell.cell_id)
-
-
-@pytest.fixture
-def two_machines(published: ReferenceStore, store: Store) -> tuple[ReferenceStore, Record, Record]:
-    """A cell of suites ``first`` and ``second``, which suite ``another`` has from other reference weights."""
-    shared = next(record for record in published.records() if record.cell.is_reference)
-    assert shared.result is not None
-    result = dataclasses.replace(shared.result, value=1.0)
-    other = dataclasses.replace(shared, result=result, reference_digest="b" * 64, items_sha256="c" * 64)
-    items = {name: array[::-1].copy() for name, array in store.items(shared.cell.cell_id).items()}
-    publish(published.root, {"another": [other]}, lambda *_: items)
-    return ReferenceStore(published.root), shared, other
-
-
-def test_suites_of_two_machines_keep_their_own_numbers_of_a_cell(
-    two_machines: tuple[ReferenceStore, Record, Record], store: Store
-) -> None:
-    """Found: what was published last stood for the cell in every suite, whose tables mixed two references."""
-    kept, shared, other = two_machines
-    cell_id = shared.cell.cell_id
-    assert kept.suites == {"another": 1, "first": 3, "second": 3}
-    for name, record in (("first", shared), ("second", shared), ("another", other)):
-        view = kept.of_suite(name)
-        assert view.load(record.cell) == record
-        assert name in view.suites_of(cell_id)
-    own, others = (kept.of_suite(name).items(cell_id)["targets"] for name in ("first", "another"))
-    np.testing.assert_array_equal(own, others[::-1])
-    assert len(list(kept.records())) == 5  # one a cell
-    assert len(list(kept.measurements())) == 6
-
-
-def test_the_main_job_stands_for_a_cell_and_the_rest_is_told(
-    two_machines: tuple[ReferenceStore, Record, Record], store: Store
-) -> None:
-    kept, shared, other = two_machines
-    cell_id = shared.cell.cell_id
-    assert kept.find(cell_id) == other  # of "another", by name before "first"
-    assert kept.elsewhere(cell_id) == ["first", "second"]
-    told = CliRunner().invoke(cli, ["show", cell_id[:12], "--results", str(kept.root)])
-    assert "another number, on other reference weights: --suite first or second" in told.stderr
-    assert json.loads(told.stdout)["result"]["value"] == 1.0
-    publish(kept.root, {"laptop": [shared]}, of(store))
-    again = ReferenceStore(kept.root)
-    assert again.find(cell_id) == shared
-    assert again.elsewhere(cell_id) == ["another"]
-    assert again.measured_like(other).find(cell_id) == other
-    assert again.measured_like(shared).find(cell_id) == shared
-
-
-def test_a_measurement_goes_with_the_last_suite_that_shows_it(
-    two_machines: tuple[ReferenceStore, Record, Record], store: Store
-) -> None:
-    kept, shared, _ = two_machines
-    publish(kept.root, {"another": [shared]}, of(store))
-    again = ReferenceStore(kept.root)
-    assert [record for record, _ in again.measurements() if record.cell == shared.cell] == [shared]
-    assert again.suites_of(shared.cell.cell_id) == ["another", "first", "second"]
-
-
-def test_a_merge_knows_a_cell_by_any_of_its_measurements(
-    two_machines: tuple[ReferenceStore, Record, Record], store: Store, tmp_path: Path
-) -> None:
-    kept, _, other = two_machines
-    assert difference(store, kept).conflicts == []
-    third = dataclasses.replace(other, reference_digest="d" * 64, items_sha256=None)
-    assert third.result is not None
-    foreign = Store(tmp_path / "foreign")
-    foreign.prepare()
-    foreign.save(dataclasses.replace(third, result=dataclasses.replace(third.result, value=2.0)))
-    (conflict,) = difference(foreign, kept).conflicts
-    assert "accuracy 2.0" in str(conflict)
-    # and both are named where they would go into one store
-    target = Store(tmp_path / "target")
-    (conflict,) = difference(kept, target).conflicts
-    assert "accuracy 1.0" in str(conflict)
 
 
 def test_the_same_results_give_the_same_files(
@@ -297,6 +227,14 @@ def test_a_full_disk_leaves_the_folder_as_it_was(
     assert len(list(published.root.glob("*.parquet"))) == 2
 
 
+def test_files_of_others_in_the_folder_stay(published: ReferenceStore, store: Store) -> None:
+    theirs = [published.root / name for name in ("mine.parquet", "records-mine.parquet")]
+    for path in theirs:
+        path.write_bytes(b"data")
+    publish(published.root, {"third": measure(store, SUITE.replace("minmax", "omse"), "third")}, of(store))
+    assert all(path.read_bytes() == b"data" for path in theirs)
+
+
 def test_two_that_publish_at_once_lose_nothing(published: ReferenceStore, store: Store) -> None:
     records = {
         name: measure(store, SUITE.replace("minmax", name), name) for name in ("omse", "ema", "entropy")
@@ -313,18 +251,6 @@ def test_what_must_not_be_published(published: ReferenceStore, store: Store) -> 
     with pytest.raises(StoreError, match="a results folder of its own"):
         publish(store.root, {"first": records}, of(store))
     assert not isinstance(open_store(store.root), ReferenceStore)
-
-
-def test_a_suite_that_is_not_published_sees_one_set_of_weights(
-    two_machines: tuple[ReferenceStore, Record, Record], store: Store
-) -> None:
-    """Found: its table had the FP32 of one machine above the methods of another."""
-    kept, shared, other = two_machines
-    for name, record in (("unknown", other), ("first", shared)):
-        view = kept.of_suite(name)
-        assert view.load(shared.cell) == record
-    digests = {view.reference_digest for view in kept.of_suite("unknown").records()}
-    assert len(digests - {None}) == 1
 
 
 def test_a_newer_folder_is_refused(published: ReferenceStore, monkeypatch: pytest.MonkeyPatch) -> None:
