@@ -1,8 +1,6 @@
 """How far rounding alone moves a cell: the simulation again with steps that differ in their last digits.
 
-Another processor, library or batch size rounds differently, and what a deep quantized network computes then
-differs by whole codes. A few copies of the cell whose steps are perturbed show by how much its metrics may
-move: copy 0 is the cell itself, and any of the others is as good.
+See :mod:`quanttune.quantization.perturbation` for the copies, of which copy 0 is the cell itself.
 """
 
 from __future__ import annotations
@@ -18,7 +16,8 @@ from benchmark.grid.cells import ENGINE_VERSION
 from benchmark.grid.noise import ALL, UNMEASURED
 from benchmark.keep.record import Noise
 from quanttune.digests import json_digest
-from quanttune.seeds import numpy_generator, torch_generator
+from quanttune.quantization.perturbation import COPIES, PURPOSE, RELATIVE, perturbed_copy
+from quanttune.seeds import numpy_generator
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,16 +27,10 @@ if TYPE_CHECKING:
     from benchmark.subject.tasks.task import Task
     from quanttune.quantization import Quantized
 
-COPIES = 5
-"""Perturbed copies beside the cell itself."""
-RELATIVE = 1e-6
-"""By how much a step is perturbed at most, relative to itself: about eight units in its last place."""
 SHARE = 10
 """One item of so many is measured again: the copies then cost half of the cell's own evaluation."""
 SHUFFLES = 50
 """Draws that tell what rounding would do to a metric if it were independent between items."""
-
-_PURPOSE = "rounding noise"
 
 
 def noise_ids(task: Task, cell: Cell) -> list[int]:
@@ -97,11 +90,7 @@ def _measure(
 ) -> Items:
     from quanttune.quantization import simulate
 
-    generator = torch_generator(cell.seed, _PURPOSE, copy)
-    quantizers = {
-        site: quantizer.perturbed(RELATIVE, generator)
-        for site, quantizer in sorted(quantized.quantizers.items())
-    }
+    quantizers = perturbed_copy(quantized.quantizers, cell.seed, copy)
     with simulate(model, quantizers, known=session.sites.known):
         return evaluate(
             model,
@@ -114,7 +103,7 @@ def _measure(
             progress=lambda stage, done, total: session.progress(
                 stage, done + total * (copy - 1), total * COPIES
             ),
-            stage=_PURPOSE,
+            stage=PURPOSE,
         )
 
 
@@ -223,7 +212,7 @@ def _independent(task: Task, parts: Sequence[Items]) -> dict[str, float]:
     """The variance of each metric over versions that are shuffled for every item apart, mean over draws."""
     stacked = {name: np.stack([part.arrays()[name] for part in parts]) for name in parts[0].arrays()}
     items = np.arange(len(parts[0].ids))
-    generator = numpy_generator(0, _PURPOSE, "shuffles", len(items))
+    generator = numpy_generator(0, PURPOSE, "shuffles", len(items))
     variances: dict[str, list[float]] = {}
     for _ in range(SHUFFLES):
         order = generator.permuted(np.tile(np.arange(len(parts)), (len(items), 1)), axis=1)

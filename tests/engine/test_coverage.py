@@ -15,7 +15,8 @@ import pytest
 
 from benchmark.engine import measure
 from benchmark.engine.measure import Items, drop_interval
-from benchmark.engine.noise import COPIES, SHARE, spreads
+from benchmark.engine.noise import SHARE, spreads
+from quanttune.quantization.perturbation import COPIES
 
 N = 2000
 SHIFT = 0.3

@@ -12,7 +12,7 @@ import pytest
 
 from benchmark.engine import noise
 from benchmark.engine.measure import FEW_COPIES, RESAMPLES, Items, drop_interval
-from benchmark.engine.noise import COPIES, RELATIVE, flips, noise_ids, spreads
+from benchmark.engine.noise import flips, noise_ids, spreads
 from benchmark.engine.runner import CellRunner, Settings
 from benchmark.grid.cells import Cell
 from benchmark.grid.expand import expand
@@ -21,6 +21,7 @@ from benchmark.keep.record import Noise, Record, Result
 from benchmark.keep.store import Store
 from benchmark.subject.tasks.task import get_task
 from quanttune.errors import ConfigError
+from quanttune.quantization.perturbation import COPIES, RELATIVE
 from quanttune.seeds import numpy_generator
 from tests.engine.conftest import SUITE
 
