@@ -6,15 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pytest
 from torch import nn
 
-from baselines.best_calibrator import CANDIDATES, LEADERS, validated
+from baselines.best_calibrator import CANDIDATES, validated
 from baselines.method import METHODS, Context
 from quanttune.errors import ConfigError
 from quanttune.quantization import Quantizer
-from quanttune.quantization.perturbation import COPIES, RELATIVE
 from tests.method_contexts import CountingStages, HeldOut, context_for
 from tests.quantization.models import inputs
 
@@ -23,19 +21,11 @@ SITE = "blocks.0/add.output"
 
 
 class Preferring(HeldOut):
-    """Scores that are given; what was scored is noted.
+    """Scores that are given; what was scored is noted."""
 
-    Args:
-        scores: Of the candidates, one after the other.
-        copies: Of the perturbed copies of the leaders, the first leader's first; the leader's own score if
-            not given.
-    """
-
-    def __init__(self, scores: list[float], copies: list[float] | None = None) -> None:
+    def __init__(self, scores: list[float]) -> None:
         super().__init__([inputs("vit", 2, 8), inputs("vit", 2, 9)])
-        leaders = sorted(scores, key=lambda score: math.inf if math.isnan(score) else -score)[:LEADERS]
-        repeated = [score for score in leaders for _ in range(COPIES)]
-        self.scores, self.seen = scores + (copies or repeated), list[tuple[nn.Module, float]]()
+        self.scores, self.seen = scores, list[tuple[nn.Module, float]]()
         self.items: list[int] = []
 
     def score(self, model: nn.Module, quantizers: Mapping[str, Quantizer], items: int) -> float:
@@ -51,10 +41,8 @@ class SeparateStages(CountingStages):
         return make() if stage == "validation" else super().tensors(stage, key, make)
 
 
-def chosen_by(
-    scores: list[float], copies: list[float] | None = None, **changes: Any
-) -> tuple[Context, Any, Preferring]:
-    validation = Preferring(scores, copies)
+def chosen_by(scores: list[float], **changes: Any) -> tuple[Context, Any, Preferring]:
+    validation = Preferring(scores)
     context = context_for("vit", "full", "W4A4", validation=validation, stages=SeparateStages(), **changes)
     return context, METHODS.get("best_calibrator")().quantize(context), validation
 
@@ -82,26 +70,7 @@ def test_the_best_score_decides_and_the_quantizers_are_its(place: int) -> None:
     assert quantized.details["validation_scores"] == dict(zip(LABELS, scores, strict=True))
     assert quantized.details["validation_items"] == 2  # it has no more
     assert quantized.details["validation_metric"] == "closeness"
-    assert validation.items == [256] * (len(CANDIDATES) + LEADERS * COPIES)
-
-
-def test_among_the_leaders_the_mean_over_perturbed_copies_decides() -> None:
-    scores = [9.0, 1.0, 8.0, 2.0, 10.0, 3.0, 4.0]
-    # of mse, minmax and percentile: 10, 7, 7, ... and 9, 9, ... and 8, 8, ...
-    copies = [7.0] * COPIES + [9.0] * COPIES + [8.0] * COPIES
-    context, quantized, validation = chosen_by(scores, copies)
-    assert quantized.details["chosen_calibrator"] == "minmax"
-    assert quantized.details["validation_scores"] == dict(zip(LABELS, scores, strict=True))
-    assert quantized.details["validation_means"] == {"mse": 7.5, "minmax": 9.0, "percentile": 8.0}
-    # what is kept are the quantizers themselves, not a copy
-    plain = METHODS.get("minmax")().quantize(context)
-    assert quantized.quantizers_digest() == plain.quantizers_digest()
-    steps = np.array([step for _, step in validation.seen])
-    leaders = np.repeat(steps[[4, 0, 2]], COPIES)
-    moved = np.abs(steps[len(CANDIDATES) :] / leaders - 1)
-    assert len(set(steps[len(CANDIDATES) :])) > LEADERS
-    assert moved.min() > 0
-    assert moved.max() < 1.2 * RELATIVE
+    assert validation.items == [256] * len(CANDIDATES)
 
 
 def test_of_equals_the_first_is_taken() -> None:
@@ -127,9 +96,7 @@ def test_the_real_scores_choose_what_comes_closest() -> None:
     for (name, parameters), label in zip(CANDIDATES, LABELS, strict=True):
         made = METHODS.get(name)(**parameters).quantize(context)
         assert scores[label] == validation.score(context.model, made.quantizers, 256)
-    means = quantized.details["validation_means"]
-    assert set(means) == set(sorted(scores, key=lambda label: -scores[label])[:LEADERS])
-    assert means[quantized.details["chosen_calibrator"]] == max(means.values())
+    assert scores[quantized.details["chosen_calibrator"]] == max(scores.values())
     assert len(set(scores.values())) > 3
 
 
