@@ -150,16 +150,18 @@ def open_suite(
     )
 
 
-def suites_with_results(store: Store) -> list[str]:
+def suites_with_results(store: Store, further: Sequence[str] = ()) -> list[str]:
     """What to give as ``--suite`` for every suite with a measured cell: the main job first, then the largest.
 
     Suite ``smoke``, whose models have random weights, is left out where there is another.
 
     Args:
         store: Where to look.
+        further: Suites to look at besides those of the package; what ``--suite`` takes.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is none, or one of ``further`` cannot be read.
+        UnknownNameError: If no suite has the name of one of ``further``.
     """
     from benchmark.grid.expand import expand
     from benchmark.grid.suite import DEFAULT_SUITE, load_suite, suite_names
@@ -167,12 +169,16 @@ def suites_with_results(store: Store) -> list[str]:
     from quanttune.errors import ConfigError, QuantTuneError
 
     counts: dict[str, int] = {}
-    for name in suite_names():
-        if isinstance(store, ReferenceStore) and name not in store.suites:
+    for name in dict.fromkeys([*suite_names(), *further]):
+        given = name in further
+        if isinstance(store, ReferenceStore) and name not in store.suites and not given:
             continue
         try:
             cells = expand(load_suite(name))
-        except QuantTuneError:  # a suite that needs what is not here has no results either
+        except QuantTuneError:
+            if given:
+                raise
+            # a suite that needs what is not here has no results either
             continue
         done = sum(not cell.is_reference and store.load(cell) is not None for cell in cells)
         if done:
@@ -182,7 +188,7 @@ def suites_with_results(store: Store) -> list[str]:
             f"no suite has results in {store.root}; run `python -m benchmark run --all`, or give "
             "--results reference for what came with the code"
         )
-    if len(counts) > 1:
+    if len(counts) > 1 and "smoke" not in further:
         counts.pop("smoke", None)
     return sorted(counts, key=lambda name: (name != DEFAULT_SUITE, -counts[name], name))
 

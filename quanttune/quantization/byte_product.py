@@ -1,13 +1,16 @@
 """Products of codes in one byte each: faster than float32's where the processor has them.
 
-Sums are 32-bit integers; on a GPU its tensor cores make them. Processors without instructions for dot
-products of bytes (VNNI, AMX) add pairs of products in 16 bits and saturate, without a word, so each shape is
-tried on the worst operands before it is used.
+Sums are 32-bit integers; on a GPU its tensor cores make them. Without instructions for dot products of bytes
+(VNNI, AMX) some kernels add pairs of products in 16 bits and saturate, without a word, so each shape is tried
+on the worst operands before it is used. Others are a plain loop, right and 25 times slower than float32's, so
+each is timed first.
 """
 
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -21,6 +24,9 @@ BYTE = 127
 _LONGEST = (2**31 - 1) // BYTE**2
 _PROBED_ROWS = (1, 48, 512)
 """Numbers of rows that a product is tried with: kernels are chosen by it."""
+_TIMED_ROWS, _TIMED_OUTPUTS, _TIMES = 48, 512, 4
+_SLOWER = 4
+"""Times as long as in float32 a product may take: instructions for it never do, and a plain loop always."""
 _FEWEST_ON_A_GPU = 32
 """CUDA's product of bytes takes no fewer than 17 rows; those that are missing are zeros."""
 _WEIGHTS_AT_ONCE = 1 << 22
@@ -79,12 +85,45 @@ class ByteProduct:
 
 
 def as_bytes(encoded: Encoded) -> Tensor | None:
-    """A weight's codes as int8; ``None`` where they do not fit or such products are not exact here."""
+    """A weight's codes as int8; ``None`` where they do not fit, or products are slow or not exact here."""
     codes = encoded.codes
     fits = encoded.grid.largest <= BYTE and codes.dim() == 2 and codes.shape[1] <= _LONGEST
-    if not fits or not is_exact(*codes.shape, codes.device):
+    if not fits or not is_fast(*codes.shape, codes.device) or not is_exact(*codes.shape, codes.device):
         return None
     return codes.to(torch.int8)
+
+
+@cache
+def is_fast(outputs: int, inputs: int, device: torch.device = _CPU) -> bool:
+    """Whether this process has more than a plain loop for products of bytes of that shape, by time.
+
+    No number depends on the answer: both ways give the exact sums.
+
+    Args:
+        outputs: Rows of the weight; of many, some are tried.
+        inputs: Numbers that are summed over.
+        device: Where; a GPU always has.
+    """
+    if device.type != "cpu":
+        return True
+    rows = torch.ones(_TIMED_ROWS, inputs, dtype=torch.int8)
+    weight = torch.ones(inputs, min(outputs, _TIMED_OUTPUTS), dtype=torch.int8)
+    in_floats = rows.float(), weight.float()
+    try:
+        in_bytes = _shortest(lambda: torch._int_mm(rows, weight))
+    except (RuntimeError, NotImplementedError):
+        return False
+    return in_bytes <= _SLOWER * _shortest(lambda: torch.mm(*in_floats))
+
+
+def _shortest(work: Callable[[], Tensor]) -> float:
+    """Seconds of the fastest of a few times; the first ones choose a kernel."""
+    seconds = []
+    for _ in range(_TIMES):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from baselines.method import MemoryStages
+from benchmark.keep.stages import Stages
 from benchmark.subject.assets.catalogue import ASSETS, Asset
 from benchmark.subject.assets.fetch import Fetched
 from benchmark.subject.lookup import get_model
@@ -163,6 +164,28 @@ def test_fine_tuning_a_reference_repeats_to_the_bit(encoder: FineTunedBert) -> N
     encoder.build().load_state_dict(state)
     changed = dataclasses.replace(encoder, training={**encoder.training, "steps": 7})
     assert tensor_digest(changed.make_reference(MemoryStages(), lambda *_: None)) != tensor_digest(state)
+
+
+def test_an_interrupted_fine_tuning_of_a_reference_goes_on(encoder: FineTunedBert, tmp_path: Path) -> None:
+    long = dataclasses.replace(encoder, training={**encoder.training, "steps": 103})
+    seen: list[int] = []
+
+    def until(last: int) -> Callable[[str, int, int], None]:
+        def progress(_: str, done: int, total: int) -> None:
+            seen.append(done)
+            if done == last:
+                raise KeyboardInterrupt
+
+        return progress
+
+    with pytest.raises(KeyboardInterrupt):
+        long.make_reference(Stages(tmp_path / "stages"), until(101))
+    seen.clear()
+    gone_on = long.make_reference(Stages(tmp_path / "stages"), until(0))
+    assert seen[0] > 100
+    whole = long.make_reference(MemoryStages(), lambda *_: None)
+    assert tensor_digest(gone_on) == tensor_digest(whole)
+    assert not list((tmp_path / "stages").rglob("*unfinished*/*"))
 
 
 def test_fine_tuning_starts_from_the_pretrained_encoder(encoder: FineTunedBert) -> None:

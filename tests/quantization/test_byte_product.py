@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from quanttune.quantization import byte_product, exact
-from quanttune.quantization.byte_product import BYTE, ByteProduct, as_bytes, is_exact
+from quanttune.quantization.byte_product import BYTE, ByteProduct, as_bytes, is_exact, is_fast
 from quanttune.quantization.exact import LazyCodes, Operand
 from quanttune.quantization.quantizers.grid import Encoded, Grid
 
@@ -23,6 +25,12 @@ def draw(*shape: int, seed: int = 0) -> np.ndarray:
 def in_bytes(outputs: int, inputs: int) -> None:
     if not is_exact(outputs, inputs):
         pytest.skip("this processor multiplies no bytes without loss")
+
+
+@pytest.fixture(autouse=True)
+def _whatever_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is right is tried where it is slow, too."""
+    monkeypatch.setattr(byte_product, "is_fast", lambda *_: True)
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(8, 5), (48, 384), (33, 1537), (4, 60_000)])
@@ -74,6 +82,36 @@ def test_what_does_not_fit_a_byte_is_left_alone() -> None:
     assert as_bytes(Encoded(codes, Grid(1.0, BYTE + 1))) is None
     assert as_bytes(Encoded(codes.view(8, 4, 4), Grid(1.0, BYTE))) is None
     assert as_bytes(Encoded(torch.ones(1, 140_000), Grid(1.0, BYTE))) is None
+
+
+@pytest.mark.parametrize(("in_bytes_s", "fast"), [(0.01, True), (0.39, True), (0.41, False), (25.0, False)])
+def test_a_plain_loop_is_told_by_its_time(
+    monkeypatch: pytest.MonkeyPatch, in_bytes_s: float, fast: bool
+) -> None:
+    def seconds(work: Callable[[], Tensor]) -> float:
+        return in_bytes_s if work().dtype == torch.int32 else 0.1
+
+    monkeypatch.setattr(byte_product, "_shortest", seconds)
+    assert is_fast.__wrapped__(3000, 40) is fast
+    monkeypatch.setattr(byte_product, "is_fast", is_fast.__wrapped__)
+    monkeypatch.setattr(byte_product, "is_exact", lambda *_: True)
+    codes = as_bytes(Encoded(torch.ones(8, 16), Grid(1.0, BYTE)))
+    assert (codes is not None) is fast
+
+
+def test_the_shortest_of_a_few_times_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 9.0, 10.0, 11.0, 20.0, 23.0, 30.0, 32.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    assert byte_product._shortest(lambda: torch.ones(1)) == 1.0
+
+
+def test_a_processor_without_such_products_is_asked_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    monkeypatch.setattr(torch, "_int_mm", absent)
+    assert not is_fast.__wrapped__(8, 16)
+    assert not is_exact.__wrapped__(8, 16)
 
 
 def test_saturating_products_are_found_out() -> None:

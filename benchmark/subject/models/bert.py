@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from baselines.method import StageCache
+
 REFERENCE_SEED = 0
 
 
@@ -116,7 +118,28 @@ class FineTunedBert(TextEntry):
             )
         return model
 
+    def make_reference(
+        self, stages: StageCache, progress: Progress, device: torch.device | None = None
+    ) -> dict[str, Tensor]:
+        """The fine-tuned state dict, kept as a stage; an interrupted training goes on where it was."""
+        import torch
+
+        chosen, key = device or torch.device("cpu"), self._reference_key()
+        return stages.tensors(
+            "reference",
+            key,
+            lambda: self._fine_tuned(progress, chosen, stages.checkpoint("reference", key)),
+        )
+
+    def _reference_key(self) -> dict[str, Any]:
+        return self.identity()
+
     def _reference(self, progress: Progress, device: torch.device) -> dict[str, Tensor]:
+        return self._fine_tuned(progress, device, None)
+
+    def _fine_tuned(
+        self, progress: Progress, device: torch.device, checkpoint: Path | None
+    ) -> dict[str, Tensor]:
         from quanttune.tuner import Schedule, tune
 
         model = self.pretrained()
@@ -130,6 +153,7 @@ class FineTunedBert(TextEntry):
             schedule,
             seed=derive_seed(REFERENCE_SEED, "reference", self.key),
             device=device,
+            checkpoint=checkpoint,
             progress=lambda done, total, _loss: progress("reference fine-tuning", done, total),
         )
         return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}

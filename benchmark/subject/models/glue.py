@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from benchmark.subject.models.bert import REFERENCE_SEED, FineTunedBert
 from benchmark.subject.models.checkpoint import read_tokenizer, read_transformers
-from benchmark.subject.models.entry import MODELS, Progress
+from benchmark.subject.models.entry import MODELS
 from benchmark.subject.models.hub import BERT_FILES, HubEntry, tokenizer_digest
 from quanttune.errors import AssetError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
     from torch import Tensor, nn
 
-    from baselines.method import StageCache
 
 RECIPE = {"steps": 500, "learning_rate": 2e-5, "batch_size": 32}
 """A starting point that nobody has searched."""
@@ -67,19 +65,10 @@ class GlueBert(HubEntry, FineTunedBert):
         """The encoder's weights and the tokenizer."""
         return {**super().pins(), "tokenizer": tokenizer_digest(self._tokenizer)}
 
-    def make_reference(
-        self, stages: StageCache, progress: Progress, device: torch.device | None = None
-    ) -> dict[str, Tensor]:
-        """The fine-tuned state dict, kept as a stage of this encoder and this tokenizer.
-
-        Other weights in the encoder's place make another reference.
-        """
-        import torch
-
+    def _reference_key(self) -> dict[str, Any]:
+        """This encoder and this tokenizer, too: other weights in their place make another reference."""
         pins = self.pins()
-        key = {**self.identity(), "pinned": [pins["weights"], pins["tokenizer"]]}
-        chosen = device or torch.device("cpu")
-        return stages.tensors("reference", key, lambda: self._reference(progress, chosen))
+        return {**self.identity(), "pinned": [pins["weights"], pins["tokenizer"]]}
 
     @cached_property
     def _folder(self) -> Path:
