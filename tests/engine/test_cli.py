@@ -245,3 +245,25 @@ def test_fetch_of_random_models_is_nothing(suite_file: str) -> None:
     result = CliRunner().invoke(cli, ["fetch", "--suite", suite_file])
     assert result.exit_code == 0
     assert "nothing to fetch" in result.stdout
+
+
+def test_a_report_of_all_holds_suites_of_one_s_own_that_are_named(
+    call: Any, ran: str, results: Path, tmp_path: Path
+) -> None:
+    alone = call("report", "--all")
+    assert alone.exit_code == 2
+    assert "no suite has results" in alone.stderr
+    part = tmp_path / "part.toml"
+    part.write_text(Path(ran).read_text().replace('"W8A8", "W4A4"', '"W4A4"'))
+    shown = call("report", "--all", "--suite", ran, "--suite", str(part), "--suite", ran)
+    assert shown.exit_code == 0, shown.output
+    folder = results / "report" / "all"
+    assert shown.stdout.strip() == str(folder / "index.html")
+    assert {page.stem for page in (folder / "suites").glob("*.html")} == {"toys", "part"}
+    several = call("report", "--suite", str(part), "--suite", ran)
+    assert several.stdout == shown.stdout
+    one = call("report", "--suite", ran)
+    assert one.stdout.strip() == str(results / "report" / "toys" / "index.html")
+    unknown = call("report", "--all", "--suite", "nothing")
+    assert unknown.exit_code == 2
+    assert "nothing" in unknown.stderr
