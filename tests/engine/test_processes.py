@@ -1,8 +1,10 @@
-"""``--processes``: a cell whose fine-tuning several processes share has the number of one, up to rounding."""
+"""Several processes: a fine-tuning that they share gives the number of one, and an end leaves nothing behind."""
 
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -57,3 +59,24 @@ def test_what_cannot_be_shared_is_refused(
     )
     assert done.exit_code == 2
     assert words in done.stderr
+
+
+def test_a_worker_holds_no_lock_that_processes_share() -> None:
+    """Of each, Python says that it leaked when the worker is terminated, as an interrupted run ends."""
+    program = (
+        "import multiprocessing\n"
+        "import sys\n"
+        "from multiprocessing import resource_tracker\n"
+        "multiprocessing.set_start_method('spawn')  # as in a worker\n"
+        "from benchmark.engine.executors.local import share_no_lock\n"
+        "if sys.argv[1] == 'ours':\n"
+        "    share_no_lock()\n"
+        "from tqdm.contrib.concurrent import thread_map\n"
+        "list(thread_map(str, [1, 2], disable=True))\n"
+        "print(resource_tracker._resource_tracker._fd is None)\n"
+    )
+    for lock, none in (("ours", "True"), ("tqdm's", "False")):
+        told = subprocess.run(
+            [sys.executable, "-c", program, lock], capture_output=True, text=True, check=True
+        )
+        assert told.stdout.strip() == none

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -141,9 +142,20 @@ def _receive(connection: Connection) -> Any:
     return json.loads(connection.recv_bytes())
 
 
+def share_no_lock() -> None:
+    """Give tqdm, through which transformers reports, a lock of this process alone.
+
+    Its own is shared between processes: of a terminated one Python would say that it leaked a semaphore.
+    """
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())
+
+
 def _work(connection: Connection, settings: Settings) -> None:
     """Run the cells that arrive until ``None`` does."""
     leave_to_parent()
+    share_no_lock()
     last = 0.0
 
     def send(*message: Any) -> None:
