@@ -1,4 +1,4 @@
-"""Several processes: a fine-tuning that they share gives the number of one, and an end leaves nothing behind."""
+"""Several processes: a fine-tuning that they share gives the number of one; an end leaves nothing behind."""
 
 from __future__ import annotations
 
