@@ -163,8 +163,9 @@ class ExactHandlers(SiteHandlers):
     def _finish_at(self, site: SiteId) -> Finish | None:
         """What quantizes the result that the site will be visited with next."""
         handler = self.handler_of(site)
-        in_place = isinstance(handler, UniformQuantizer) and handler.shared_grid is not None
-        return Finish(handler.quantize_in_place) if in_place else None  # type: ignore[union-attr]
+        if not isinstance(handler, UniformQuantizer) or handler.shared_grid is None:
+            return None
+        return Finish(handler.quantize_in_place, handler.quantize_nearly_known)
 
     def rearranged(self, result: Tensor, source: Tensor) -> Tensor:
         """Carry the mark of ``source`` along."""

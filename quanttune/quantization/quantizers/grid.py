@@ -81,12 +81,15 @@ class Finish:
 
     Args:
         quantize: Writes the quantized values over a part and says their grid.
+        nearly_known: The same for numbers that are known up to an error, if there is such a way; see
+            :meth:`.UniformQuantizer.quantize_nearly_known`.
 
     Attributes:
         grid: The grid, once a part has been quantized; ``None`` means that the result is as it was.
     """
 
     quantize: Callable[[Tensor], Grid | None]
+    nearly_known: Callable[[Tensor, float, Callable[[Tensor], Tensor], Tensor], Grid | None] | None = None
     grid: Grid | None = None
 
     def __call__(self, part: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
@@ -144,6 +145,30 @@ class UniformQuantizer(Quantizer):
         for part in values.view(-1).split(_AT_ONCE):
             part.mul_(self._inverse).round_().clamp_(*self.shared_limits).mul_(self._step)
         return grid
+
+    def quantize_nearly_known(
+        self, values: Tensor, error: float, exactly: Callable[[Tensor], Tensor], target: Tensor
+    ) -> Grid | None:
+        """:meth:`quantize_in_place` of numbers known up to an error, with the codes of the true ones.
+
+        Where a number is so close to the middle between two codes that the error could decide, it is asked
+        for again.
+
+        Args:
+            values: The numbers as far as they are known; contiguous, on a CPU, overwritten.
+            error: The largest difference from the true ones, the rounding of both to float32 included.
+            exactly: Gives the true ones at indices into the flattened values, as float32.
+            target: Where to write, in the shape of ``values``.
+        """
+        numbers = values.view(-1).mul_(self._inverse)
+        codes = target.view(-1)
+        torch.round(numbers, out=codes)
+        far = numbers.sub_(codes).abs_()
+        close = (far > 0.5 - error * self._inverse).nonzero().view(-1)
+        if len(close):
+            codes[close] = exactly(close).mul_(self._inverse).round_()
+        codes.clamp_(*self.shared_limits).mul_(self._step)
+        return self.shared_grid
 
     def _with_gradient(self, values: Tensor) -> Tensor:
         if self.axis is None:
