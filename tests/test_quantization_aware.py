@@ -142,14 +142,15 @@ def test_learning_steps_lowers_the_loss_that_ranges_too_wide_cause() -> None:
 
     training = QuantizedTraining(model, sites("vit"), wide)
     data = itertools.repeat((batch, plain))
-    schedule = Schedule(steps=60, learning_rate=1e-3, clip=1e9)
+    # At twice the rate the course is so rough that on some processors it ended at 0.50 of 0.59.
+    schedule = Schedule(steps=100, learning_rate=1e-3, clip=1e9)
     tune(
         training,
         data,
         lambda given, wanted: (given - wanted).square().mean(),
         schedule,
         around=training,
-        rates={STEPS: 0.1},
+        rates={STEPS: 0.05},
     )
     assert error(training.learned()) < 0.5 * error(wide)
 
