@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -102,6 +103,47 @@ def near(record: Record, low: float, high: float, digest: str) -> Record:
     assert record.result is not None
     result = dataclasses.replace(record.result, drop=(low + high) / 2, ci_low=low, ci_high=high)
     return dataclasses.replace(record, result=result, reference_digest=digest)
+
+
+class Items:
+    """A store that holds other items of every cell."""
+
+    def __init__(self, items: dict[str, np.ndarray]) -> None:
+        self._items = items
+
+    def items(self, _: str) -> dict[str, np.ndarray]:
+        return self._items
+
+
+@pytest.mark.parametrize(
+    ("factor", "reference_rule", "agrees"),
+    [(1.0, "to the bit", True), (1 + 1e-6, "up to rounding", True), (1.01, "up to rounding", False)],
+)
+def test_the_kernels_of_fp32_may_round_and_nothing_else_may(
+    published: ReferenceStore, factor: float, reference_rule: str, agrees: bool
+) -> None:
+    for reference in (True, False):
+        record = next(
+            each
+            for each in published.records()
+            if each.result is not None and each.cell.is_reference == reference
+        )
+        items = dict(published.items(record.cell.cell_id))
+        scores = np.asarray(items["scores"], dtype=np.float64) + 1.0
+        ids = items["ids"]
+        old, new = Items({"ids": ids, "scores": scores}), Items({"ids": ids, "scores": scores * factor})
+        verdict = compare(record, old, record, new)  # type: ignore[arg-type]
+        assert verdict.rule == (reference_rule if reference else "to the bit")
+        assert verdict.holds == (agrees if reference else factor == 1.0)
+
+
+def test_other_items_are_not_the_same_fp32(published: ReferenceStore) -> None:
+    record = next(each for each in published.records() if each.cell.is_reference)
+    items = dict(published.items(record.cell.cell_id))
+    other = Items(items | {"ids": items["ids"] + 1})
+    verdict = compare(record, Items(items), record, other)  # type: ignore[arg-type]
+    assert not verdict.holds
+    assert "ids" in verdict.why
 
 
 @pytest.mark.parametrize(("low", "high", "holds"), [(1.0, 3.0, True), (2.0, 4.0, True), (2.25, 4.0, False)])
