@@ -58,9 +58,8 @@ def verify(
     """Measure published cells again, in a folder of their own, and say by which rule they agree.
 
     Where the weights are the same, every prediction of every item must be, on any processor; FP32 may round
-    otherwise. Where they were
-    trained on another machine, the intervals of both drops must touch. The files are checked first. Exit code
-    0 if all agree, 1 if not.
+    otherwise. Where they were trained on another machine, the intervals of both drops must touch. The files
+    are checked first. Exit code 0 if all agree, 1 if not.
     """
     from benchmark.engine import verification
     from benchmark.engine.progress import Display
