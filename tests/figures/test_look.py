@@ -77,7 +77,7 @@ def test_every_method_and_model_has_its_place_in_the_overview(data: dict[str, An
     twice = pd.concat([frame, frame.assign(panel="other model", drop=0.0, low=0.0, high=0.0)])
     with canvas.style():
         figure = FIGURES.get("overview")("overview").draw(twice)
-    assert [axes.get_title(loc="left").partition(":")[0] for axes in figure.axes] == [
+    assert [axes.get_title(loc="left").partition("\n")[0] for axes in figure.axes] == [
         "tiny_vit",
         "other model",
     ]
@@ -86,6 +86,19 @@ def test_every_method_and_model_has_its_place_in_the_overview(data: dict[str, An
     )
     low, high = figure.axes[1].get_xlim()
     assert high - low >= 2  # no difference does not look like one
+
+
+def test_headings_of_panels_keep_apart_however_long_the_methods_names_are(data: dict[str, Any]) -> None:
+    frame = data["overview"]
+    longest = "ptq4vit[metric=mse,twin_softmax=False,twin_gelu=False]"
+    named = frame.assign(method=frame["method"].where(frame["method"] != "minmax", longest))
+    both = pd.concat([named.assign(panel=f"dinov2_vits14 {profile}") for profile in ("full", "matmul")])
+    with canvas.style():
+        figure = FIGURES.get("overview")("overview").draw(both)
+        figure.draw_without_rendering()
+    first, second = (axes._left_title.get_window_extent() for axes in figure.axes)
+    assert first.x1 < second.x0
+    assert second.x1 <= figure.bbox.x1
 
 
 @pytest.mark.parametrize(("count", "shape"), [(1, (1, 1)), (2, (1, 2)), (3, (2, 2)), (5, (3, 2))])
@@ -110,7 +123,7 @@ def test_a_rise_of_perplexity_is_drawn_to_the_right_and_by_powers_if_it_explodes
         figure = FIGURES.get("overview")("overview").draw(pd.concat([frame, exploded]))
     first, second = figure.axes
     assert first.get_xlabel() == "rise (perplexity); left is better"
-    assert first.get_title(loc="left") == "tiny_vit: FP32 perplexity 30.00"
+    assert first.get_title(loc="left") == "tiny_vit\nFP32 perplexity 30.00"
     points = {float(x) for line in first.lines if line.get_marker() != "None" for x in line.get_xdata()}
     assert points == {5.0}
     assert (first.get_xscale(), second.get_xscale()) == ("linear", "symlog")

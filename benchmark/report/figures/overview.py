@@ -94,9 +94,9 @@ class Overview(SuiteFigure):
             first = part.iloc[0]
             metric, fp32 = str(first["metric"]), float(first["fp32"])
             points = in_points(metric)
-            place.set_title(
-                f"{panel}: FP32 {metric} {number(fp32, metric)}{' %' if points else ''}", loc="left"
-            )
+            reference = f"FP32 {metric} {number(fp32, metric)}{' %' if points else ''}"
+            # Long names of methods leave little room beside each other.
+            place.set_title(f"{panel}\n{reference}" if across > 1 else f"{panel}: {reference}", loc="left")
             _scale(place, part, 2.0 if points else 0.05 * fp32)
             lost = loss_name(bool(first["higher_is_better"]))
             place.set_xlabel(f"{lost} ({'points' if points else metric}); left is better")
