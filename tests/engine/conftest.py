@@ -162,3 +162,13 @@ def suite_file(tmp_path: Path) -> str:
     path = tmp_path / "toys.toml"
     path.write_text(SUITE)
     return str(path)
+
+
+@pytest.fixture
+def tracked(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A results folder with MLflow's database, which takes seconds to make, in it."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "mlflow.db").write_bytes(empty_database.read_bytes())
+    return folder

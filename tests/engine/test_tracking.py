@@ -25,17 +25,8 @@ mlflow = pytest.importorskip("mlflow")
 
 
 @pytest.fixture
-def results(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    folder = tmp_path / "results"
-    folder.mkdir()
-    (folder / "mlflow.db").write_bytes(empty_database.read_bytes())
-    return folder
-
-
-@pytest.fixture
-def client(results: Path) -> Any:
-    return mlflow.MlflowClient(tracking_uri=f"sqlite:///{results / 'mlflow.db'}")
+def client(tracked: Path) -> Any:
+    return mlflow.MlflowClient(tracking_uri=f"sqlite:///{tracked / 'mlflow.db'}")
 
 
 def call(*arguments: str) -> Result:
@@ -52,12 +43,12 @@ def parents(client: Any) -> list[Any]:
     return list(client.search_runs([experiment.experiment_id], filter_string="tags.kind = 'invocation'"))
 
 
-def test_a_run_logs_a_parent_and_a_child_for_each_cell(results: Path, client: Any, suite_file: str) -> None:
-    assert call("run", "--all", "--suite", suite_file, "--results", str(results)).exit_code == 0
+def test_a_run_logs_a_parent_and_a_child_for_each_cell(tracked: Path, client: Any, suite_file: str) -> None:
+    assert call("run", "--all", "--suite", suite_file, "--results", str(tracked)).exit_code == 0
     (parent,) = parents(client)
     assert parent.info.status == "FINISHED"
     runs = cell_runs(client)
-    store = Store(results)
+    store = Store(tracked)
     cells = {cell.cell_id: cell for cell in expand(load_suite(suite_file))}
     assert {run.data.tags["cell_id"] for run in runs} == set(cells)
     for run in runs:
@@ -92,14 +83,14 @@ def test_a_run_logs_a_parent_and_a_child_for_each_cell(results: Path, client: An
         names = {item.path for item in client.list_artifacts(run.info.run_id)}
         wanted = {"record.json", "log.txt"} | (set() if cell.is_reference else {"sites.csv", "ranges.png"})
         assert names == wanted
-        assert str(results / "mlartifacts") in run.info.artifact_uri
+        assert str(tracked / "mlartifacts") in run.info.artifact_uri
 
 
-def test_the_parent_tells_the_drops(results: Path, client: Any, suite_file: str) -> None:
-    call("run", "--method", "minmax", "--suite", suite_file, "--results", str(results))
-    call("run", "--all", "--suite", suite_file, "--results", str(results))
+def test_the_parent_tells_the_drops(tracked: Path, client: Any, suite_file: str) -> None:
+    call("run", "--method", "minmax", "--suite", suite_file, "--results", str(tracked))
+    call("run", "--all", "--suite", suite_file, "--results", str(tracked))
     last, first = parents(client)
-    store = Store(results)
+    store = Store(tracked)
     records = {(each.cell.label, each.cell.precision): each.result for each in store.records()}
     (series,) = (name for name in first.data.metrics if name.startswith("drop/"))
     assert series == "drop/toy full/minmax"
@@ -130,8 +121,8 @@ def test_the_parent_tells_the_drops(results: Path, client: Any, suite_file: str)
     assert len(table["columns"]) == len(table["data"][0])
 
 
-def test_the_experiment_opens_with_its_comparison(results: Path, client: Any, suite_file: str) -> None:
-    call("run", "--all", "--suite", suite_file, "--results", str(results))
+def test_the_experiment_opens_with_its_comparison(tracked: Path, client: Any, suite_file: str) -> None:
+    call("run", "--all", "--suite", suite_file, "--results", str(tracked))
     experiment = client.get_experiment_by_name(EXPERIMENT)
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     states = {
@@ -151,16 +142,16 @@ def test_the_experiment_opens_with_its_comparison(results: Path, client: Any, su
     assert address(5000, "1").startswith("http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_")
 
 
-def test_a_method_is_a_run_that_has_each_number_once(results: Path, client: Any, suite_file: str) -> None:
+def test_a_method_is_a_run_that_has_each_number_once(tracked: Path, client: Any, suite_file: str) -> None:
     def methods() -> dict[str, Any]:
         experiment = client.get_experiment_by_name(EXPERIMENT)
         runs = client.search_runs([experiment.experiment_id], filter_string="tags.kind = 'method'")
         return {run.info.run_name: run for run in runs}
 
-    store = Store(results)
-    call("run", "--method", "mse", "--precision", "W8A8", "--suite", suite_file, "--results", str(results))
+    store = Store(tracked)
+    call("run", "--method", "mse", "--precision", "W8A8", "--suite", suite_file, "--results", str(tracked))
     first = methods()["mse"].info.run_id
-    call("run", "--all", "--suite", suite_file, "--results", str(results))
+    call("run", "--all", "--suite", suite_file, "--results", str(tracked))
     assert methods()["mse"].info.run_id == first
     history = client.get_metric_history(first, "drop/toy full")
     assert sorted(point.step for point in history) == [4, 8]
@@ -177,23 +168,23 @@ def test_a_method_is_a_run_that_has_each_number_once(results: Path, client: Any,
     assert len(history) == 2
 
 
-def test_a_training_is_drawn_by_step(results: Path, client: Any, tmp_path: Path) -> None:
+def test_a_training_is_drawn_by_step(tracked: Path, client: Any, tmp_path: Path) -> None:
     """Loss and its like of the cells that share a training, from the store alone."""
-    store = Store(results)
+    store = Store(tracked)
     path = tmp_path / "trained.toml"
     path.write_text(
         'models = ["toy"]\nprecisions = ["W8A8"]\ncalibration_items = 8\nmethods = [{name = "toy_trained"}]'
     )
     assert (
-        call("run", "--all", "--suite", str(path), "--results", str(results), "--no-tracking").exit_code == 0
+        call("run", "--all", "--suite", str(path), "--results", str(tracked), "--no-tracking").exit_code == 0
     )
     (record,) = store.records()
     assert record.quantized is not None
     assert record.quantized.weights is not None
     stage, digest = record.quantized.weights.split("/")
     rows = {"step": [1, 2, 3], "loss": [3.0, 2.0, 1.5], "largest_ratio": [30.0, 20.0, 10.0]}
-    (results / "stages" / "courses").mkdir()
-    course = results / "stages" / "courses" / f"{stage}-{digest}.json"
+    (tracked / "stages" / "courses").mkdir()
+    course = tracked / "stages" / "courses" / f"{stage}-{digest}.json"
     course.write_text(json.dumps({"schema": 4, "columns": {**rows, "odd": ["x", 1, 2]}}))
     sync_store(store)
     (run,) = cell_runs(client)
@@ -206,31 +197,31 @@ def test_a_training_is_drawn_by_step(results: Path, client: Any, tmp_path: Path)
     assert "train/odd" not in run.data.metrics
 
 
-def test_a_skipped_cell_has_a_reason_and_no_number(results: Path, client: Any, tmp_path: Path) -> None:
+def test_a_skipped_cell_has_a_reason_and_no_number(tracked: Path, client: Any, tmp_path: Path) -> None:
     path = tmp_path / "declined.toml"
     path.write_text(
         'models = ["toy"]\nprecisions = ["W8A8"]\ncalibration_items = 8\nmethods = [{name = "toy_declines"}]'
     )
-    assert call("run", "--all", "--suite", str(path), "--results", str(results)).exit_code == 0
+    assert call("run", "--all", "--suite", str(path), "--results", str(tracked)).exit_code == 0
     (run,) = cell_runs(client)
     assert run.info.status == "KILLED"
     assert run.data.tags["reason"] == "the toy has no softmax"
     assert run.data.metrics == {}
     assert run.data.params["method"] == "toy_declines"
-    assert sync_store(Store(results)) == (0, 1)
+    assert sync_store(Store(tracked)) == (0, 1)
 
 
-def test_the_view_can_be_rebuilt(results: Path, client: Any, suite_file: str) -> None:
-    call("run", "--all", "--suite", suite_file, "--results", str(results), "--no-tracking")
+def test_the_view_can_be_rebuilt(tracked: Path, client: Any, suite_file: str) -> None:
+    call("run", "--all", "--suite", suite_file, "--results", str(tracked), "--no-tracking")
     assert client.get_experiment_by_name(EXPERIMENT) is None
-    store = Store(results)
+    store = Store(tracked)
     assert sync_store(store) == (5, 0)
     assert sync_store(store) == (0, 5)
     assert len(cell_runs(client)) == 5
 
 
-def test_measuring_again_updates_the_run(results: Path, client: Any, suite_file: str) -> None:
-    arguments = ["run", "--method", "mse", "--suite", suite_file, "--results", str(results)]
+def test_measuring_again_updates_the_run(tracked: Path, client: Any, suite_file: str) -> None:
+    arguments = ["run", "--method", "mse", "--suite", suite_file, "--results", str(tracked)]
     call(*arguments)
     before = {run.info.run_id: run for run in cell_runs(client)}
     call(*arguments, "--overwrite", "always")
@@ -244,33 +235,33 @@ def test_measuring_again_updates_the_run(results: Path, client: Any, suite_file:
         assert run.data.params == before[run_id].data.params
         assert run.info.status == "FINISHED"
     assert len([name for name in last.data.metrics if name.startswith("drop ")]) == 2
-    assert sync_store(Store(results)) == (0, 2)
+    assert sync_store(Store(tracked)) == (0, 2)
 
 
-def test_failures_are_runs_too(results: Path, client: Any, tmp_path: Path) -> None:
+def test_failures_are_runs_too(tracked: Path, client: Any, tmp_path: Path) -> None:
     path = tmp_path / "bad.toml"
     path.write_text(
         'models = ["toy"]\nprecisions = ["W8A8"]\ncalibration_items = 8\nmethods = [{name = "toy_breaks"}]'
     )
-    assert call("run", "--all", "--suite", str(path), "--results", str(results)).exit_code == 1
+    assert call("run", "--all", "--suite", str(path), "--results", str(tracked)).exit_code == 1
     (run,) = cell_runs(client)
     assert run.info.status == "FAILED"
     assert "no range" in run.data.tags["error"]
     assert run.data.params["method"] == "toy_breaks"
-    assert sync_store(Store(results)) == (0, 1)
+    assert sync_store(Store(tracked)) == (0, 1)
     client.delete_run(run.info.run_id)
-    assert sync_store(Store(results)) == (1, 0)
+    assert sync_store(Store(tracked)) == (1, 0)
     (again,) = cell_runs(client)
     assert (again.info.status, again.data.params) == ("FAILED", run.data.params)
 
 
 def test_a_cell_that_fails_and_then_does_not_is_one_run(
-    results: Path, client: Any, suite_file: str, monkeypatch: pytest.MonkeyPatch
+    tracked: Path, client: Any, suite_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> None:
         raise ValueError("not today")
 
-    arguments = ["run", "--method", "mse", "--suite", suite_file, "--results", str(results)]
+    arguments = ["run", "--method", "mse", "--suite", suite_file, "--results", str(tracked)]
     with monkeypatch.context() as patched:
         patched.setattr("baselines.mse.MeanSquaredError.quantize", broken)
         assert call(*arguments).exit_code == 1
@@ -282,11 +273,11 @@ def test_a_cell_that_fails_and_then_does_not_is_one_run(
     assert not any("error" in run.data.tags for run in runs)
 
 
-def test_the_next_invocation_closes_a_dead_one(results: Path, client: Any, suite_file: str) -> None:
-    killed = Tracker(Store(results))
+def test_the_next_invocation_closes_a_dead_one(tracked: Path, client: Any, suite_file: str) -> None:
+    killed = Tracker(Store(tracked))
     killed.start("killed", {})
     killed._alive.close()  # what the system does for a process that dies
-    call("run", "--method", "fp32", "--suite", suite_file, "--results", str(results))
+    call("run", "--method", "fp32", "--suite", suite_file, "--results", str(tracked))
     assert {run.info.run_name: run.info.status for run in parents(client)} == {
         "killed": "KILLED",
         "run toys": "FINISHED",
@@ -315,25 +306,25 @@ def test_sync_with_a_broken_backend_says_so(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_backend_that_breaks_on_the_way_costs_a_warning_only(
-    results: Path, suite_file: str, monkeypatch: pytest.MonkeyPatch
+    tracked: Path, suite_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("the database went away")
 
     monkeypatch.setattr("benchmark.tracking.tracker.log_record", broken)
-    result = call("run", "--all", "--suite", suite_file, "--results", str(results))
+    result = call("run", "--all", "--suite", suite_file, "--results", str(tracked))
     assert result.exit_code == 0
     assert result.stderr.count("the database went away") == 1
 
 
 def test_an_interrupted_invocation_is_marked(
-    results: Path, client: Any, suite_file: str, monkeypatch: pytest.MonkeyPatch
+    tracked: Path, client: Any, suite_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("benchmark.engine.runner.CellRunner._measure", stopped)
-    assert call("run", "--all", "--suite", suite_file, "--results", str(results)).exit_code == 130
+    assert call("run", "--all", "--suite", suite_file, "--results", str(tracked)).exit_code == 130
     assert [run.info.status for run in parents(client)] == ["KILLED"]
 
 
@@ -351,8 +342,8 @@ def test_the_range_plot_is_an_image(store: Store, suite_file: str, cells: list[C
     assert (tmp_path / "ranges.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_runs_are_found_by_their_cell(results: Path, client: Any, suite_file: str) -> None:
-    call("run", "--method", "fp32", "--suite", suite_file, "--results", str(results))
+def test_runs_are_found_by_their_cell(tracked: Path, client: Any, suite_file: str) -> None:
+    call("run", "--method", "fp32", "--suite", suite_file, "--results", str(tracked))
     experiment = client.get_experiment_by_name(EXPERIMENT)
     (run,) = cell_runs(client)
     assert [

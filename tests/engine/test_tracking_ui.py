@@ -23,15 +23,6 @@ from tests.sockets import LOOPBACK, listening
 mlflow = pytest.importorskip("mlflow")
 
 
-@pytest.fixture
-def results(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    folder = tmp_path / "results"
-    folder.mkdir()
-    (folder / "mlflow.db").write_bytes(empty_database.read_bytes())
-    return folder
-
-
 def call(*arguments: str) -> Result:
     return CliRunner().invoke(cli, arguments)
 
@@ -45,7 +36,7 @@ def test_the_ui_is_asked_to_serve_on_this_machine_only(store: Store, monkeypatch
 
 
 def test_the_ui_names_and_opens_its_comparison(
-    results: Path, suite_file: str, monkeypatch: pytest.MonkeyPatch
+    tracked: Path, suite_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", opened.append)
@@ -54,11 +45,11 @@ def test_the_ui_names_and_opens_its_comparison(
         server.listen()
         port = server.getsockname()[1]
         monkeypatch.setattr(subprocess, "run", lambda *_, **__: time.sleep(1))
-        without = call("ui", "--port", str(port), "--results", str(results))
+        without = call("ui", "--port", str(port), "--results", str(tracked))
         assert "drop by precision" not in without.stdout
         assert not opened
-        call("run", "--method", "mse", "--suite", suite_file, "--results", str(results))
-        told = call("ui", "--open", "--port", str(port), "--results", str(results))
+        call("run", "--method", "mse", "--suite", suite_file, "--results", str(tracked))
+        told = call("ui", "--open", "--port", str(port), "--results", str(tracked))
     first, second = told.stdout.splitlines()
     assert first == f"drop by precision: {address(port, '1')}"
     assert "viewStateShareKey=cells" in second
@@ -66,11 +57,11 @@ def test_the_ui_names_and_opens_its_comparison(
 
 
 @pytest.mark.slow
-def test_the_ui_serves_on_this_machine_only(results: Path) -> None:
+def test_the_ui_serves_on_this_machine_only(tracked: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "benchmark", "ui", "--port", str(port), "--results", str(results)]
+    command = [sys.executable, "-m", "benchmark", "ui", "--port", str(port), "--results", str(tracked)]
     server = subprocess.Popen(
         command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
     )
