@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -9,6 +10,7 @@ import click
 from benchmark.cli import cli, examples
 from benchmark.grid.suite import DEFAULT_SUITE
 from benchmark.options import analysis_options, include_option, results_option
+from quanttune.errors import ConfigError
 
 
 @cli.command(
@@ -55,6 +57,9 @@ def report(
         rows, analyses = open_suite(name, results, device, allow_partial or everything)
         absent: dict[str, list[str]] = {}
         views.append(SuiteView(rows, analyses, make_frames(figures, rows, analyses, items, absent), absent))
+    twice = [name for name, count in Counter(view.name for view in views).items() if count > 1]
+    if twice:
+        raise ConfigError(f"two suites are called {twice[0]}, and their pages too; rename one of the files")
     folder = store.views / "report" / ("all" if everything or len(views) > 1 else views[0].name)
     click.echo(str(write_site(folder, Site(views, store, results).pages())))
     for view, name in zip(views, names, strict=True):

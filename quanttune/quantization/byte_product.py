@@ -2,7 +2,7 @@
 
 Sums are 32-bit integers; on a GPU its tensor cores make them. Without instructions for dot products of bytes
 (VNNI, AMX) some kernels add pairs of products in 16 bits and saturate, without a word, so each shape is tried
-on the worst operands before it is used. Others are a plain loop, right and 25 times slower than float32's, so
+on the worst operands before it is used. Others are a plain loop, right and 24 times as slow as float32's, so
 each is timed first.
 """
 

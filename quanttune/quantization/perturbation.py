@@ -28,9 +28,7 @@ def perturbed_copy(quantizers: Mapping[str, Quantizer], seed: int, copy: int) ->
     Args:
         quantizers: By site.
         seed: Of the cell.
-        copy: Which copy, from 1 on; 0 is the quantizers as they are.
+        copy: Which copy, from 1 on.
     """
-    if copy == 0:
-        return dict(quantizers)
     generator = torch_generator(seed, PURPOSE, copy)
     return {site: quantizer.perturbed(RELATIVE, generator) for site, quantizer in sorted(quantizers.items())}

@@ -264,6 +264,12 @@ def test_a_report_of_all_holds_suites_of_one_s_own_that_are_named(
     assert several.stdout == shown.stdout
     one = call("report", "--suite", ran)
     assert one.stdout.strip() == str(results / "report" / "toys" / "index.html")
+    namesake = tmp_path / "other" / "toys.toml"
+    namesake.parent.mkdir()
+    namesake.write_text(part.read_text())
+    twice = call("report", "--suite", ran, "--suite", str(namesake))
+    assert twice.exit_code == 2
+    assert "two suites are called toys" in twice.stderr
     unknown = call("report", "--all", "--suite", "nothing")
     assert unknown.exit_code == 2
     assert "nothing" in unknown.stderr
