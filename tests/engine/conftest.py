@@ -172,3 +172,10 @@ def tracked(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatc
     folder.mkdir()
     (folder / "mlflow.db").write_bytes(empty_database.read_bytes())
     return folder
+
+
+@pytest.fixture
+def client(tracked: Path) -> Any:
+    """What reads MLflow's database of the results folder `tracked`."""
+    mlflow = pytest.importorskip("mlflow")
+    return mlflow.MlflowClient(tracking_uri=f"sqlite:///{tracked / 'mlflow.db'}")

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
-from benchmark.cli import cli
 from benchmark.grid.cells import Cell
 from benchmark.grid.expand import expand
 from benchmark.grid.suite import load_suite
@@ -20,27 +18,9 @@ from benchmark.tracking.backend import EXPERIMENT, tracking_uri
 from benchmark.tracking.runs import find_runs
 from benchmark.tracking.tracker import Tracker, sync_store
 from benchmark.tracking.view import CELLS, DROPS, address
+from tests.tracked_runs import call, cell_runs, parents
 
 mlflow = pytest.importorskip("mlflow")
-
-
-@pytest.fixture
-def client(tracked: Path) -> Any:
-    return mlflow.MlflowClient(tracking_uri=f"sqlite:///{tracked / 'mlflow.db'}")
-
-
-def call(*arguments: str) -> Result:
-    return CliRunner().invoke(cli, arguments)
-
-
-def cell_runs(client: Any) -> list[Any]:
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    return list(client.search_runs([experiment.experiment_id], filter_string="tags.kind = 'cell'"))
-
-
-def parents(client: Any) -> list[Any]:
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    return list(client.search_runs([experiment.experiment_id], filter_string="tags.kind = 'invocation'"))
 
 
 def test_a_run_logs_a_parent_and_a_child_for_each_cell(tracked: Path, client: Any, suite_file: str) -> None:

@@ -12,19 +12,14 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
-from benchmark.cli import cli
 from benchmark.keep.store import Store
 from benchmark.tracking.backend import serve_ui
 from benchmark.tracking.view import address
 from tests.sockets import LOOPBACK, listening
+from tests.tracked_runs import call
 
 mlflow = pytest.importorskip("mlflow")
-
-
-def call(*arguments: str) -> Result:
-    return CliRunner().invoke(cli, arguments)
 
 
 def test_the_ui_is_asked_to_serve_on_this_machine_only(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.conftest import cells, store, suite, suite_file, toy
+from tests.engine.conftest import cells, client, store, suite, suite_file, toy, tracked
 from tests.faults import tally
 
-__all__ = ["cells", "store", "suite", "suite_file", "toy"]
+__all__ = ["cells", "client", "store", "suite", "suite_file", "toy", "tracked"]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -20,9 +20,7 @@ from benchmark.tracking.backend import EXPERIMENT, database, tracking_uri
 from benchmark.tracking.runs import parent_lock
 from benchmark.tracking.tracker import Tracker, sync_store
 from quanttune.errors import StoreError
-from tests.engine.test_tracking import call, cell_runs, client, parents, results
-
-__all__ = ["client", "results"]
+from tests.tracked_runs import call, cell_runs, parents
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -38,10 +36,10 @@ def half_made(path: Path) -> None:
 
 @pytest.mark.parametrize("harm", ["half made", "no database", "truncated"])
 def test_sync_rebuilds_over_a_database_that_cannot_be_used(
-    harm: str, results: Path, suite_file: str, capfd: pytest.CaptureFixture[str]
+    harm: str, tracked: Path, suite_file: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    call("run", "--all", "--suite", suite_file, "--results", str(results), "--no-tracking")
-    path = results / "mlflow.db"
+    call("run", "--all", "--suite", suite_file, "--results", str(tracked), "--no-tracking")
+    path = tracked / "mlflow.db"
     if harm == "half made":
         path.unlink()
         half_made(path)
@@ -50,10 +48,10 @@ def test_sync_rebuilds_over_a_database_that_cannot_be_used(
     else:
         path.write_bytes(path.read_bytes()[:30_000])
     broken = path.read_bytes()
-    assert sync_store(Store(results)) == (5, 0)
-    again = mlflow.MlflowClient(tracking_uri=f"sqlite:///{results}/././mlflow.db")
+    assert sync_store(Store(tracked)) == (5, 0)
+    again = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tracked}/././mlflow.db")
     assert len(cell_runs(again)) == 5
-    (aside,) = results.glob("mlflow.db.unusable-*")
+    (aside,) = tracked.glob("mlflow.db.unusable-*")
     # never deleted; MLflow itself tried to go on with the tables
     assert aside.read_bytes() == broken or harm == "half made"
     assert f"it is kept as {aside.name}" in capfd.readouterr().err
@@ -72,23 +70,23 @@ def test_what_cannot_be_opened_is_said_at_once(store: Store, suite_file: str) ->
     assert time.monotonic() - started < 20
 
 
-def test_a_database_with_runs_is_never_moved(results: Path, suite_file: str) -> None:
+def test_a_database_with_runs_is_never_moved(tracked: Path, suite_file: str) -> None:
     """One of another version of MLflow: there is a way to use it."""
-    assert call("run", "--method", "fp32", "--suite", suite_file, "--results", str(results)).exit_code == 0
+    assert call("run", "--method", "fp32", "--suite", suite_file, "--results", str(tracked)).exit_code == 0
     # at another place: this process is connected to that one
-    results = Path(shutil.copytree(results, results.with_name("others")))
-    with contextlib.closing(sqlite3.connect(results / "mlflow.db")) as opened:
+    others = Path(shutil.copytree(tracked, tracked.with_name("others")))
+    with contextlib.closing(sqlite3.connect(others / "mlflow.db")) as opened:
         opened.execute("update alembic_version set version_num = 'acf3f17fdcc7'")
         opened.commit()
     with pytest.raises(StoreError, match=r"cannot be used: .*; move .*mlflow\.db away and `sync` makes"):
-        sync_store(Store(results))
-    assert not list(results.glob("mlflow.db.unusable-*"))
+        sync_store(Store(others))
+    assert not list(others.glob("mlflow.db.unusable-*"))
 
 
-def test_what_a_killed_run_left_is_repaired(results: Path, client: Any, suite_file: str) -> None:
+def test_what_a_killed_run_left_is_repaired(tracked: Path, client: Any, suite_file: str) -> None:
     """Found: cells between creation and end counted as present, parents stayed RUNNING."""
-    assert call("run", "--all", "--suite", suite_file, "--results", str(results)).exit_code == 0
-    store = Store(results)
+    assert call("run", "--all", "--suite", suite_file, "--results", str(tracked)).exit_code == 0
+    store = Store(tracked)
     whole = cell_runs(client)
     parent = parents(client)[0].info.run_id
     for run_id in (whole[0].info.run_id, parent):
@@ -150,10 +148,10 @@ def test_a_folder_that_mlflow_takes_for_another_is_refused(
 
 
 def test_connections_are_made_one_at_a_time(
-    results: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tracked: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("benchmark.keep.atomic._PATIENCE", 0.05)
-    store = Store(results)
+    store = Store(tracked)
     path = store.root / "locks" / "mlflow.lock"
     with file_lock(path):
         started = time.monotonic()
