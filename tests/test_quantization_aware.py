@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from baselines.lsq import mean_magnitudes, with_steps_of
-from baselines.method import METHODS, Context, FoldingMethod, MemoryStages, Method
+from baselines.method import METHODS, Context, FoldingMethod, Method
 from quanttune.digests import tensor_digest
 from quanttune.errors import ConfigError
 from quanttune.inputs import call_model
@@ -28,39 +27,13 @@ from quanttune.seeds import torch_generator
 from quanttune.tuner import Schedule, tune
 from tests.method_contexts import CausalTraining, causal_batch, context_for, made
 from tests.quantization.models import build, inputs, logits, one_thread, quantizers, sites
-
-SCHEDULE = Schedule(steps=6, learning_rate=1e-3, batch_size=4)
+from tests.quantized_trainings import SCHEDULE, batches, scales
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     with one_thread():
         yield
-
-
-def scales(quantized: Quantized) -> dict[str, Tensor]:
-    return {site_id: each.state().tensors["scale"] for site_id, each in quantized.quantizers.items()}
-
-
-def batches() -> Iterator[tuple[Tensor, Tensor]]:
-    generator = torch_generator(0, "batches")
-    for _ in itertools.count():
-        yield (
-            torch.randn(4, 3, 16, 16, generator=generator),
-            torch.randint(5, (4,), generator=generator),
-        )
-
-
-def under_quantization(
-    learned: bool = True, rate: float = 1e-2, precision: str = "W4A4", symmetric: bool = True, **more: Any
-) -> QuantizedTraining:
-    """A tiny ViT after a training."""
-    model = copy.deepcopy(build("vit"))
-    found = quantizers("vit", precision=precision, symmetric=symmetric)
-    training = QuantizedTraining(model, sites("vit"), found, learned=learned)
-    rates = {STEPS: rate} if learned else {}
-    tune(training, batches(), cross_entropy, SCHEDULE, around=training, rates=rates, seed=5, **more)
-    return training
 
 
 def test_without_learned_steps_it_is_qat_to_the_bit() -> None:
@@ -191,103 +164,6 @@ def test_is_evaluated_with_what_it_was_trained_with(model: str) -> None:
     assert len(moved) > 0.9 * len(quantized.quantizers)
     assert quantized.details["learned_steps"] == sum(scale.numel() for scale in scales(quantized).values())
     assert quantized.quantizers.keys() == calibrated.quantizers.keys()
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_an_interrupted_training_ends_with_the_same_weights_and_steps(
-    tmp_path: Path, symmetric: bool
-) -> None:
-    def digest(training: QuantizedTraining) -> str:
-        assert training.steps[0].log_ratio.abs().max() > 0
-        return tensor_digest(training.state_dict())
-
-    checkpoint = tmp_path / "run.safetensors"
-    steps: list[int] = []
-
-    def stop_at_five(done: int, total: int, loss: float) -> None:
-        steps.append(done)
-        if len(steps) == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        under_quantization(
-            symmetric=symmetric, checkpoint=checkpoint, checkpoint_every=2, progress=stop_at_five
-        )
-    assert checkpoint.is_file()
-    resumed = under_quantization(
-        symmetric=symmetric, checkpoint=checkpoint, checkpoint_every=2, progress=stop_at_five
-    )
-    assert steps == [1, 2, 3, 4, 5, 5, 6]
-    assert digest(resumed) == digest(under_quantization(symmetric=symmetric))
-
-
-def test_a_checkpoint_of_other_steps_or_rates_is_not_taken(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "run.safetensors"
-
-    def first(**more: Any) -> int:
-        steps: list[int] = []
-
-        def stop(done: int, total: int, loss: float) -> None:
-            steps.append(done)
-            if done == 3 or checkpoint.is_file():
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            under_quantization(checkpoint=checkpoint, checkpoint_every=3, progress=stop, **more)
-        return steps[0]
-
-    with pytest.raises(KeyboardInterrupt):
-        under_quantization(checkpoint=checkpoint, checkpoint_every=2, progress=stop_after(3))
-    assert first() == 3
-    assert first(rate=2e-2) == 1
-    assert first(precision="W6A6") == 1
-
-
-def stop_after(step: int) -> Callable[[int, int, float], None]:
-    def stop(done: int, total: int, loss: float) -> None:
-        if done == step:
-            raise KeyboardInterrupt
-
-    return stop
-
-
-class Kept(MemoryStages):
-    """Stages whose checkpoints lie in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self._folder = folder
-
-    def checkpoint(self, stage: str, key: Any) -> Path:
-        return self._folder / f"{tensor_digest({'': torch.tensor(list(repr(key).encode()))})}"
-
-
-def test_the_method_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from functools import partial
-
-    from baselines import quantization_aware
-
-    monkeypatch.setattr(quantization_aware, "tune", partial(tune, checkpoint_every=1))
-    done: list[int] = []
-
-    def interrupt(stage: str, step: int, total: int) -> None:
-        if "fine-tuning" in stage:
-            done.append(step)
-            if done == [1, 2, 3]:
-                raise KeyboardInterrupt
-
-    def run(progress: Any = lambda *_: None) -> Quantized:
-        context = context_for("vit", precision="W4A4", stages=Kept(tmp_path), progress=progress)
-        return METHODS.get("lsq")().quantize(context)
-
-    with pytest.raises(KeyboardInterrupt):
-        run(interrupt)
-    resumed = run(interrupt)
-    assert done == [1, 2, 3, 3, 4]
-    assert list(tmp_path.iterdir()) == []
-    whole = run()
-    assert tensor_digest(resumed.weights or {}) == tensor_digest(whole.weights or {})
-    assert tensor_digest(scales(resumed)) == tensor_digest(scales(whole))
 
 
 def test_steps_have_a_rate_of_their_own_and_no_decay() -> None:
