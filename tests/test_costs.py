@@ -95,9 +95,9 @@ def test_seconds(seconds: float | None, text: str) -> None:
 
 def test_the_report_has_the_table(rows: SuiteRows) -> None:
     frames = {name: pd.DataFrame() for name in FIGURES.names()}
-    words = " ".join(" ".join(Page(make_report(rows, rows.store, frames)).words).split())
+    words = " ".join(" ".join(Page(make_report(rows, frames)).words).split())
     assert "What the methods take" in words
     assert "finetune 1 200 2.0 206 101 3 10.0 20.0" in words
     old = {key: dataclasses.replace(record, cost={}) for key, record in rows.records.items()}
-    without = make_report(dataclasses.replace(rows, records=old), rows.store, frames)
+    without = make_report(dataclasses.replace(rows, records=old), frames)
     assert "What the methods take" not in without

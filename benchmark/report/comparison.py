@@ -11,13 +11,11 @@ import numpy as np
 from benchmark.engine.measure import CONFIDENCE, RESAMPLES, shared_draws
 from benchmark.grid.schemes import axes_of, scheme_of
 from benchmark.keep.record import Record
-from benchmark.keep.store import Store
 from benchmark.report.roles import CALIBRATORS, CONTROLS, OURS, STATE_OF_THE_ART, is_chosen, role_of
 from benchmark.report.rounding import Rounded, mean_of, rounded
 from benchmark.report.rows import SuiteRows
 from benchmark.subject.lookup import get_task
 from benchmark.subject.metrics.display import in_points
-from quanttune.errors import StoreError
 from quanttune.seeds import numpy_generator
 
 if TYPE_CHECKING:
@@ -92,10 +90,9 @@ class Comparison:
 
     Args:
         rows: The suite's cells.
-        store: Holds the per-item scores.
     """
 
-    def __init__(self, rows: SuiteRows, store: Store) -> None:
+    def __init__(self, rows: SuiteRows) -> None:
         suite = rows.suite
         profile, axes = suite.profiles[0], (suite.weight_granularity[0], suite.symmetric[0])
         wanted = {axes_of(scheme_of(precision, *axes, profile)) for precision in suite.precisions}
@@ -121,7 +118,7 @@ class Comparison:
                 if is_chosen(cell.method, cell.parameters):
                     self._chosen.add(cell.label)
         self.precisions = list(precisions)
-        self._scored = {key: _scored(key[2], records, store) for key, records in groups.items()}
+        self._scored = {key: _scored(key[2], records, rows) for key, records in groups.items()}
 
     @property
     def models(self) -> list[str]:
@@ -260,15 +257,12 @@ def _beside(
     }
 
 
-def _scored(label: str, records: list[Record], store: Store) -> Scored:
+def _scored(label: str, records: list[Record], rows: SuiteRows) -> Scored:
     results = [record.result for record in records if record.result is not None]
-    items = [store.items(record.cell.cell_id) for record in records]
-    if any(not np.array_equal(other["ids"], items[0]["ids"]) for other in items):
-        raise StoreError(f"cells of {label} were measured on different items; run them again")
     owns = [result.fp32_own for result in results if result.fp32_own is not None]
     return Scored(
         label,
-        np.mean([other["scores"] for other in items], axis=0),
+        rows.scores_of(records),
         float(np.mean([result.value for result in results])),
         results[0].fp32,
         float(np.mean(owns)) if owns else None,

@@ -12,7 +12,6 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from benchmark.grid.cells import Cell
-from benchmark.keep.store import Store
 from benchmark.report.claims import CLOSE, KEPT, Claim, claims
 from benchmark.report.comparison import RIVALS, Comparison, comparison_frame
 from benchmark.report.costs import HEADS as COST_HEADS
@@ -47,7 +46,6 @@ RECONSTRUCTED = (
 
 def make_report(
     rows: SuiteRows,
-    store: Store,
     frames: Mapping[str, pd.DataFrame],
     *,
     found: Sequence[Claim] | None = None,
@@ -57,7 +55,6 @@ def make_report(
 
     Args:
         rows: The suite's finished cells.
-        store: Holds their per-item scores.
         frames: The data of every figure by name, as of :func:`benchmark.report.gallery.make_frames`.
         found: The claims, if they are tested already.
         home: Address of the leaderboard of the site that it is a page of, if it is.
@@ -68,7 +65,7 @@ def make_report(
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    comparison = Comparison(rows, store)
+    comparison = Comparison(rows)
     return environment.from_string(text).render(
         suite=rows.suite,
         finished=rows.finished,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -71,7 +71,10 @@ class PublishedTable:
 
 def make_published_table(rows: SuiteRows) -> PublishedTable:
     """Set every published value beside the suite's finished cells."""
-    lines = [_line(value, rows) for value in published_values()]
+    by_model: dict[str, list[Cell]] = {}
+    for cell in rows.cells:
+        by_model.setdefault(cell.model, []).append(cell)
+    lines = [_line(value, rows, by_model) for value in published_values()]
     suite = rows.suite
     caption = (
         f"Suite {suite.name} beside published values: difference is measured less published, given where "
@@ -81,10 +84,9 @@ def make_published_table(rows: SuiteRows) -> PublishedTable:
     return PublishedTable(caption, lines, _notes(lines, rows))
 
 
-def _line(value: Published, rows: SuiteRows) -> Line:
-    names = list(dict.fromkeys(cell.model for cell in rows.cells))
+def _line(value: Published, rows: SuiteRows, by_model: Mapping[str, list[Cell]]) -> Line:
     wanted = value.family or value.model
-    same = [name for name in names if wanted in (get_model(name).checkpoint, get_model(name).source)]
+    same = [name for name in by_model if wanted in (get_model(name).checkpoint, get_model(name).source)]
     # a checkpoint may be measured on several tasks, each a model of the suite
     ours = next((name for name in same if _benchmark(name) == value.data), same[0] if same else None)
     measured = drop = None
@@ -93,7 +95,7 @@ def _line(value: Published, rows: SuiteRows) -> Line:
     elif value.setting is None:
         why = value.why
     else:
-        cells, why = _counterparts(value, [cell for cell in rows.cells if cell.model == ours])
+        cells, why = _counterparts(value, by_model[ours])
         if not why:
             measured, drop, why = _measured(cells, rows)
     return Line(

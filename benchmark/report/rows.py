@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmark.components import included_methods
 from benchmark.grid.cells import Cell
@@ -18,6 +18,9 @@ from benchmark.keep.reference_store import ReferenceStore, reference_folder
 from benchmark.keep.status import status_of
 from benchmark.keep.store import Store
 from quanttune.errors import ConfigError, StoreError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ROW_FIELDS = (
     "suite",
@@ -101,6 +104,30 @@ class SuiteRows:
     def costed(self) -> bool:
         """Whether a record tells what its method takes."""
         return any(record.cost for record in self.records.values())
+
+    @cached_property
+    def _scores(self) -> dict[tuple[str, ...], np.ndarray]:
+        return {}
+
+    def scores_of(self, records: Sequence[Record]) -> np.ndarray:
+        """Score of every item, mean over the seeds of one method, shape ``(N,)`` or ``(N, k)``.
+
+        Args:
+            records: Of its cells, finished ones of this suite.
+
+        Raises:
+            StoreError: If they are of different items, or a cell's are not kept.
+        """
+        import numpy as np
+
+        key = tuple(record.cell.cell_id for record in records)
+        if key not in self._scores:
+            items = [self.store.items(cell_id) for cell_id in key]
+            if any(not np.array_equal(other["ids"], items[0]["ids"]) for other in items):
+                label = records[0].cell.label
+                raise StoreError(f"cells of {label} were measured on different items; run them again")
+            self._scores[key] = np.mean([other["scores"] for other in items], axis=0)
+        return self._scores[key]
 
     def _row(self, cell: Cell) -> dict[str, Any]:
         record = self.records.get(cell.cell_id)

@@ -29,10 +29,11 @@ SWAPS = 2000
 _DRAWN_AT_ONCE = 1 << 22
 
 Metric = Callable[[np.ndarray], float]
+OfMeans = Callable[[np.ndarray], "np.ndarray | None"]
 _Key = TypeVar("_Key", bound="Hashable")
 
 
-def paired_p(first: np.ndarray, second: np.ndarray, metric: Metric, of_means: bool = False) -> float:
+def paired_p(first: np.ndarray, second: np.ndarray, metric: Metric, of_means: OfMeans | None = None) -> float:
     """Two-sided p-value of no difference between two methods on the same items.
 
     Where an item is right or wrong, McNemar's exact test: of the items on which they disagree, each is as
@@ -43,7 +44,7 @@ def paired_p(first: np.ndarray, second: np.ndarray, metric: Metric, of_means: bo
         first: Scores of the items, shape ``(N,)`` or ``(N, k)``.
         second: Those of the other method, of the same items in the same order.
         metric: From scores to the metric's value.
-        of_means: Whether that is made from their means, so that these are enough for each draw.
+        of_means: Gives it for many draws at once from the mean score of each, where that is enough.
 
     Raises:
         ValueError: If the shapes differ.
@@ -60,8 +61,9 @@ def paired_p(first: np.ndarray, second: np.ndarray, metric: Metric, of_means: bo
     observed = abs(metric(first) - metric(second))
     # the observed difference itself, met again, must not fail by its last digit
     least = observed * (1 - 1e-12)
-    drawn = (_swapped_means if of_means else _swapped)(first, second)
-    extreme = sum(abs(metric(one) - metric(other)) >= least for one, other in drawn)
+    extreme = None if of_means is None else _extreme_means(first, second, of_means, least)
+    if extreme is None:
+        extreme = sum(abs(metric(one) - metric(other)) >= least for one, other in _swapped(first, second))
     return (1 + extreme) / (1 + SWAPS)
 
 
@@ -98,16 +100,21 @@ def _swapped(first: np.ndarray, second: np.ndarray) -> Iterator[tuple[np.ndarray
         yield np.where(mask, second, first), np.where(mask, first, second)
 
 
-def _swapped_means(first: np.ndarray, second: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The means of the same draws, each as the scores of one item."""
+def _extreme_means(first: np.ndarray, second: np.ndarray, of_means: OfMeans, least: float) -> int | None:
+    """How many of the same draws differ by ``least`` at least; ``None`` if means do not tell."""
     generator = numpy_generator(0, "swaps", len(first))
     gained = (second - first) / len(first)
     one, other = first.mean(axis=0), second.mean(axis=0)
     at_once = max(1, _DRAWN_AT_ONCE // len(first))
+    extreme = 0
     for start in range(0, SWAPS, at_once):
         count = min(at_once, SWAPS - start)
         moved = (generator.random((count, len(first))) < 0.5) @ gained
-        yield from zip((one + moved)[:, None], (other - moved)[:, None], strict=True)
+        values, others = of_means(one + moved), of_means(other - moved)
+        if values is None or others is None:
+            return None
+        extreme += int(np.count_nonzero(np.abs(values - others) >= least))
+    return extreme
 
 
 def holm(values: Mapping[_Key, float]) -> dict[_Key, float]:

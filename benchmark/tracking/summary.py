@@ -128,7 +128,7 @@ def write_report(folder: Path, suite: str, store: Store) -> None:
     except QuantTuneError:
         # Some cells are missing, or the file of the suite is.
         return
-    text = make_report(rows, store, {name: pd.DataFrame() for name in FIGURES.names()})
+    text = make_report(rows, {name: pd.DataFrame() for name in FIGURES.names()})
     (folder / REPORT).write_text(text, encoding="utf-8")
 
 

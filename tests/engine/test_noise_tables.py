@@ -73,7 +73,7 @@ def test_what_lies_within_the_noise_of_the_best_is_as_good(fill: Fill) -> None:
 def test_the_best_is_chosen_by_the_mean_over_the_copies(fill: Fill, store: Store) -> None:
     rows = fill(minmax=(72.0, 70.0, 0.1), mse=(71.0, 71.5, 0.1), quanttune=(69.0, 69.0, 0.1))
     assert make_table(rows).best(W8) == {"mse"}
-    best = Comparison(rows, store).best("toy", "W8A8", CALIBRATORS)
+    best = Comparison(rows).best("toy", "W8A8", CALIBRATORS)
     assert best is not None
     assert best.label == "mse"
 
@@ -154,7 +154,7 @@ def test_another_metric_has_its_own_noise(fill: Fill) -> None:
 
 def test_a_gain_ends_no_closer_than_rounding_leads(fill: Fill, store: Store) -> None:
     rows = fill(minmax=(75.0, 75.0, 0.5), quanttune=(75.0, 76.2, 0.5))
-    comparison = Comparison(rows, store)
+    comparison = Comparison(rows)
     gain = comparison.gain(comparison.pairs("W8A8", CALIBRATORS))
     # the same scores: the bootstrap alone would say exactly none
     assert gain.value == 0.0
@@ -163,7 +163,7 @@ def test_a_gain_ends_no_closer_than_rounding_leads(fill: Fill, store: Store) -> 
 
 def test_a_common_part_widens_a_gain(fill: Fill, store: Store) -> None:
     rows = fill(minmax=(75.0, 75.0, 0.1, 3.0), quanttune=(75.0, 75.0, 0.1, 4.0))
-    comparison = Comparison(rows, store)
+    comparison = Comparison(rows)
     gain = comparison.gain(comparison.pairs("W8A8", CALIBRATORS))
     assert gain.high == pytest.approx(1.96 * 1.08 * 5, rel=0.1)
 
@@ -179,7 +179,7 @@ def test_a_common_part_widens_a_gain(fill: Fill, store: Store) -> None:
 )
 def test_accuracy_is_kept_or_not_or_open(fill: Fill, store: Store, mean: float, verdict: str) -> None:
     rows = fill(minmax=(70.0, 70.0, 0.3), quanttune=(mean, mean, 0.3))
-    assert _kept(Comparison(rows, store)).verdict == verdict
+    assert _kept(Comparison(rows)).verdict == verdict
 
 
 def test_numbers_that_rounding_moves() -> None:

@@ -13,7 +13,6 @@ import pandas as pd
 import pytest
 
 from baselines.method import METHODS
-from benchmark.keep.store import Store
 from benchmark.report.analyses import ModelAnalysis
 from benchmark.report.figures.figure import FIGURES, ModelFigure, SuiteFigure, choose
 from benchmark.report.figures.overview import Overview
@@ -82,7 +81,7 @@ def test_it_stands_in_the_report(
     own: str, rows: SuiteRows, results: Path, data: dict[str, pd.DataFrame]
 ) -> None:
     frames = data | make_frames(choose([own]), rows, [], 40)
-    text = make_report(rows, Store(results), frames)
+    text = make_report(rows, frames)
     assert text.index("What is lost at each precision") < text.index("Where the time goes")
     assert 'download="drawn-seconds.csv"' in text
 

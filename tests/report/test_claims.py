@@ -30,7 +30,7 @@ def test_verdicts(gain: Estimate, stated: float | None, before: float, verdict: 
 
 
 def test_claims_of_the_store(rows: SuiteRows, store: Store) -> None:
-    found = claims(rows, Comparison(rows, store), NO_FRAMES)
+    found = claims(rows, Comparison(rows), NO_FRAMES)
     first = by_statement(found, "The drop shrinks against the best calibrator at W8A8")
     assert first.stated == "12.09"
     assert first.measured.startswith("14.0 [")
@@ -57,7 +57,7 @@ def test_claims_of_the_store(rows: SuiteRows, store: Store) -> None:
 
 
 def test_claims_of_the_figures(rows: SuiteRows, store: Store) -> None:
-    found = claims(rows, Comparison(rows, store), frames_of_figures())
+    found = claims(rows, Comparison(rows), frames_of_figures())
     share = by_statement(found, "Share of the")
     assert share.stated == "65 %"
     assert share.measured == (
@@ -83,7 +83,7 @@ def test_points_are_compared_of_models_measured_in_accuracy_alone(rows: SuiteRow
         for cell_id, record in rows.records.items()
     }
     mixed = dataclasses.replace(rows, records=records)
-    comparison = Comparison(mixed, store)
+    comparison = Comparison(mixed)
     assert comparison.models == ["tiny_vit"]
     assert set(comparison_frame(comparison)["model"]) == {"tiny_vit"}
     kept = by_statement(claims(mixed, comparison, NO_FRAMES), "Accuracy is kept")

@@ -33,7 +33,7 @@ from tests.report.made_rows import ACCURACY, NO_FRAMES, SUITE, by_statement, fil
 
 
 def test_the_best_rival_is_chosen_by_model_and_precision(rows: SuiteRows, store: Store) -> None:
-    comparison = Comparison(rows, store)
+    comparison = Comparison(rows)
     assert comparison.models == ["tiny_vit", "tiny_bert"]
     for precision, label in (("W8A8", "mse"), ("W6A6", "minmax")):
         best = comparison.best("tiny_vit", precision, CALIBRATORS)
@@ -47,7 +47,7 @@ def test_the_best_rival_is_chosen_by_model_and_precision(rows: SuiteRows, store:
 
 
 def test_gains_are_differences_of_drops_with_the_paired_interval(rows: SuiteRows, store: Store) -> None:
-    comparison = Comparison(rows, store)
+    comparison = Comparison(rows)
     pairs = comparison.pairs("W8A8", CALIBRATORS)
     assert list(pairs) == ["tiny_vit", "tiny_bert"]
     gain = comparison.gain(pairs)
@@ -68,7 +68,7 @@ def test_gains_are_differences_of_drops_with_the_paired_interval(rows: SuiteRows
 
 
 def test_the_comparison_names_the_rivals_and_the_fair_drop(rows: SuiteRows, store: Store) -> None:
-    frame = comparison_frame(Comparison(rows, store))
+    frame = comparison_frame(Comparison(rows))
     assert len(frame) == 4
     line = frame.iloc[0]
     assert (line["model"], line["precision"]) == ("tiny_vit", "W8A8")
@@ -83,7 +83,7 @@ def test_the_comparison_names_the_rivals_and_the_fair_drop(rows: SuiteRows, stor
 
 def test_seeds_are_averaged_item_by_item(suite: Suite, store: Store) -> None:
     seeded = dataclasses.replace(suite, seeds=(0, 1))
-    comparison = Comparison(fill(store, seeded), store)
+    comparison = Comparison(fill(store, seeded))
     ours = comparison.get("tiny_vit", "W8A8", "quanttune")
     assert ours is not None
     assert set(np.unique(ours.scores)) == {0.0, 0.5, 1.0}
@@ -93,13 +93,12 @@ def test_seeds_are_averaged_item_by_item(suite: Suite, store: Store) -> None:
 def test_different_items_are_not_compared(suite: Suite, store: Store) -> None:
     rows = fill(store, dataclasses.replace(suite, seeds=(0, 1)), shift=1)
     with pytest.raises(StoreError, match="different items"):
-        Comparison(rows, store)
+        Comparison(rows)
 
 
 def test_the_page_stands_alone(rows: SuiteRows, store: Store) -> None:
     text = make_report(
         rows,
-        store,
         frames_of_figures()
         | {"outliers": pd.DataFrame(), "saturation": pd.DataFrame()}
         | {"decomposition": pd.DataFrame(), "overview": Overview("overview").frame(rows)},
@@ -118,7 +117,7 @@ def test_the_page_stands_alone(rows: SuiteRows, store: Store) -> None:
         assert expected in words
     assert "torch 2.9" in words
     assert "Partial:" not in words
-    assert text == make_report(rows, store, NO_FRAMES | {"overview": Overview("overview").frame(rows)})
+    assert text == make_report(rows, NO_FRAMES | {"overview": Overview("overview").frame(rows)})
 
 
 def test_a_partial_report_says_so(suite: Suite, store: Store) -> None:
@@ -126,7 +125,7 @@ def test_a_partial_report_says_so(suite: Suite, store: Store) -> None:
     fill(store, dataclasses.replace(suite, models=("tiny_vit",)))
     store.save_failure(cells[-1], {"error": "diverged"})
     rows = collect_rows(store, suite, allow_partial=True)
-    text = " ".join(" ".join(Page(make_report(rows, store, NO_FRAMES)).words).split())
+    text = " ".join(" ".join(Page(make_report(rows, NO_FRAMES)).words).split())
     assert f"Partial: {len(cells) // 2} of {len(cells)} cells are finished" in text
     assert "1 failed, 10 missing" in text
 
@@ -135,7 +134,7 @@ def test_published_values_stand_in_the_page(
     rows: SuiteRows, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def words_of() -> str:
-        page = Page(make_report(rows, store, NO_FRAMES))
+        page = Page(make_report(rows, NO_FRAMES))
         assert page.open == []
         return " ".join(" ".join(page.words).split())
 
@@ -159,8 +158,8 @@ def test_the_command_writes_the_pages(tmp_path: Path, suite: Suite, store: Store
     written = Path(done.stdout.strip())
     assert written == store.root / "report" / "made" / "index.html"
     report = written.parent / "suites" / "made.html"
-    assert report.read_text(encoding="utf-8") == make_report(rows, store, NO_FRAMES, home="../index.html")
-    assert csv_of(comparison_frame(Comparison(rows, store))).count("\n") == 5
+    assert report.read_text(encoding="utf-8") == make_report(rows, NO_FRAMES, home="../index.html")
+    assert csv_of(comparison_frame(Comparison(rows))).count("\n") == 5
 
 
 def test_a_choice_on_validation_items_stands_beside_the_best_after_the_fact(
@@ -177,7 +176,7 @@ def test_a_choice_on_validation_items_stands_beside_the_best_after_the_fact(
             items = store.items(record.cell.cell_id)
             store.save(dataclasses.replace(record, details={"chosen_calibrator": "mse"}), dict(items))
     rows = collect_rows(store, rows.suite)
-    comparison = Comparison(rows, store)
+    comparison = Comparison(rows)
     assert comparison.rivals(CALIBRATORS) == ["minmax", "mse"]
     assert comparison.rivals(CALIBRATORS, chosen=True) == ["best_calibrator"]
     assert comparison.rivals(CONTROLS) == ["finetune", "finetune+mse"]
@@ -215,7 +214,7 @@ def test_methods_from_outside_compete_at_once(
         monkeypatch.setitem(ACCURACY, name, dict.fromkeys(("W8A8", "W6A6"), accuracy[name]))
     methods = (*suite.methods, *(MethodSpec(name) for name in accuracy))
     rows = fill(store, dataclasses.replace(suite, methods=methods))
-    comparison = Comparison(rows, store)
+    comparison = Comparison(rows)
     assert comparison.rivals(CALIBRATORS) == ["minmax", "mse", "fresh_rule"]
     assert comparison.rivals(STATE_OF_THE_ART) == ["fresh_rival", "fresh_tuned"]
     line = comparison_frame(comparison).iloc[0]
@@ -223,6 +222,6 @@ def test_methods_from_outside_compete_at_once(
     assert line["gain_over_state_of_the_art"] == pytest.approx(1.0)
     claim = by_statement(claims(rows, comparison, NO_FRAMES), "More accurate than the state of the art")
     assert "over fresh_rival" in claim.measured
-    words = " ".join(" ".join(Page(make_report(rows, store, NO_FRAMES)).words).split())
+    words = " ".join(" ".join(Page(make_report(rows, NO_FRAMES)).words).split())
     assert "Calibrators on the reference: minmax, mse, fresh_rule." in words
     assert "fresh_rival, drop 2.0" in words

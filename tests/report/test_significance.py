@@ -34,9 +34,13 @@ def test_other_scores_are_told_apart_by_swapping() -> None:
     shifted = scores + 0.2
     perplexity: Callable[[np.ndarray], float] = lambda values: float(np.exp(values.mean()))  # noqa: E731
     assert paired_p(scores, shifted, perplexity) == 1 / (1 + SWAPS)  # every draw is less extreme
-    for one in (scores, scores[:, None]):
-        other = one + generator.normal(size=one.shape) * 0.05
-        assert paired_p(one, other, perplexity, of_means=True) == paired_p(one, other, perplexity)
+    other = scores + generator.normal(size=200) * 0.05
+    p = paired_p(scores, other, perplexity)
+    assert 1 / SWAPS < p < 1
+    assert paired_p(scores[:, None], other[:, None], perplexity) == p
+    assert paired_p(scores, other, perplexity, of_means=np.exp) == p
+    # a metric that needs more than means goes through every draw
+    assert paired_p(scores, other, perplexity, of_means=lambda means: None) == p
     same = [paired_p(*(generator.normal(size=(2, 40)) + 3), perplexity) for _ in range(60)]
     assert 0.3 < np.mean(same) < 0.7
     assert np.mean(np.array(same) < 0.05) < 0.2

@@ -160,16 +160,17 @@ def _group(setting: Setting, by_method: dict[str, list[Record]], rows: SuiteRows
     lines = _ranked(lines)
     scores = {line.method: _scores(by_method[line.method], rows) for line in lines}
     task = get_task(lines[0].cells[0].task)
-    metric, of_means = task.metric_value, task.metric in METRICS and METRICS.get(task.metric).of_means
+    # a task may bring a metric of its own, which nobody registered
+    of_means = METRICS.get(task.metric).of_means if task.metric in METRICS else None
     values, rivals, differences = {}, {}, []
     for line in lines:
         rival = next((other for other in lines if other.method != line.method), None)
         one, other = scores[line.method], None if rival is None else scores[rival.method]
         if rival is None or one is None or other is None or one.shape != other.shape:
             continue
-        p = paired_p(one, other, metric, of_means)
+        p = paired_p(one, other, task.metric_value, of_means)
         rivals[line.method], values[line.method] = rival.method, _p_rounded(p, line, rival)
-        differences.append(smallest_difference(one, other, metric))
+        differences.append(smallest_difference(one, other, task.metric_value))
     corrected = holm(values)
     known = [value for value in differences if value is not None]
     result = by_method[lines[0].method][0].result
@@ -197,12 +198,9 @@ def _p_rounded(p: float, line: Line, rival: Line) -> float:
 def _scores(records: Sequence[Record], rows: SuiteRows) -> np.ndarray | None:
     """Scores of every item, mean over seeds; ``None`` if they are not kept or of different items."""
     try:
-        items = [rows.store.items(record.cell.cell_id) for record in records]
+        return rows.scores_of(records)
     except StoreError:
         return None
-    if any(not np.array_equal(other["ids"], items[0]["ids"]) for other in items):
-        return None
-    return np.asarray(np.mean([other["scores"] for other in items], axis=0))
 
 
 def _line(setting: Setting, label: str, records: list[Record]) -> Line:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from benchmark.grid.suite import Suite
 from benchmark.keep.record import Record
 from benchmark.keep.reference_store import folder_of, reference_folder
 from benchmark.report.gallery import analyse_command
-from benchmark.report.html import summary_of
 from benchmark.report.reopening import python_lines
 from benchmark.report.site.links import page_of
 from benchmark.report.site.range_plot import range_plot
@@ -31,6 +31,7 @@ class CellPage:
         results: The store's folder as commands name it.
         published: Whether the store holds published results, which have no models.
         errors: Of the sites; empty where they are not kept.
+        about: What its method is; empty for a reference.
     """
 
     path: str
@@ -39,6 +40,7 @@ class CellPage:
     results: Path
     published: bool
     errors: SiteErrors
+    about: Mapping[str, str]
 
 
 def cell_context(page: CellPage) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def cell_context(page: CellPage) -> dict[str, Any]:
         "suite_page": page_of("suites", page.suite.name),
         "model_page": page_of("models", cell.model),
         "method_page": None if cell.is_reference else page_of("methods", cell.label),
-        "about": None if cell.is_reference else summary_of(cell),
+        "about": page.about or None,
         "numbers": _numbers(record),
         "metrics": _metrics(record),
         "again": again,

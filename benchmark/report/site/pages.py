@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from jinja2 import Environment
 
+    from benchmark.grid.cells import Cell
     from benchmark.keep.record import Record
 
 STATIC = ("site.css", "site.js")
@@ -72,7 +73,7 @@ class SuiteView:
         """The paper's claims; none where its method was not measured."""
         if not any(cell.method == OURS for cell in self.rows.cells):
             return []
-        return claims(self.rows, Comparison(self.rows, self.rows.store), self.frames)
+        return claims(self.rows, Comparison(self.rows), self.frames)
 
 
 class Site:
@@ -90,6 +91,7 @@ class Site:
         self._results = results
         self._paths = _cell_pages(views)
         self._places: dict[str, list[tuple[Group, Line]]] = {}
+        self._summaries: dict[tuple[str, ...], dict[str, str]] = {}
         for view in views:
             for group in view.groups:
                 for line in group.lines if group.setting.model != EVERY else ():
@@ -118,7 +120,7 @@ class Site:
             path = page_of("suites", view.name)
             yield (
                 path,
-                make_report(view.rows, view.rows.store, view.frames, found=view.claims, home="../index.html"),
+                make_report(view.rows, view.frames, found=view.claims, home="../index.html"),
             )
         yield from self._cells()
 
@@ -215,9 +217,21 @@ class Site:
                 if path in told:
                     continue
                 told.add(path)
-                page = CellPage(path, record, view.rows.suite, self._results, published, errors.of(record))
+                about = self._about(record.cell)
+                page = CellPage(
+                    path, record, view.rows.suite, self._results, published, errors.of(record), about
+                )
                 digest = view.rows.store.digest_of(record.cell.cell_id)
                 yield path, LaterPage(self._made_from(page, digest), partial(self._cell, page))
+
+    def _about(self, cell: Cell) -> Mapping[str, str]:
+        """What the cell's method is, made once for all cells that share it."""
+        if cell.is_reference:
+            return {}
+        key = (cell.label, cell.variant, cell.method_version)
+        if key not in self._summaries:
+            self._summaries[key] = summary_of(cell)
+        return self._summaries[key]
 
     def _page_of_cell(self, suite: str, cell_id: str) -> str:
         return self._paths[suite, cell_id]
@@ -228,8 +242,6 @@ class Site:
 
     def _made_from(self, page: CellPage, digest: str) -> str:
         """Digest of all that a cell's page shows: its record, its places among others, and this code."""
-        cell = page.record.cell
-        about = {} if cell.is_reference else summary_of(cell)
         places = [
             (
                 group.setting.suite,
@@ -244,7 +256,7 @@ class Site:
         ]
         suite = (page.suite.name, page.suite.origin, str(page.results), page.published)
         outcome = (digest, page.record.finished_at, page.record.result)
-        shown = (self._code, self._names, outcome, suite, page.errors, about, places)
+        shown = (self._code, self._names, outcome, suite, page.errors, page.about, places)
         return sha256(repr(shown).encode()).hexdigest()
 
     @cached_property

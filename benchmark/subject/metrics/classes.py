@@ -64,11 +64,14 @@ class Accuracy(Metric):
     points = True
     unit = "%"
     needs = ("hits",)
-    of_means = True
 
     def value(self, items: Mapping[str, np.ndarray]) -> float:
         """100 times the mean hit."""
         return 100.0 * float(items["hits"].mean())
+
+    def of_means(self, means: np.ndarray) -> np.ndarray:
+        """100 times each mean hit."""
+        return 100.0 * means
 
 
 @METRICS.register("top-5 accuracy")

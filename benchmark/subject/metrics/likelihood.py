@@ -62,7 +62,6 @@ class NegativeLogLikelihood(Metric):
     name = "negative log-likelihood"
     title = "negative log-likelihood of the true class, in nats"
     higher_is_better = False
-    of_means = True
     unit = "nats"
     needs = ("nll",)
     answers = (CLASS,)
@@ -70,6 +69,10 @@ class NegativeLogLikelihood(Metric):
     def value(self, items: Mapping[str, np.ndarray]) -> float:
         """The mean over the items."""
         return float(items["nll"].mean(dtype="float64"))
+
+    def of_means(self, means: np.ndarray) -> np.ndarray:
+        """The means themselves."""
+        return means
 
 
 @METRICS.register("perplexity")
@@ -79,10 +82,15 @@ class Perplexity(Metric):
     name = "perplexity"
     title = "perplexity: exp of the mean negative log-likelihood of a token"
     higher_is_better = False
-    of_means = True
     needs = ("text_nll",)
     answers = (TEXT,)
 
     def value(self, items: Mapping[str, np.ndarray]) -> float:
         """``exp`` of the mean over the items, which score equally many tokens each."""
         return math.exp(float(items["text_nll"].mean()))
+
+    def of_means(self, means: np.ndarray) -> np.ndarray:
+        """``exp`` of each."""
+        import numpy as np
+
+        return np.exp(means)

@@ -40,8 +40,6 @@ class Metric(ABC):
         unit: Shown behind the name, empty if it has none.
         needs: Names of the :data:`QUANTITIES` it is made from.
         answers: What a task's answers must be: :data:`CLASS`, :data:`VALUE` or :data:`TEXT`.
-        of_means: Whether it is made from the means of what it needs, so that one item that has them stands
-            for all.
     """
 
     name: ClassVar[str]
@@ -51,7 +49,6 @@ class Metric(ABC):
     unit: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]]
     answers: ClassVar[tuple[str, ...]] = (CLASS,)
-    of_means: ClassVar[bool] = False
 
     @abstractmethod
     def value(self, items: Mapping[str, np.ndarray]) -> float:
@@ -63,6 +60,17 @@ class Metric(ABC):
         Returns:
             The value; NaN where there is none, such as the likelihood of logits that are not finite.
         """
+
+    def of_means(self, means: np.ndarray) -> np.ndarray | None:
+        """The metric of many sets of items at once, from the mean of the one quantity that it needs.
+
+        Args:
+            means: Of each set, shape ``(D,)``.
+
+        Returns:
+            The metric of each, shape ``(D,)``; ``None`` if means are not enough.
+        """
+        return None
 
     def __repr__(self) -> str:
         return type(self).__qualname__
