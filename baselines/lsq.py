@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from baselines.method import METHODS, Context
+from baselines.qat import Qat
 from baselines.quantization_aware import QuantizationAware
 from quanttune.errors import ConfigError
 from quanttune.quantization import Quantized, Quantizer, site_weight
 from quanttune.quantization.quantized_training import STEPS, QuantizedTraining
 from quanttune.quantization.quantizers import GroupQuantizer, State, UniformQuantizer, quantizer_from_state
 from quanttune.quantization.quantizers.grid import quotient, significant
+from quanttune.tuner import Schedule
 
 INITIAL = ("calibrated", "paper")
 
@@ -75,6 +77,13 @@ class Lsq(QuantizationAware):
             learned=self.learn_steps,
             learn_offset=self.learn_offset,
         )
+
+    def _key(self, context: Context, schedule: Schedule) -> dict[str, Any]:
+        """Without learned steps the training is the one of ``qat``, made once for both."""
+        if self.learn_steps:
+            return super()._key(context, schedule)
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(Qat)}
+        return Qat(**own)._key(context, schedule)
 
     def calibrated(self, context: Context) -> Quantized:
         """The calibrator's quantizers, with the paper's steps if it is to begin with these."""

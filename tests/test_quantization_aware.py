@@ -39,12 +39,29 @@ def _one_thread() -> Iterator[None]:
 def test_without_learned_steps_it_is_qat_to_the_bit() -> None:
     context = context_for("vit", precision="W4A4")
     first = METHODS.get("qat")().quantize(context)
-    second = METHODS.get("lsq")(learn_steps=False).quantize(context)
+    # trained apart from the other
+    second = METHODS.get("lsq")(learn_steps=False).quantize(context_for("vit", precision="W4A4"))
     assert tensor_digest(first.weights or {}) == tensor_digest(second.weights or {})
     assert tensor_digest(scales(first)) == tensor_digest(scales(second))
     assert tensor_digest(scales(first)) == tensor_digest(scales(METHODS.get("mse")().quantize(context)))
     learned = METHODS.get("lsq")().quantize(context)
     assert tensor_digest(learned.weights or {}) != tensor_digest(first.weights or {})
+
+
+def test_a_training_without_learned_steps_is_made_once_for_both_methods() -> None:
+    trained: list[str] = []
+
+    def count(stage: str, done: int, total: int) -> None:
+        if stage.endswith("fine-tuning") and done == total:
+            trained.append(stage)
+
+    context = context_for("vit", precision="W4A4", progress=count)
+    for method in (METHODS.get("qat")(), METHODS.get("lsq")(learn_steps=False, step_rate=0.5)):
+        method.quantize(context)
+    assert trained == ["qat fine-tuning"]
+    for method in (METHODS.get("lsq")(learn_steps=False, calibrator="minmax"), METHODS.get("lsq")()):
+        method.quantize(context)
+    assert trained == ["qat fine-tuning", "lsq fine-tuning", "lsq fine-tuning"]
 
 
 def test_the_forward_pass_is_the_simulated_network() -> None:
