@@ -62,6 +62,8 @@ class QuantizationAware(FineTuning):
             # Whatever a calibrator chooses by, such as validation items.
             "quantizers": json_digest([document["quantizers"], tensor_digest(tensors)]),
         }
+        # The quantizers say all of it: another calibrator that chooses the same ones shares the training.
+        del key["parameters"]["calibrator"]
         kept = context.stages.tensors("tuning", key, lambda: self._tune(context, schedule, key))
         weights = {name: tensor for name, tensor in kept.items() if _MARK not in name}
         learned = _unpacked(kept, calibrated.quantizers)
