@@ -43,8 +43,8 @@ class Lsq(QuantizationAware):
         learn_offset: Whether zero points of asymmetric quantizers are learned.
         initial: Steps to begin with: ``calibrated``, or ``paper``: ``2 mean|x| / sqrt(Q_p)`` (section 2.1),
             of activations over the calibration items, zero points as calibrated.
-        step_rate: Peak learning rate of a step's logarithm, and of an offset in ranges; the default was chosen on
-            validation items (``benchmark/studies/trained_search.toml``).
+        step_rate: Peak learning rate of a step's logarithm, and of an offset in ranges; the default was
+            chosen on validation items (``benchmark/studies/trained_search.toml``).
 
     Raises:
         ConfigError: If the rate is negative or ``initial`` unknown.
