@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from benchmark.grid.suite import DEFAULT_SUITE
 from benchmark.report.site_tables import SWEEP_ITEMS
+from quanttune.errors import ConfigError
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -40,6 +42,27 @@ class HeadedCommand(click.Command):
         for heading, records in [*headed.items(), ("Options", plain)]:
             with formatter.section(heading):
                 formatter.write_dl(records)
+
+
+def refuse_idle(why: str, *names: str) -> None:
+    """Refuse options of the command under way that were given and would change nothing.
+
+    Args:
+        why: Why they have no say.
+        names: The command's parameters.
+
+    Raises:
+        ConfigError: Naming those that were given.
+    """
+    context = click.get_current_context()
+    idle = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name in names
+        and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]
+    if idle:
+        raise ConfigError(f"{why}; leave out {' and '.join(idle)}")
 
 
 def suite_option(function: _Function) -> _Function:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from benchmark.keep.status import status_of
+from benchmark.keep.status import FAILED, Status, status_of
 
 if TYPE_CHECKING:
     from benchmark.grid.cells import Cell
@@ -41,13 +41,27 @@ def echo_rows(rows: Sequence[dict[str, Any]], as_json: bool = False) -> None:
     click.echo(tabulate(rows, headers="keys", tablefmt="simple", disable_numparse=True, maxcolwidths=widths))
 
 
-def echo_cells(store: Store, cells: Sequence[Cell], as_json: bool = False) -> None:
+def echo_cells(
+    store: Store,
+    cells: Sequence[Cell],
+    as_json: bool = False,
+    overwrite: str = "failed",
+    of_machine: Sequence[Obstacle] = (),
+) -> None:
     """Print cells with the status the store has for each, and what keeps those that are to run from running.
 
     A cell that cannot run here names its obstacles by number; below the grid each is told once, with the
     command that removes it. As JSON each cell holds its own.
+
+    Args:
+        store: Where the cells are looked up.
+        cells: The cells.
+        as_json: Print JSON.
+        overwrite: Which kept cells a run would measure again, as in
+            :class:`benchmark.engine.runner.Settings`.
+        of_machine: What keeps every cell from running, whatever its model.
     """
-    obstacles = _Obstacles()
+    obstacles = _Obstacles(of_machine)
     rows: list[dict[str, Any]] = []
     with store.indexed():
         for cell in cells:
@@ -60,10 +74,11 @@ def echo_cells(store: Store, cells: Sequence[Cell], as_json: bool = False) -> No
                 "precision": cell.scheme_text,
                 "profile": cell.profile,
                 "seed": cell.seed,
-                "status": "cached" if status.word == "done" else status.word,
+                "status": _shown(status, overwrite),
                 "note": note,
             }
-            found = () if status.finished else obstacles.of(cell)
+            kept = status.finished or (status.word == FAILED and overwrite == "never")
+            found = () if kept and overwrite != "always" else obstacles.of(cell)
             if as_json:
                 row["obstacles"] = [{"reason": item.reason, "remedy": item.remedy} for item in found]
             elif found:
@@ -75,10 +90,21 @@ def echo_cells(store: Store, cells: Sequence[Cell], as_json: bool = False) -> No
         obstacles.echo(len(rows))
 
 
-class _Obstacles:
-    """The obstacles of the cells of a listing, numbered; each model is asked once."""
+def _shown(status: Status, overwrite: str) -> str:
+    if status.finished and overwrite == "always":
+        return "to run again"
+    return "cached" if status.word == "done" else status.word
 
-    def __init__(self) -> None:
+
+class _Obstacles:
+    """The obstacles of the cells of a listing, numbered; each model is asked once.
+
+    Args:
+        of_machine: Those of every model.
+    """
+
+    def __init__(self, of_machine: Sequence[Obstacle]) -> None:
+        self._of_machine = tuple(of_machine)
         self._by_model: dict[str, tuple[Obstacle, ...]] = {}
         self._numbers: dict[Obstacle, int] = {}
         self._cells: Counter[str] = Counter()
@@ -87,7 +113,7 @@ class _Obstacles:
         from benchmark.subject.lookup import obstacles_of
 
         if cell.model not in self._by_model:
-            self._by_model[cell.model] = obstacles_of(cell.model)
+            self._by_model[cell.model] = (*self._of_machine, *obstacles_of(cell.model))
         found = self._by_model[cell.model]
         self._cells[cell.model] += bool(found)
         return found
@@ -136,7 +162,7 @@ def open_suite(
     if not any(record.result and not record.cell.is_reference for record in rows.records.values()):
         raise ConfigError(
             f"no quantized cell of suite {rows.suite.name} is done, so there is nothing to draw; "
-            f"run `python -m benchmark run --all --suite {rows.suite.origin}`"
+            f"run `python -m benchmark run --all --suite {rows.suite.origin}{store.measuring_option}`"
         )
     store.require_writable()
     if not rows.complete:
@@ -185,8 +211,8 @@ def suites_with_results(store: Store, further: Sequence[str] = ()) -> list[str]:
             counts[name] = done
     if not counts:
         raise ConfigError(
-            f"no suite has results in {store.root}; run `python -m benchmark run --all`, or give "
-            "--results reference for what came with the code"
+            f"no suite has results in {store.root}; run `python -m benchmark run --all"
+            f"{store.measuring_option}`, or give --results reference for what came with the code"
         )
     if len(counts) > 1 and "smoke" not in further:
         counts.pop("smoke", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -13,7 +14,7 @@ from typing import Any
 import click
 
 from benchmark.cli import EXIT_FAILED, cli, examples
-from benchmark.options import include_option, results_option
+from benchmark.options import include_option, refuse_idle, results_option
 from quanttune.errors import ConfigError
 
 _FORMS = ("terminal", "markdown", "latex", "json")
@@ -76,18 +77,25 @@ def deploy(
     from benchmark.keep.reference_store import open_store
     from benchmark.report.canvas import rendered, style
 
+    if show:
+        refuse_idle("--show measures nothing", "suite", "parts", "again")
     store = open_store(results)
     place = folder or store.views / "deployment"
     deployment = Deployment(store, place, lambda line: click.echo(line, err=True))
+    with_float = ("fp32", *methods) if methods else ()
+    chosen_rows = []
     if not show:
-        chosen = ("fp32", *methods) if methods else ()
-        cells = expand(load_suite(suite), Selection(models, chosen, precisions))
-        deployment.measure(cells, parts or PARTS, again)
+        cells = expand(load_suite(suite), Selection(models, with_float, precisions))
+        chosen_rows = deployment.measure(cells, parts or PARTS, again)
     rows = list(deployment.rows.values())
     if not rows:
         raise ConfigError(f"nothing is measured in {place}; `python -m benchmark deploy` does it")
-    wanted = {"model": models, "method": ("fp32", *methods) if methods else (), "precision": precisions}
-    chosen_rows = [row for row in rows if _fits(row, wanted)]
+    if show:
+        wanted = {"model": models, "method": with_float, "precision": precisions}
+        chosen_rows = [row for row in rows if _fits(row, wanted)]
+        if not chosen_rows:
+            there = sorted({f"{row['model']} {row['method']} {row['precision']}" for row in rows})
+            raise ConfigError(f"no row of {place} is of that kind; it has {', '.join(there)}")
     write_text_atomically(place / "deployment.md", to_markdown(rows))
     write_text_atomically(place / "deployment.tex", to_latex(rows))
     with style():
@@ -104,10 +112,11 @@ def deploy(
 
 
 def _fits(row: Mapping[str, Any], wanted: Mapping[str, Sequence[str]]) -> bool:
-    """Whether a row is of what was asked for; FP32 stands beside every precision."""
+    """Whether a row is of what was asked for, in capitals or not; FP32 stands beside every precision."""
     return all(
         not globs
-        or any(fnmatchcase(str(row[name]), glob) for glob in globs)
+        or any(fnmatchcase(str(row[name]).lower(), glob.lower()) for glob in globs)
+        or (name == "method" and re.split(r"[\[+]", row[name])[0] in globs)
         or (name == "precision" and row["method"] == "fp32")
         for name, globs in wanted.items()
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from benchmark.cli import cli, examples
-from benchmark.options import include_option, results_option, suite_option
+from benchmark.options import include_option, refuse_idle, results_option, suite_option
 from quanttune.errors import ConfigError
 
 
@@ -74,6 +74,10 @@ def export(
     """
     if (cell is None) == (model is None or method is None) or (cell and (model or method)):
         raise ConfigError("name one cell: by the start of its id, or by --model and --method")
+    if cell is not None:
+        refuse_idle("an id names the whole cell", "precision", "profile", "seed", "suite")
+    if source is not None:
+        refuse_idle(f"weights stay as they are in {source}", "weights")
     from benchmark.engine.exporting import export_cell, find_cell, rewrite_cell
     from benchmark.grid.expand import Selection
     from benchmark.keep.reference_store import open_store
@@ -90,9 +94,9 @@ def export(
     else:
         done = rewrite_cell(store, record, source, output)
     if not has_vnni() and can_saturate(output):
+        remedy = "--weights uint8 avoids it" if source is None else f"make {source} with --weights uint8"
         click.echo(
-            "warning: this processor has no VNNI, where 16-bit sums of these weights can saturate; "
-            "--weights uint8 avoids it",
+            f"warning: this processor has no VNNI, where 16-bit sums of these weights can saturate; {remedy}",
             err=True,
         )
     if as_json:

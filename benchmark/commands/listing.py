@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from benchmark.cli import cli, examples
-from benchmark.options import include_option, results_option, suite_option
+from benchmark.options import include_option, refuse_idle, results_option, suite_option
 from quanttune.errors import ConfigError
 
 _KINDS = ("suites", "models", "methods", "tasks", "metrics", "figures", "executors", "cells")
@@ -35,6 +35,7 @@ def list_command(kind: str, suite: str, as_json: bool, results: Path) -> None:
 
         echo_cells(open_store(results), Request(suite).cells(), as_json)
         return
+    refuse_idle(f"{kind} are of every suite and of no results folder", "suite", "results")
     from benchmark.views import echo_rows
 
     lists = {
@@ -46,7 +47,7 @@ def list_command(kind: str, suite: str, as_json: bool, results: Path) -> None:
         "figures": _figures,
         "executors": _executors,
     }
-    hidden = {"parameters"} if not as_json else set()  # too long for a line
+    hidden = {"parameters", "precisions"} if not as_json else set()  # too long for a line
     echo_rows(
         [{key: value for key, value in row.items() if key not in hidden} for row in lists[kind]()], as_json
     )
@@ -79,7 +80,7 @@ def show(cell_id_prefix: str, suite: str | None, results: Path) -> None:
     if others:
         click.echo(f"another number, on other reference weights: --suite {' or '.join(others)}", err=True)
     click.echo(json.dumps(record.to_json(), indent=2))
-    for line in reopening(record, results, not isinstance(store, ReferenceStore)):
+    for line in reopening(record, results, store):
         click.echo(line, err=True)
 
 

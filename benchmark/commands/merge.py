@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from benchmark.cli import EXIT_FAILED, cli, examples
-from benchmark.options import include_option, sample_option
+from benchmark.options import include_option, refuse_idle, sample_option
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,10 +61,15 @@ def merge(origin: Path, into: Path, sample: int, unverified: bool, suite: str | 
     archive: give it with --include.
     """
     from benchmark.keep.archive import unpack
+    from benchmark.keep.merging import require_takeable
     from benchmark.keep.reference_store import ReferenceStore, open_store
     from quanttune.errors import ConfigError, StoreError
 
     target = open_store(into)
+    if unverified:
+        refuse_idle("--unverified measures nothing", "sample", "measured")
+    if origin.is_dir():
+        refuse_idle("a folder tells the suites of its cells", "suite")
     with tempfile.TemporaryDirectory(prefix="quanttune-bench-") as folder:
         if origin.is_dir():
             source = open_store(origin)
@@ -72,6 +77,7 @@ def merge(origin: Path, into: Path, sample: int, unverified: bool, suite: str | 
                 raise ConfigError(f"{origin} and {into} are one store; give another --into")
             if not (source.root / "cells").is_dir() and not isinstance(source, ReferenceStore):
                 raise StoreError(f"{origin} is no results folder: it has no cells")
+            require_takeable(source, target)
             names: Callable[[Record], list[str]] = _names(source)
         else:
             about, source = unpack(origin, Path(folder))
@@ -117,7 +123,13 @@ def _verified(records: list[Record], source: Store, sample: int, measured: Path)
     from benchmark.engine.progress import Display
     from benchmark.engine.runner import CellRunner, Settings
 
-    chosen = verification.sample(records, sample) or verification.sample(records, sample, trained=True)
+    cheap = verification.sample(records, sample)
+    chosen = cheap or verification.sample(records, sample, trained=True)
+    trained = len(verification.sample(records, None, trained=True)) if cheap else 0
+    if trained:
+        click.echo(
+            f"{trained} new cells of methods that train or optimise are not among those measured again"
+        )
     if not chosen:
         click.echo("no new cell has a number of a quantized model: nothing to measure again")
         return True

@@ -78,7 +78,9 @@ def perf(
         echo_rows([{"row": name, "measures": each.title} for name, each in chosen.items()])
         return
     from benchmark.engine.environment import prepare_torch
+    from benchmark.keep.reference_store import open_store, refuse_published
 
+    refuse_published(open_store(results), "measured into")
     where = prepare_torch(threads, device)
     ledger = Ledger(output or results / "performance.json")
     of_models = [(name, model) for name, row in chosen.items() if row.of_model for model in models or _MODELS]

@@ -54,7 +54,7 @@ def _how(*names: str, **settings: Any) -> Callable[[Callable[..., None]], Callab
     "methods",
     multiple=True,
     metavar="GLOB",
-    help="The suite's, or any method by name, with its defaults; repeatable.",
+    help="The suite's by name or label, or any method by name, with its defaults; repeatable.",
 )
 @_which(
     "--precision",
@@ -150,9 +150,13 @@ def run(everything: bool, dry_run: bool, no_tracking: bool, analyse: bool, **giv
 
     plan = _plan(given)
     if dry_run:
+        from benchmark.engine.environment import device_obstacle
         from benchmark.views import echo_cells
 
-        echo_cells(plan.store, plan.cells)
+        settings = plan.settings
+        obstacle = None if settings.device == "cpu" else device_obstacle(settings.device, settings.processes)
+        of_machine = [] if obstacle is None else [obstacle]
+        echo_cells(plan.store, plan.cells, overwrite=settings.overwrite, of_machine=of_machine)
         return
     found: dict[str, Outcome] = {}
     display = Display()
@@ -204,8 +208,9 @@ def _plan(given: dict[str, Any]) -> Plan:
 
 
 def _tell_interrupted(plan: Plan) -> None:
-    arguments = sys.argv[1:]
-    if "--overwrite" in arguments:  # what is kept by now need not be measured again
+    # what is kept by now need not be measured again
+    arguments = [word for word in sys.argv[1:] if not word.startswith("--overwrite=")]
+    if "--overwrite" in arguments:
         at = arguments.index("--overwrite")
         del arguments[at : at + 2]
     store = plan.store

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from benchmark.cli import cli, examples
-from benchmark.options import ENDINGS, format_option, include_option, results_option, suite_option
+from benchmark.options import (
+    ENDINGS,
+    format_option,
+    include_option,
+    refuse_idle,
+    results_option,
+    suite_option,
+)
 from quanttune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -81,6 +88,8 @@ def sensitivity(
         raise ConfigError(
             "nothing is selected; give --all, or --model, --method, --precision, --profile or --seed"
         )
+    if only_kept:
+        refuse_idle("--kept shows what was measured, on however many items", "items")
     from benchmark.engine.sensitivity import UNITS, all_kept
     from benchmark.grid.expand import Selection, expand
     from benchmark.grid.suite import load_suite
@@ -99,14 +108,13 @@ def sensitivity(
     if not records:
         raise ConfigError(
             f"none of the {len(cells)} chosen cells is measured; run "
-            f"`python -m benchmark run {shlex.join(_selected(everything, given))}`"
+            f"`python -m benchmark run {_selected(everything, given)}{store.measuring_option}`"
         )
     if only_kept:
         found = all_kept(store, records, units, device)
         if not found:
             raise ConfigError(
-                "no sensitivity of the chosen cells is kept; run "
-                f"`python -m benchmark sensitivity {shlex.join(_selected(everything, given))}`"
+                f"no sensitivity of the chosen cells is kept; {_remedy(store, everything, given)}"
             )
     else:
         store.require_writable()
@@ -177,11 +185,21 @@ def _write(path: Path, text: str) -> None:
         click.echo(f"warning: printed only: {error}", err=True)
 
 
-def _selected(everything: bool, given: dict[str, Any]) -> list[str]:
+def _remedy(store: Store, everything: bool, given: dict[str, Any]) -> str:
+    """What measures the sensitivities of the chosen cells."""
+    from benchmark.keep.reference_store import ReferenceStore
+
+    selected = _selected(everything, given)
+    measure = f"`python -m benchmark sensitivity {selected}{store.measuring_option}`"
+    if not isinstance(store, ReferenceStore):
+        return f"run {measure}"
+    return f"published results keep no models: run `python -m benchmark run {selected}`, then {measure}"
+
+
+def _selected(everything: bool, given: dict[str, Any]) -> str:
     """The words that choose the same cells."""
     words = ["--all"] * everything
     for option, name in zip(("model", "method", "precision", "profile", "seed"), _SELECTION, strict=True):
         for value in given[name]:
             words += [f"--{option}", str(value)]
-    where = str(given["results"])
-    return [*words, "--suite", given["suite"], *(["--results", where] if where != "results" else [])]
+    return shlex.join([*words, "--suite", given["suite"]])

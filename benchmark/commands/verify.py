@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from benchmark.cli import cli, examples
-from benchmark.options import include_option, sample_option
+from benchmark.options import include_option, refuse_idle, sample_option
 
 
 @cli.command(
@@ -61,6 +61,7 @@ def verify(
     otherwise. Where they were trained on another machine, the intervals of both drops must touch. The files
     are checked first. Exit code 0 if all agree, 1 if not.
     """
+    from benchmark.components import included
     from benchmark.engine import verification
     from benchmark.engine.progress import Display
     from benchmark.engine.runner import CellRunner, Settings
@@ -75,6 +76,7 @@ def verify(
     if suite is not None:
         published = published.of_suite(suite)
     if cell is not None:
+        refuse_idle("--cell names the one to measure", "sample", "trained")
         chosen = [published.find(cell)]
         if suite is not None and suite not in published.suites_of(chosen[0].cell.cell_id):
             raise ConfigError(f"cell {cell} is not of suite {suite}; leave out --suite")
@@ -90,7 +92,7 @@ def verify(
     click.echo(f"files and records of {published.root}: as published")
     display = Display((), 1, live=False)
     runner = CellRunner(
-        Settings(results, threads=threads, device=device),
+        Settings(results, threads=threads, device=device, includes=included()),
         lambda name, done, total: display.stage(0, name, done, total),
     )
     verdicts = []

@@ -120,7 +120,8 @@ class Deployment:
 
     def _require_measured(self, cell: Cell) -> None:
         if self.store.load(cell) is None:
-            raise StoreError(f"cell {cell} is not measured yet: {measure_again(cell)}")
+            command = measure_again(cell, self.store.measuring_option, overwrite=False)
+            raise StoreError(f"cell {cell} is not measured yet: {command}")
 
     def _measure_one(
         self, target: Target, reference: Cell, parts: tuple[str, ...], again: bool, at: str

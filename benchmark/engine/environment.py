@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmark.subject.obstacles import Obstacle
 from quanttune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -59,6 +60,27 @@ def prepare_torch(threads: int, device: str) -> torch.device:
         # Nothing here reads what it has not written, and a GPU spent a fifth of a simulation on zeros.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return chosen
+
+
+def device_obstacle(device: str, processes: int = 1) -> Obstacle | None:
+    """What keeps work from running on a device here.
+
+    Args:
+        device: Its name.
+        processes: How many processes, each on a GPU of its own, share a fine-tuning.
+
+    Raises:
+        ConfigError: If it is none that results are measured on.
+    """
+    if device_named(device).type != "cuda":
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return Obstacle("no CUDA device is available", "--device cpu, or a machine that has one")
+    if (count := torch.cuda.device_count()) < processes:
+        return Obstacle(f"{processes} processes need as many GPUs; there are {count}", f"--processes {count}")
+    return None
 
 
 def device_named(device: str) -> torch.device:

@@ -74,11 +74,12 @@ def find_cell(store: Store, suite: str, selection: Selection) -> Record:
         raise ConfigError(
             f"{len(cells)} cells of suite {suite} are meant"
             + (f" ({named}{', ...' if len(cells) > 4 else ''})" if cells else "")
-            + "; name one by the start of its id, as `list cells` shows it"
+            + f"; name one by the start of its id, as `list cells --suite {suite}{store.option}` shows it"
         )
     record = store.load(cells[0])
     if record is None:
-        raise StoreError(f"cell {cells[0]} is not measured yet: {measure_again(cells[0])}")
+        command = measure_again(cells[0], store.measuring_option, suite, overwrite=False)
+        raise StoreError(f"cell {cells[0]} is not measured yet: {command}")
     return record
 
 

@@ -44,19 +44,18 @@ def load_quantized(store: Store, prefix: str) -> Quantized:
     if store.load(cell) is None:
         raise StoreError(
             f"{what} was measured with other reference weights than {cell.model} has now; measure it again: "
-            f"{measure_again(cell)}"
+            f"{measure_again(cell, store.measuring_option)}"
         )
     if record.quantized is None:
         raise StoreError(
             f"{what} was measured before quantized models were kept; to have one, measure it again: "
-            f"{measure_again(cell)}"
+            f"{measure_again(cell, store.measuring_option)}"
         )
     try:
         return store.quantized(record)
     except (StoreError, AssetError) as error:
-        raise StoreError(
-            f"{what} cannot be reopened: {error}; measure it again: {measure_again(cell)}"
-        ) from error
+        again = measure_again(cell, store.measuring_option)
+        raise StoreError(f"{what} cannot be reopened: {error}; measure it again: {again}") from error
 
 
 def load_reference(store: Store, model: str) -> nn.Module:
@@ -81,11 +80,12 @@ def load_reference(store: Store, model: str) -> nn.Module:
     return session.model
 
 
-def measure_again(cell: Cell, suite: str | None = None, overwrite: bool = True) -> str:
-    """The command that measures a cell again.
+def measure_again(cell: Cell, where: str, suite: str | None = None, overwrite: bool = True) -> str:
+    """The command that measures a cell, again or for the first time.
 
     Args:
         cell: Which one.
+        where: :attr:`benchmark.keep.store.Store.measuring_option` of the store it goes to.
         suite: One that holds it; looked for if it is not given.
         overwrite: Whether it is measured whatever the store has of it.
     """
@@ -101,7 +101,7 @@ def measure_again(cell: Cell, suite: str | None = None, overwrite: bool = True) 
         words += ["--precision", cell.scheme_text, "--profile", cell.profile]
     words += ["--seed", str(cell.seed)]
     words += [] if cell.limit is None else ["--limit", str(cell.limit)]
-    return f"`python -m benchmark {shlex.join(words)}`"
+    return f"`python -m benchmark {shlex.join(words)}{where}`"
 
 
 def _holds(suite: Suite, cell: Cell, selection: Selection) -> bool:

@@ -104,7 +104,7 @@ def measured(session: Session, store: Store, record: Record, by: str, items: int
     if session.reference_digest != record.reference_digest:
         raise StoreError(
             f"cell {cell.cell_id[:12]} was made from another reference than {cell.model} has now; "
-            f"measure it again: {measure_again(cell)}"
+            f"measure it again: {measure_again(cell, store.measuring_option)}"
         )
     key = {**_key(record, by), "items": len(ids)}
     stages = _stages(store, record, session.device.type)

@@ -76,7 +76,7 @@ def collect(store: Store, suite: Suite, method: str) -> Submission:
     """
     cells = grid_of(suite, method)
     status = {cell.cell_id: status_of(store, cell) for cell in cells}
-    again = f"`python -m benchmark run --suite {suite.origin} --method {method}`"
+    again = f"`python -m benchmark run --suite {suite.origin} --method {method}{store.measuring_option}`"
     unfinished = Counter(each.word for each in status.values() if not each.finished)
     if unfinished:
         words = ", ".join(f"{count} {word}" for word, count in sorted(unfinished.items()))

@@ -31,7 +31,8 @@ class Selection:
     """What a user asked for out of a suite.
 
     Model and method globs choose among the suite's; a plain name that is registered joins the suite, a method
-    with its default parameters, and so do the special forms of models such as ``folder:PATH@TASK``.
+    with its default parameters, and so do the special forms of models such as ``folder:PATH@TASK``. The label
+    of a method, as tables show it, chooses it with these parameters alone.
     Precisions, profiles and seeds replace the suite's. Empty means "as the suite says".
     """
 
@@ -67,9 +68,10 @@ def expand(
         raise ConfigError(f"--limit {limit}: it must be at least 1 test item")
     models = _choose(MODELS, suite.models, selection.models, suite.name, is_special)
     of_suite = [spec.name for spec in suite.methods]
-    names = _choose(METHODS, of_suite, selection.methods, suite.name)
+    labelled, patterns = _by_label(suite, selection.methods)
+    names = [] if labelled and not patterns else _choose(METHODS, of_suite, patterns, suite.name)
     specs = [*suite.methods, *(MethodSpec(name) for name in names if name not in of_suite)]
-    methods = [(spec, _instance(spec)) for spec in specs if spec.name in names]
+    methods = [(spec, _instance(spec)) for spec in specs if spec.name in names or spec in labelled]
     precisions = [str(Scheme.parse(text)) for text in selection.precisions or suite.precisions]
     profiles = selection.profiles or suite.profiles
     for profile in profiles:
@@ -190,6 +192,22 @@ def _instance(spec: MethodSpec) -> Method:
     except (TypeError, ValueError) as error:
         # how a class that somebody else wrote refuses a value
         raise ConfigError(f"method {spec.name} does not take {dict(spec.parameters)}: {error}") from error
+
+
+def _by_label(suite: Suite, patterns: tuple[str, ...]) -> tuple[list[MethodSpec], tuple[str, ...]]:
+    """The suite's methods whose labels were given, or match, and the patterns that are none of these."""
+    named = [spec.name for spec in suite.methods]
+    chosen, others = list[MethodSpec](), list[str]()
+    for pattern in patterns:
+        if any(name == pattern or fnmatchcase(name, pattern) for name in named):
+            others.append(pattern)
+            continue
+        labels = [(spec, _instance(spec).label) for spec in suite.methods]
+        matches = [spec for spec, label in labels if label == pattern]
+        matches = matches or [spec for spec, label in labels if fnmatchcase(label, pattern)]
+        chosen += matches
+        others += [] if matches else [pattern]
+    return chosen, tuple(others)
 
 
 def _choose(

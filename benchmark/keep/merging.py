@@ -115,6 +115,18 @@ def _kept_reference(target: Store, model_identity: str, digest: str) -> str | No
     return digest if digest in published else min(published, default=None)
 
 
+def require_takeable(source: Store, target: Store) -> None:
+    """Refuse cells that the target cannot hold, before any of them is measured again.
+
+    Raises:
+        StoreError: If the source has published results, which keep no models, and the target is a store.
+    """
+    if isinstance(source, ReferenceStore) and not isinstance(target, ReferenceStore):
+        raise StoreError(
+            f"{source.root} holds published results without all that a store keeps; read them with --results"
+        )
+
+
 def take(
     source: Store,
     target: Store,
@@ -142,10 +154,7 @@ def take(
         names = {record.cell.cell_id: suites(record) for record in records}
         extend(target.root, names, records, source.items)
         return Difference(records)
-    if isinstance(source, ReferenceStore):
-        raise StoreError(
-            f"{source.root} holds published results without all that a store keeps; read them with --results"
-        )
+    require_takeable(source, target)
     taken = Difference()
     target.prepare()
     refused = _pin(source, target, records, taken)

@@ -186,6 +186,11 @@ class ReferenceStore(Store):
         self._suite: str | None = None
 
     @property
+    def measuring_option(self) -> str:
+        """Nothing: published results are only read, what is measured goes to the user's own folder."""
+        return ""
+
+    @property
     def views(self) -> Path:
         """Tables and figures go beside the folder, where its own are."""
         return self.root.parent

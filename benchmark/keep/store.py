@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -75,6 +76,16 @@ class Store:
         self._index: Index | None = None
         self._digests: dict[str, str] = {}
         self._references: dict[str, str | None] = {}
+
+    @property
+    def option(self) -> str:
+        """What names the folder to a command that reads it: `` --results DIR``, nothing for the usual one."""
+        return "" if self.root == Path("results").absolute() else f" --results {shlex.quote(str(self.root))}"
+
+    @property
+    def measuring_option(self) -> str:
+        """The same for a command that measures what the folder lacks."""
+        return self.option
 
     @contextlib.contextmanager
     def indexed(self) -> Iterator[None]:
@@ -278,7 +289,8 @@ class Store:
         """
         if not _PREFIX.fullmatch(prefix):
             raise StoreError(
-                f"{prefix!r} is not the start of a cell id; ids are hexadecimal, see `list cells`"
+                f"{prefix!r} is not the start of a cell id; ids are hexadecimal, see "
+                f"`list cells{self.option}`"
             )
         matches = [cell_id for cell_id in self._ids() if cell_id.startswith(prefix)]
         if len(matches) > 1:
@@ -287,7 +299,9 @@ class Store:
             )
         record = self._read(matches[0]) if matches else None
         if record is None:
-            raise StoreError(f"no finished cell starts with {prefix!r} in {self.root}; see `list cells`")
+            raise StoreError(
+                f"no finished cell starts with {prefix!r} in {self.root}; see `list cells{self.option}`"
+            )
         return record
 
     def reference_digest(self, model_identity: str) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 from benchmark.keep.atomic import write_text_atomically
 from benchmark.performance.idle import why_busy
 from benchmark.performance.measurement import Line
+from benchmark.report.columns import counted
 from quanttune.errors import StoreError
 from quanttune.files import read_json
 
@@ -105,10 +106,8 @@ def place(entry: dict[str, Any]) -> str:
     """Where and how a row was measured, in a sentence or two."""
     where, watch = entry["where"], entry["watch"]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    plural = "" if where["threads"] == 1 else "s"
-    said = (
-        f"{where['processor']}, {where['threads']} thread{plural}, {versions}; {entry['repeats']} repeats. "
-    )
+    threads, repeats = counted(where["threads"], "thread"), counted(entry["repeats"], "repeat")
+    said = f"{where['processor']}, {threads}, {versions}; {repeats}. "
     return said + ("Idle cores." if watch["idle"] else f"**Busy cores**: {why_busy(watch)}.")
 
 

@@ -263,9 +263,10 @@ class ModelAnalysis:
 
     def _changed(self, what: str) -> StoreError:
         again = "run --all" if isinstance(self._store, ReferenceStore) else "run --all --overwrite always"
+        again += f" --suite {self.suite.origin}{self._store.measuring_option}"
         return StoreError(
             f"{what} weights of {self.model} are not those that were measured; measure the suite on this "
-            f"machine: `python -m benchmark {again} --suite {self.suite.origin}`"
+            f"machine: `python -m benchmark {again}`"
         )
 
     @cached_property

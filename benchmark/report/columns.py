@@ -48,6 +48,11 @@ def printable(text: str) -> str:
     return text
 
 
+def counted(count: object, noun: str) -> str:
+    """A number with its noun: ``1 thread``, ``2 threads``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def paragraph(text: str, width: int, indent: str = "") -> str:
     """Prose in lines of at most ``width`` letters."""
     return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)

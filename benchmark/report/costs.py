@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from benchmark.engine.spending import WIDTHS
 from benchmark.grid.cells import REFERENCE_METHOD
 from benchmark.keep.record import Record
-from benchmark.report.columns import Row, blocks, paragraph
+from benchmark.report.columns import Row, blocks, counted, paragraph
 from benchmark.report.latex import (
     column_format,
     escape_latex,
@@ -99,7 +99,8 @@ def make_cost_table(rows: SuiteRows) -> CostTable:
         raise ConfigError(
             f"no finished cell of suite {rows.suite.name} tells what its method takes: none is there, or of "
             "an older version; run "
-            f"`python -m benchmark run --all --overwrite always --suite {rows.suite.origin}`"
+            f"`python -m benchmark run --all --overwrite always --suite {rows.suite.origin}"
+            f"{rows.store.measuring_option}`"
         )
     table = make_table(rows)
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
@@ -149,7 +150,7 @@ def _line(table: Table, model: str, method: str, records: list[Record]) -> CostL
 
 def _caption(rows: SuiteRows) -> str:
     machines = {
-        f"{record.provenance.get('device') or 'cpu'}, {record.provenance.get('threads')} threads"
+        f"{record.provenance.get('device') or 'cpu'}, {counted(record.provenance.get('threads'), 'thread')}"
         for record in rows.records.values()
         if record.cost and record.provenance
     }

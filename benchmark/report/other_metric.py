@@ -176,6 +176,7 @@ def _refusal(rows: SuiteRows, name: str, lacking: Iterable[Cell]) -> str:
     if {spec.name for spec in rows.suite.methods} - set(methods):
         chosen += [f"--method {method}" for method in methods]
     command = f"run --suite {rows.suite.origin} {' '.join(chosen)} --overwrite always"
+    command += rows.store.measuring_option
     return (
         f"{len(cells)} cells of suite {rows.suite.name} lack what {name} needs ({named}{more}); "
         f"`python -m benchmark {command}` measures them again"

@@ -8,20 +8,22 @@ from pathlib import Path
 from benchmark.engine.reopen import measure_again
 from benchmark.grid.cells import Cell
 from benchmark.keep.record import Record
+from benchmark.keep.reference_store import ReferenceStore
+from benchmark.keep.store import Store
 
 
-def reopening(record: Record, results: Path, models: bool) -> list[str]:
+def reopening(record: Record, results: Path, store: Store) -> list[str]:
     """The lines of Python that give a cell's quantized model back, or why there is none.
 
     Args:
         record: Of the cell.
         results: The store's folder as it was given.
-        models: Whether the store keeps quantized models.
+        store: The store; published results keep no quantized models.
     """
-    if not record.cell.is_reference and (record.quantized is None or not models):
+    if not record.cell.is_reference and (record.quantized is None or isinstance(store, ReferenceStore)):
         if record.reason is not None:
             return ["# skipped, so there is no quantized model"]
-        again = measure_again(record.cell).strip("`")
+        again = measure_again(record.cell, store.measuring_option).strip("`")
         return ["# no quantized model is kept of this cell; to have one, measure it again:", f"# {again}"]
     return python_lines(record.cell, results)
 

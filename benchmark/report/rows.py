@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmark.components import included_methods
@@ -218,11 +217,13 @@ def _joined(store: Store, suite: Suite, own: Iterable[Cell]) -> list[Cell]:
 def _refusal(store: Store, rows: SuiteRows) -> str:
     name, missing = rows.suite.name, [cell for cell in rows.cells if cell.cell_id not in rows.records]
     text = f"{rows.finished} of {len(rows.cells)} cells of suite {name} are finished"
+    command = f"`python -m benchmark run --all --suite {rows.suite.origin}{store.measuring_option}`"
+    if not store.root.exists():
+        text = f"there is no folder {store.root}"
+    elif not rows.finished:
+        text += f" in {store.root}"
     if not rows.finished and _is_published(name):
-        return (
-            f"{text} in {store.root}; --results reference shows what came with the code; "
-            f"measure them with `python -m benchmark run --all --suite {rows.suite.origin}`"
-        )
+        return f"{text}; --results reference shows what came with the code; measure them with {command}"
     failed = list(rows.unfinished.values()).count("failed")
     if failed:
         text += f", {failed} failed"
@@ -235,8 +236,7 @@ def _refusal(store: Store, rows: SuiteRows) -> str:
         )
     if limited:
         text += f"; {limited} measured with --limit are not used"
-    where = "" if store.root == Path("results").absolute() else f" --results {store.root}"
-    return f"{text}; run `python -m benchmark run --all --suite {rows.suite.origin}{where}`"
+    return f"{text}; run {command}"
 
 
 def _is_published(suite: str) -> bool:

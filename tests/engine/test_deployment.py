@@ -103,10 +103,16 @@ def test_rows_are_measured_once_and_shown(store: Store, measured: list[Cell], tm
     for words, count in (
         ((), 4),
         (("--precision", "W4*"), 2),
+        (("--precision", "w4*"), 2),
         (("--method", "minmax"), 3),
-        (("--model", "x"), 0),
     ):
         assert len(json.loads(run(store, *show, *words).stdout)) == count, words
+    refused = run(store, *show, "--model", "x")
+    assert refused.exit_code == 2
+    assert "no row of" in refused.stderr
+    idle = run(store, *show, "--again", "--part", "accuracy")
+    assert idle.exit_code == 2
+    assert "--show measures nothing; leave out --part and --again" in idle.stderr
 
 
 def test_what_cannot_be_measured_is_said(

@@ -47,8 +47,8 @@ def cell_context(page: CellPage) -> dict[str, Any]:
     """Everything that the template of a cell needs."""
     record, cell = page.record, page.record.cell
     own = Path("results") if page.published else page.results
-    again = measure_again(cell, page.suite.origin, overwrite=not page.published).strip("`")
-    again += "" if own == Path("results") else f" --results {own}"
+    where = "" if own == Path("results") else f" --results {own}"
+    again = measure_again(cell, where, page.suite.origin, overwrite=not page.published).strip("`")
     provenance = dict(record.provenance)
     versions = provenance.pop("versions", {})
     reopen = record.status == "done" and (cell.is_reference or page.published or record.quantized is not None)
