@@ -7,7 +7,7 @@ From the shell, ``python -m benchmark``. From Python::
     for outcome in benchmark.run("smoke", methods="minmax"):
         print(outcome.status, outcome.cell, outcome.value)
     frame = benchmark.table("smoke", allow_partial=True)
-    quantized = benchmark.load("3f9a")
+    quantized = benchmark.load("4b2d")
     model = quantized.apply(benchmark.reference("tiny_vit"))
 
 Importing this package is quick: what a call needs is imported by the call.

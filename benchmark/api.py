@@ -168,7 +168,7 @@ def load(cell_id_prefix: str, *, results: StrPath = "results") -> Quantized:
     from benchmark.engine.reopen import load_quantized
 
     if not isinstance(cell_id_prefix, str):
-        raise ConfigError(f"{cell_id_prefix!r} is no cell id; give the start of one as text, e.g. '3f9a'")
+        raise ConfigError(f"{cell_id_prefix!r} is no cell id; give the start of one as text, e.g. '4b2d'")
     return load_quantized(open_store(Path(_path("results", results))), cell_id_prefix)
 
 

@@ -16,7 +16,7 @@ from quanttune.errors import ConfigError
 @cli.command(
     short_help="Write a measured cell as an ONNX file.",
     epilog=examples(
-        "export 3f9a --output model.onnx",
+        "export 4b2d --output model.onnx",
         "export --model minilm_l6 --method minmax --output m.onnx",
     ),
 )

@@ -55,7 +55,7 @@ def list_command(kind: str, suite: str, as_json: bool, results: Path) -> None:
 
 @cli.command(
     short_help="Print what is known of one cell.",
-    epilog=examples("show 3f9a", "show 3f9a --results my-results"),
+    epilog=examples("show 4b2d", "show 4b2d --results my-results"),
 )
 @click.argument("cell_id_prefix")
 @click.option(
@@ -92,7 +92,7 @@ def _suites() -> list[dict[str, Any]]:
         {
             "suite": suite.name,
             "models": len(suite.models),
-            "methods": len(suite.methods),
+            "methods": len({spec.name for spec in suite.methods}),
             "precisions": " ".join(suite.precisions),
             "description": suite.description,
         }

@@ -13,7 +13,7 @@ from benchmark.options import include_option, refuse_idle, sample_option
 
 @cli.command(
     short_help="Measure published cells again and compare.",
-    epilog=examples("verify", "verify --suite laptop --sample 20", "verify --cell 3f9a --results mine"),
+    epilog=examples("verify", "verify --suite laptop --sample 20", "verify --cell 4b2d --results mine"),
 )
 @click.option("--suite", metavar="NAME", help="Only cells of this suite.")
 @sample_option("How many cells, of every model and method some.")

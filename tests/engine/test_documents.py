@@ -14,7 +14,8 @@ from torch import nn
 from baselines import METHODS
 from benchmark.engine.runner import CellRunner, Settings
 from benchmark.grid.expand import expand
-from benchmark.grid.suite import parse_suite
+from benchmark.grid.suite import load_suite, parse_suite
+from benchmark.keep.reference_store import open_store, reference_folder
 from benchmark.keep.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -97,3 +98,17 @@ def test_packaged_data_is_packaged() -> None:
                 assert (path.parent / "__init__.py").exists() or any(
                     (parent / "__init__.py").exists() for parent in path.parents
                 )
+
+
+def test_the_cell_of_the_examples_is_one_of_the_main_job() -> None:
+    """What a reader copies finds a cell, his own after the main job and the published one before it."""
+    named = set(
+        re.findall(r"(?:show|export|load\(\")\s*([0-9a-f]{4})\b", (ROOT / "README.md").read_text("utf-8"))
+    )
+    assert len(named) == 1
+    (prefix,) = named
+    own = [cell for cell in expand(load_suite("laptop")) if cell.cell_id.startswith(prefix)]
+    assert [(cell.model, cell.label) for cell in own] == [("minilm_l6", "minmax")]
+    folder = reference_folder()
+    assert folder is not None
+    assert open_store(folder).find(prefix).cell == own[0]

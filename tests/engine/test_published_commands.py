@@ -185,7 +185,7 @@ def test_a_model_is_a_name() -> None:
 
 
 def test_a_cell_is_exported_by_one_name() -> None:
-    done = call("export", "3f9a", "--model", "tiny_bert", "--output", "a.onnx")
+    done = call("export", "4b2d", "--model", "tiny_bert", "--output", "a.onnx")
     assert done.exit_code == 2
     assert "name one cell" in done.output
 

@@ -47,11 +47,11 @@ def call(*arguments: Any) -> Result:
         (("list", "methods", "--results", "reference"), "leave out --results"),
         (("sensitivity", "--all", "--kept", "--items", "3"), "on however many items; leave out --items"),
         (
-            ("export", "3f9a", "--precision", "W6A6", "--seed", "1", "--output", "x"),
+            ("export", "4b2d", "--precision", "W6A6", "--seed", "1", "--output", "x"),
             "an id names the whole cell; leave out --precision and --seed",
         ),
         (
-            ("export", "3f9a", "--from", __file__, "--weights", "uint8", "--output", "x"),
+            ("export", "4b2d", "--from", __file__, "--weights", "uint8", "--output", "x"),
             "leave out --weights",
         ),
         (("merge", "FOLDER", "--suite", "smoke"), "leave out --suite"),
