@@ -152,7 +152,7 @@ def open_suite(
     from benchmark.engine.environment import DEFAULT_THREADS, device_named, prepare_torch
     from benchmark.engine.progress import Display
     from benchmark.grid.suite import load_suite
-    from benchmark.keep.reference_store import open_store
+    from benchmark.keep.reference_store import measuring_option, open_store
     from benchmark.report.analyses import analyses_of
     from benchmark.report.rows import collect_rows
     from quanttune.errors import ConfigError
@@ -162,7 +162,7 @@ def open_suite(
     if not any(record.result and not record.cell.is_reference for record in rows.records.values()):
         raise ConfigError(
             f"no quantized cell of suite {rows.suite.name} is done, so there is nothing to draw; "
-            f"run `python -m benchmark run --all --suite {rows.suite.origin}{store.measuring_option}`"
+            f"run `python -m benchmark run --all --suite {rows.suite.origin}{measuring_option(store)}`"
         )
     store.require_writable()
     if not rows.complete:
@@ -191,7 +191,7 @@ def suites_with_results(store: Store, further: Sequence[str] = ()) -> list[str]:
     """
     from benchmark.grid.expand import expand
     from benchmark.grid.suite import DEFAULT_SUITE, load_suite, suite_names
-    from benchmark.keep.reference_store import ReferenceStore
+    from benchmark.keep.reference_store import ReferenceStore, measuring_option
     from quanttune.errors import ConfigError, QuantTuneError
 
     counts: dict[str, int] = {}
@@ -212,7 +212,7 @@ def suites_with_results(store: Store, further: Sequence[str] = ()) -> list[str]:
     if not counts:
         raise ConfigError(
             f"no suite has results in {store.root}; run `python -m benchmark run --all"
-            f"{store.measuring_option}`, or give --results reference for what came with the code"
+            f"{measuring_option(store)}`, or give --results reference for what came with the code"
         )
     if len(counts) > 1 and "smoke" not in further:
         counts.pop("smoke", None)

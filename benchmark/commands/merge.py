@@ -67,7 +67,7 @@ def merge(origin: Path, into: Path, sample: int, unverified: bool, suite: str | 
 
     target = open_store(into)
     if unverified:
-        refuse_idle("--unverified measures nothing", "sample", "measured")
+        refuse_idle("--unverified measures nothing", "sample")
     if origin.is_dir():
         refuse_idle("a folder tells the suites of its cells", "suite")
     with tempfile.TemporaryDirectory(prefix="quanttune-bench-") as folder:

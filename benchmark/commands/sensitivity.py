@@ -93,7 +93,7 @@ def sensitivity(
     from benchmark.engine.sensitivity import UNITS, all_kept
     from benchmark.grid.expand import Selection, expand
     from benchmark.grid.suite import load_suite
-    from benchmark.keep.reference_store import open_store
+    from benchmark.keep.reference_store import measuring_option, open_store
     from benchmark.report.sensitivity_table import SensitivityTable
 
     store = open_store(given["results"])
@@ -108,7 +108,7 @@ def sensitivity(
     if not records:
         raise ConfigError(
             f"none of the {len(cells)} chosen cells is measured; run "
-            f"`python -m benchmark run {_selected(everything, given)}{store.measuring_option}`"
+            f"`python -m benchmark run {_selected(everything, given)}{measuring_option(store)}`"
         )
     if only_kept:
         found = all_kept(store, records, units, device)
@@ -187,10 +187,10 @@ def _write(path: Path, text: str) -> None:
 
 def _remedy(store: Store, everything: bool, given: dict[str, Any]) -> str:
     """What measures the sensitivities of the chosen cells."""
-    from benchmark.keep.reference_store import ReferenceStore
+    from benchmark.keep.reference_store import ReferenceStore, measuring_option
 
     selected = _selected(everything, given)
-    measure = f"`python -m benchmark sensitivity {selected}{store.measuring_option}`"
+    measure = f"`python -m benchmark sensitivity {selected}{measuring_option(store)}`"
     if not isinstance(store, ReferenceStore):
         return f"run {measure}"
     return f"published results keep no models: run `python -m benchmark run {selected}`, then {measure}"

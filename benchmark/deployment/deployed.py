@@ -18,6 +18,7 @@ from benchmark.engine.reopen import load_quantized, measure_again
 from benchmark.engine.session import Session
 from benchmark.keep.atomic import write_text_atomically
 from benchmark.keep.record import plain
+from benchmark.keep.reference_store import measuring_option
 from quanttune.errors import ConfigError, QuantTuneError, StoreError
 from quanttune.export.agreement import with_biases_of
 from quanttune.export.runtime import has_vnni, kernels, processor_flags
@@ -120,7 +121,7 @@ class Deployment:
 
     def _require_measured(self, cell: Cell) -> None:
         if self.store.load(cell) is None:
-            command = measure_again(cell, self.store.measuring_option, overwrite=False)
+            command = measure_again(cell, measuring_option(self.store), overwrite=False)
             raise StoreError(f"cell {cell} is not measured yet: {command}")
 
     def _measure_one(

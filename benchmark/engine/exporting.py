@@ -13,6 +13,8 @@ from benchmark.engine.session import Session
 from benchmark.grid.cells import REFERENCE_METHOD
 from benchmark.grid.expand import Selection, expand
 from benchmark.grid.suite import load_suite
+from benchmark.keep.folder import results_option
+from benchmark.keep.reference_store import measuring_option
 from benchmark.subject.assets.catalogue import get_asset
 from quanttune.digests import sha256_file
 from quanttune.errors import ConfigError, QuantTuneError, StoreError
@@ -74,11 +76,12 @@ def find_cell(store: Store, suite: str, selection: Selection) -> Record:
         raise ConfigError(
             f"{len(cells)} cells of suite {suite} are meant"
             + (f" ({named}{', ...' if len(cells) > 4 else ''})" if cells else "")
-            + f"; name one by the start of its id, as `list cells --suite {suite}{store.option}` shows it"
+            + "; name one by the start of its id, as "
+            + f"`list cells --suite {suite}{results_option(store.root)}` shows it"
         )
     record = store.load(cells[0])
     if record is None:
-        command = measure_again(cells[0], store.measuring_option, suite, overwrite=False)
+        command = measure_again(cells[0], measuring_option(store), suite, overwrite=False)
         raise StoreError(f"cell {cells[0]} is not measured yet: {command}")
     return record
 

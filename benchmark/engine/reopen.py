@@ -12,6 +12,7 @@ from benchmark.grid.expand import Selection, expand
 from benchmark.grid.suite import Suite, load_suite, suite_names
 from benchmark.keep.lock import Lock
 from benchmark.keep.record import SKIPPED
+from benchmark.keep.reference_store import measuring_option
 from benchmark.keep.store import Store
 from quanttune.errors import AssetError, QuantTuneError, StoreError
 
@@ -44,17 +45,17 @@ def load_quantized(store: Store, prefix: str) -> Quantized:
     if store.load(cell) is None:
         raise StoreError(
             f"{what} was measured with other reference weights than {cell.model} has now; measure it again: "
-            f"{measure_again(cell, store.measuring_option)}"
+            f"{measure_again(cell, measuring_option(store))}"
         )
     if record.quantized is None:
         raise StoreError(
             f"{what} was measured before quantized models were kept; to have one, measure it again: "
-            f"{measure_again(cell, store.measuring_option)}"
+            f"{measure_again(cell, measuring_option(store))}"
         )
     try:
         return store.quantized(record)
     except (StoreError, AssetError) as error:
-        again = measure_again(cell, store.measuring_option)
+        again = measure_again(cell, measuring_option(store))
         raise StoreError(f"{what} cannot be reopened: {error}; measure it again: {again}") from error
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from benchmark.engine.reopen import load_quantized, measure_again
 from benchmark.engine.session import CALIBRATION_BATCH, Session, stage_scope
 from benchmark.engine.validation import SPLIT
+from benchmark.keep.reference_store import measuring_option
 from benchmark.subject.lookup import get_task
 from quanttune.digests import json_digest
 from quanttune.errors import ConfigError, StoreError
@@ -104,7 +105,7 @@ def measured(session: Session, store: Store, record: Record, by: str, items: int
     if session.reference_digest != record.reference_digest:
         raise StoreError(
             f"cell {cell.cell_id[:12]} was made from another reference than {cell.model} has now; "
-            f"measure it again: {measure_again(cell, store.measuring_option)}"
+            f"measure it again: {measure_again(cell, measuring_option(store))}"
         )
     key = {**_key(record, by), "items": len(ids)}
     stages = _stages(store, record, session.device.type)

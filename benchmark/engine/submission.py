@@ -20,6 +20,7 @@ from benchmark.grid.expand import Selection, expand
 from benchmark.grid.suite import Suite
 from benchmark.keep.archive import About
 from benchmark.keep.record import Record
+from benchmark.keep.reference_store import measuring_option
 from benchmark.keep.status import status_of
 from benchmark.keep.store import Store
 from quanttune.errors import ConfigError
@@ -76,7 +77,7 @@ def collect(store: Store, suite: Suite, method: str) -> Submission:
     """
     cells = grid_of(suite, method)
     status = {cell.cell_id: status_of(store, cell) for cell in cells}
-    again = f"`python -m benchmark run --suite {suite.origin} --method {method}{store.measuring_option}`"
+    again = f"`python -m benchmark run --suite {suite.origin} --method {method}{measuring_option(store)}`"
     unfinished = Counter(each.word for each in status.values() if not each.finished)
     if unfinished:
         words = ", ".join(f"{count} {word}" for word, count in sorted(unfinished.items()))

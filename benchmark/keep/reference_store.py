@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmark.grid.suite import DEFAULT_SUITE
+from benchmark.keep.folder import results_option
 from benchmark.keep.record import Record
 from benchmark.keep.stages import Stages
 from benchmark.keep.store import Store
@@ -91,6 +92,14 @@ def open_store(results: Path) -> Store:
 def is_published(results: Path) -> bool:
     """Whether a results folder, as :func:`folder_of` takes it, holds published results."""
     return (folder_of(results) / MANIFEST).is_file()
+
+
+def measuring_option(store: Store) -> str:
+    """What names the folder to a command that measures what it lacks, `` --results DIR`` or nothing.
+
+    Published results are only read: what is measured goes to the user's own folder.
+    """
+    return "" if isinstance(store, ReferenceStore) else results_option(store.root)
 
 
 def refuse_published(store: Store, what: str) -> None:
@@ -184,11 +193,6 @@ class ReferenceStore(Store):
         self.suites: Mapping[str, int] = suites
         self.files = Files(paths[RECORDS], paths[ITEMS])
         self._suite: str | None = None
-
-    @property
-    def measuring_option(self) -> str:
-        """Nothing: published results are only read, what is measured goes to the user's own folder."""
-        return ""
 
     @property
     def views(self) -> Path:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -34,6 +33,7 @@ from benchmark.keep.atomic import (
     write_atomically,
     write_text_atomically,
 )
+from benchmark.keep.folder import results_option
 from benchmark.keep.index import Index
 from benchmark.keep.quantized import read_quantized, write_quantized
 from benchmark.keep.reading import content_of, is_intact, json_of, parsed_record
@@ -76,16 +76,6 @@ class Store:
         self._index: Index | None = None
         self._digests: dict[str, str] = {}
         self._references: dict[str, str | None] = {}
-
-    @property
-    def option(self) -> str:
-        """What names the folder to a command that reads it: `` --results DIR``, nothing for the usual one."""
-        return "" if self.root == Path("results").absolute() else f" --results {shlex.quote(str(self.root))}"
-
-    @property
-    def measuring_option(self) -> str:
-        """The same for a command that measures what the folder lacks."""
-        return self.option
 
     @contextlib.contextmanager
     def indexed(self) -> Iterator[None]:
@@ -287,11 +277,9 @@ class Store:
         Raises:
             StoreError: If there is none, or more than one.
         """
+        listed = f"see `list cells{results_option(self.root)}`"
         if not _PREFIX.fullmatch(prefix):
-            raise StoreError(
-                f"{prefix!r} is not the start of a cell id; ids are hexadecimal, see "
-                f"`list cells{self.option}`"
-            )
+            raise StoreError(f"{prefix!r} is not the start of a cell id; ids are hexadecimal, {listed}")
         matches = [cell_id for cell_id in self._ids() if cell_id.startswith(prefix)]
         if len(matches) > 1:
             raise StoreError(
@@ -299,9 +287,7 @@ class Store:
             )
         record = self._read(matches[0]) if matches else None
         if record is None:
-            raise StoreError(
-                f"no finished cell starts with {prefix!r} in {self.root}; see `list cells{self.option}`"
-            )
+            raise StoreError(f"no finished cell starts with {prefix!r} in {self.root}; {listed}")
         return record
 
     def reference_digest(self, model_identity: str) -> str | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmark.engine.session import Session, stage_scope
-from benchmark.keep.reference_store import ReferenceStore
+from benchmark.keep.reference_store import ReferenceStore, measuring_option
 from benchmark.keep.stages import Stages
 from benchmark.keep.store import Store
 from benchmark.report.rows import SuiteRows
@@ -263,7 +263,7 @@ class ModelAnalysis:
 
     def _changed(self, what: str) -> StoreError:
         again = "run --all" if isinstance(self._store, ReferenceStore) else "run --all --overwrite always"
-        again += f" --suite {self.suite.origin}{self._store.measuring_option}"
+        again += f" --suite {self.suite.origin}{measuring_option(self._store)}"
         return StoreError(
             f"{what} weights of {self.model} are not those that were measured; measure the suite on this "
             f"machine: `python -m benchmark {again}`"

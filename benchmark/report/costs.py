@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from benchmark.engine.spending import WIDTHS
 from benchmark.grid.cells import REFERENCE_METHOD
 from benchmark.keep.record import Record
+from benchmark.keep.reference_store import measuring_option
 from benchmark.report.columns import Row, blocks, counted, paragraph
 from benchmark.report.latex import (
     column_format,
@@ -100,7 +101,7 @@ def make_cost_table(rows: SuiteRows) -> CostTable:
             f"no finished cell of suite {rows.suite.name} tells what its method takes: none is there, or of "
             "an older version; run "
             f"`python -m benchmark run --all --overwrite always --suite {rows.suite.origin}"
-            f"{rows.store.measuring_option}`"
+            f"{measuring_option(rows.store)}`"
         )
     table = make_table(rows)
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)

@@ -14,6 +14,7 @@ from benchmark.grid.cells import REFERENCE_METHOD, Cell
 from benchmark.grid.expand import expand
 from benchmark.grid.suite import MethodSpec
 from benchmark.keep.record import Noise, Record, Result
+from benchmark.keep.reference_store import measuring_option
 from benchmark.keep.store import Store
 from benchmark.subject.lookup import get_task
 from benchmark.subject.metrics.metric import METRICS, Metric
@@ -176,7 +177,7 @@ def _refusal(rows: SuiteRows, name: str, lacking: Iterable[Cell]) -> str:
     if {spec.name for spec in rows.suite.methods} - set(methods):
         chosen += [f"--method {method}" for method in methods]
     command = f"run --suite {rows.suite.origin} {' '.join(chosen)} --overwrite always"
-    command += rows.store.measuring_option
+    command += measuring_option(rows.store)
     return (
         f"{len(cells)} cells of suite {rows.suite.name} lack what {name} needs ({named}{more}); "
         f"`python -m benchmark {command}` measures them again"

@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmark.engine.reopen import measure_again
 from benchmark.grid.cells import Cell
 from benchmark.keep.record import Record
-from benchmark.keep.reference_store import ReferenceStore
+from benchmark.keep.reference_store import ReferenceStore, measuring_option
 from benchmark.keep.store import Store
 
 
@@ -23,7 +23,7 @@ def reopening(record: Record, results: Path, store: Store) -> list[str]:
     if not record.cell.is_reference and (record.quantized is None or isinstance(store, ReferenceStore)):
         if record.reason is not None:
             return ["# skipped, so there is no quantized model"]
-        again = measure_again(record.cell, store.measuring_option).strip("`")
+        again = measure_again(record.cell, measuring_option(store)).strip("`")
         return ["# no quantized model is kept of this cell; to have one, measure it again:", f"# {again}"]
     return python_lines(record.cell, results)
 

@@ -13,7 +13,7 @@ from benchmark.grid.expand import Selection, expand
 from benchmark.grid.schemes import scheme_of
 from benchmark.grid.suite import Suite
 from benchmark.keep.record import Record
-from benchmark.keep.reference_store import ReferenceStore, reference_folder
+from benchmark.keep.reference_store import ReferenceStore, measuring_option, reference_folder
 from benchmark.keep.status import status_of
 from benchmark.keep.store import Store
 from quanttune.errors import ConfigError, StoreError
@@ -217,11 +217,9 @@ def _joined(store: Store, suite: Suite, own: Iterable[Cell]) -> list[Cell]:
 def _refusal(store: Store, rows: SuiteRows) -> str:
     name, missing = rows.suite.name, [cell for cell in rows.cells if cell.cell_id not in rows.records]
     text = f"{rows.finished} of {len(rows.cells)} cells of suite {name} are finished"
-    command = f"`python -m benchmark run --all --suite {rows.suite.origin}{store.measuring_option}`"
-    if not store.root.exists():
-        text = f"there is no folder {store.root}"
-    elif not rows.finished:
-        text += f" in {store.root}"
+    command = f"`python -m benchmark run --all --suite {rows.suite.origin}{measuring_option(store)}`"
+    if not rows.finished:
+        text += f" in {store.root}" if store.root.exists() else f": there is no folder {store.root}"
     if not rows.finished and _is_published(name):
         return f"{text}; --results reference shows what came with the code; measure them with {command}"
     failed = list(rows.unfinished.values()).count("failed")

@@ -170,7 +170,8 @@ def test_old_cells_are_refused_with_the_command(wide: Suite, store: Store) -> No
         f"5 cells of suite toys lack what {NLL} needs ({rows.cells[0].cell_id[:8]} toy fp32, "
     )
     assert "and 2 more" in text
-    assert "run --suite the test --model toy --overwrite always` measures them again" in text
+    assert "run --suite the test --model toy --overwrite always --results " in text
+    assert text.endswith(f"{store.root}` measures them again")
     partial = in_metric(rows, NLL, allow_partial=True)
     assert (partial.finished, set(partial.unfinished.values())) == (0, {"not kept"})
     assert "Partial: 0 of 5 cells" in make_table(partial).caption

@@ -129,9 +129,10 @@ def test_the_command_that_measures_again_names_the_suite_that_holds_the_cell(tmp
     from benchmark.grid.suite import load_suite
 
     cell = next(cell for cell in expand(load_suite("smoke")) if not cell.is_reference)
-    words = measure_again(cell).strip("`").split()[3:]
+    words = measure_again(cell, " --results mine").strip("`").split()[3:]
     assert words[0] == "run"
     assert words[words.index("--suite") + 1] == "smoke"
+    assert words[-2:] == ["--results", "mine"]
     listed = CliRunner().invoke(cli, [*words, "--dry-run", "--results", str(tmp_path)])
     assert cell.cell_id[:12] in listed.stdout
 

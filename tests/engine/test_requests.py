@@ -15,7 +15,8 @@ from benchmark.engine.reopen import load_quantized
 from benchmark.engine.submission import collect
 from benchmark.grid.expand import Selection, expand
 from benchmark.grid.suite import Suite, load_suite, parse_suite
-from benchmark.keep.reference_store import reference_folder
+from benchmark.keep.folder import results_option
+from benchmark.keep.reference_store import measuring_option, reference_folder
 from benchmark.keep.store import Store
 from quanttune.errors import ConfigError, StoreError, UnknownNameError
 from tests.engine.conftest import SUITE
@@ -107,7 +108,7 @@ def test_remedies_name_the_folder_that_was_asked_for(suite: Suite, suite_file: s
     where = tmp_path / "my results"
     absent = call("table", "--suite", suite_file, "--results", where)
     assert absent.exit_code == 2
-    assert f"there is no folder {where}" in absent.stderr
+    assert f"0 of 5 cells of suite toys are finished: there is no folder {where}" in absent.stderr
     assert f"--results {shlex.quote(str(where))}" in absent.stderr
     store = Store(where)
     store.prepare()
@@ -123,8 +124,10 @@ def test_remedies_name_the_folder_that_was_asked_for(suite: Suite, suite_file: s
 
 def test_the_usual_folder_needs_no_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert Store(Path("results")).option == Store(Path("./results/")).measuring_option == ""
-    assert Store(Path("mine")).option == f" --results {tmp_path / 'mine'}"
+    assert results_option(Path("results")) == measuring_option(Store(Path("./results/"))) == ""
+    assert (
+        results_option(Path("mine")) == measuring_option(Store(Path("mine"))) == f" --results {tmp_path}/mine"
+    )
 
 
 def test_published_results_are_read_and_measured_elsewhere(tmp_path: Path, monkeypatch: Any) -> None:

@@ -173,8 +173,8 @@ def test_a_cell_of_another_reference_is_refused(
 
 
 def test_the_command_measures_and_shows(ran: str, call: Call) -> None:
-    select = ("sensitivity", "--suite", ran, "--precision", "W4A4", "--items", "7")
-    result = call(*select, "--top", "2")
+    select = ("sensitivity", "--suite", ran, "--precision", "W4A4")
+    result = call(*select, "--items", "7", "--top", "2")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert [line for line in lines if len(line) > 80] == []
