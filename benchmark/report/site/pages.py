@@ -306,13 +306,14 @@ def _first(groups: Sequence[Group]) -> Group:
 def _cell_pages(views: Sequence[SuiteView]) -> dict[tuple[str, str], str]:
     """The page of a cell, by suite and cell id: suites whose numbers of it differ have a page each."""
     paths: dict[tuple[str, str], str] = {}
-    digests: dict[str, str] = {}
+    # by digest, the first one first; suites that have the same number share its page
+    made: dict[str, dict[str, str]] = {}
     for view in views:
         for record in _records(view.rows):
             cell_id = record.cell.cell_id
-            digest = view.rows.store.digest_of(cell_id)
-            other = digests.setdefault(cell_id, digest) != digest
-            paths[view.name, cell_id] = cell_page(cell_id, view.name if other else "")
+            pages = made.setdefault(cell_id, {})
+            page = cell_page(cell_id, view.name if pages else "")
+            paths[view.name, cell_id] = pages.setdefault(view.rows.store.digest_of(cell_id), page)
     return paths
 
 
