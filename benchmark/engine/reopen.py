@@ -86,7 +86,7 @@ def measure_again(cell: Cell, where: str, suite: str | None = None, overwrite: b
 
     Args:
         cell: Which one.
-        where: :attr:`benchmark.keep.store.Store.measuring_option` of the store it goes to.
+        where: :func:`benchmark.keep.reference_store.measuring_option` of the store it goes to.
         suite: One that holds it; looked for if it is not given.
         overwrite: Whether it is measured whatever the store has of it.
     """

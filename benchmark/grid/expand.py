@@ -32,8 +32,8 @@ class Selection:
 
     Model and method globs choose among the suite's; a plain name that is registered joins the suite, a method
     with its default parameters, and so do the special forms of models such as ``folder:PATH@TASK``. The label
-    of a method, as tables show it, chooses it with these parameters alone.
-    Precisions, profiles and seeds replace the suite's. Empty means "as the suite says".
+    of a method, as tables show it, chooses it with these parameters alone. Precisions, profiles and seeds
+    replace the suite's. Empty means "as the suite says".
     """
 
     models: tuple[str, ...] = ()
