@@ -114,7 +114,7 @@ def sensitivity(
         found = all_kept(store, records, units, device)
         if not found:
             raise ConfigError(
-                f"no sensitivity of the chosen cells is kept; {_remedy(store, everything, given)}"
+                f"no sensitivity of the chosen cells is kept; {_remedy(store, everything, by, device, given)}"
             )
     else:
         store.require_writable()
@@ -185,15 +185,20 @@ def _write(path: Path, text: str) -> None:
         click.echo(f"warning: printed only: {error}", err=True)
 
 
-def _remedy(store: Store, everything: bool, given: dict[str, Any]) -> str:
-    """What measures the sensitivities of the chosen cells."""
+def _remedy(store: Store, everything: bool, by: str, device: str, given: dict[str, Any]) -> str:
+    """What measures the sensitivities of the chosen cells, of the same parts and where they were asked of."""
     from benchmark.keep.reference_store import ReferenceStore, measuring_option
 
-    selected = _selected(everything, given)
-    measure = f"`python -m benchmark sensitivity {selected}{measuring_option(store)}`"
+    selected, place = _selected(everything, given), measuring_option(store)
+    if device != "cpu":
+        place = f" --device {shlex.quote(device)}{place}"
+    parts = "" if by == "both" else f" --by {by}"
+    measure = f"`python -m benchmark sensitivity {selected}{parts}{place}`"
     if not isinstance(store, ReferenceStore):
         return f"run {measure}"
-    return f"published results keep no models: run `python -m benchmark run {selected}`, then {measure}"
+    return (
+        f"published results keep no models: run `python -m benchmark run {selected}{place}`, then {measure}"
+    )
 
 
 def _selected(everything: bool, given: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from benchmark.engine.session import Session
 from benchmark.grid.cells import REFERENCE_METHOD
 from benchmark.grid.expand import Selection, expand
 from benchmark.grid.suite import load_suite
-from benchmark.keep.folder import results_option
+from benchmark.keep.folder import same_place
 from benchmark.keep.reference_store import measuring_option
 from benchmark.subject.assets.catalogue import get_asset
 from quanttune.digests import sha256_file
@@ -77,7 +77,7 @@ def find_cell(store: Store, suite: str, selection: Selection) -> Record:
             f"{len(cells)} cells of suite {suite} are meant"
             + (f" ({named}{', ...' if len(cells) > 4 else ''})" if cells else "")
             + "; name one by the start of its id, as "
-            + f"`list cells --suite {suite}{results_option(store.root)}` shows it"
+            + f"`list cells --suite {suite}{same_place(store.root)}` shows it"
         )
     record = store.load(cells[0])
     if record is None:

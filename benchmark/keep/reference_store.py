@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmark.grid.suite import DEFAULT_SUITE
-from benchmark.keep.folder import results_option
+from benchmark.keep.folder import same_components, same_place
 from benchmark.keep.record import Record
 from benchmark.keep.stages import Stages
 from benchmark.keep.store import Store
@@ -95,11 +95,11 @@ def is_published(results: Path) -> bool:
 
 
 def measuring_option(store: Store) -> str:
-    """What names the folder to a command that measures what it lacks, `` --results DIR`` or nothing.
+    """Options with which a command measures what this one lacks, `` --results DIR --include FILE`` or fewer.
 
     Published results are only read: what is measured goes to the user's own folder.
     """
-    return "" if isinstance(store, ReferenceStore) else results_option(store.root)
+    return same_components() if isinstance(store, ReferenceStore) else same_place(store.root)
 
 
 def refuse_published(store: Store, what: str) -> None:

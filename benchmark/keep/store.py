@@ -33,7 +33,7 @@ from benchmark.keep.atomic import (
     write_atomically,
     write_text_atomically,
 )
-from benchmark.keep.folder import results_option
+from benchmark.keep.folder import same_place
 from benchmark.keep.index import Index
 from benchmark.keep.quantized import read_quantized, write_quantized
 from benchmark.keep.reading import content_of, is_intact, json_of, parsed_record
@@ -277,7 +277,7 @@ class Store:
         Raises:
             StoreError: If there is none, or more than one.
         """
-        listed = f"see `list cells{results_option(self.root)}`"
+        listed = f"see `list cells{same_place(self.root)}`"
         if not _PREFIX.fullmatch(prefix):
             raise StoreError(f"{prefix!r} is not the start of a cell id; ids are hexadecimal, {listed}")
         matches = [cell_id for cell_id in self._ids() if cell_id.startswith(prefix)]

@@ -15,7 +15,7 @@ from benchmark.engine.reopen import load_quantized
 from benchmark.engine.submission import collect
 from benchmark.grid.expand import Selection, expand
 from benchmark.grid.suite import Suite, load_suite, parse_suite
-from benchmark.keep.folder import results_option
+from benchmark.keep.folder import same_place
 from benchmark.keep.reference_store import measuring_option, reference_folder
 from benchmark.keep.store import Store
 from quanttune.errors import ConfigError, StoreError, UnknownNameError
@@ -124,10 +124,24 @@ def test_remedies_name_the_folder_that_was_asked_for(suite: Suite, suite_file: s
 
 def test_the_usual_folder_needs_no_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert results_option(Path("results")) == measuring_option(Store(Path("./results/"))) == ""
-    assert (
-        results_option(Path("mine")) == measuring_option(Store(Path("mine"))) == f" --results {tmp_path}/mine"
-    )
+    assert same_place(Path("results")) == measuring_option(Store(Path("./results/"))) == ""
+    assert same_place(Path("mine")) == measuring_option(Store(Path("mine"))) == f" --results {tmp_path}/mine"
+
+
+def test_remedies_name_the_files_that_take_part(suite_file: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("")
+    absent = call("table", "--suite", suite_file, "--include", "mine.py")
+    assert "--include mine.py`" in absent.stderr
+    assert "--include" not in call("table", "--suite", suite_file).stderr
+
+
+def test_a_remedy_of_sensitivities_is_of_the_same_parts_and_device(monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("sensitivity", "--all", "--kept", "--suite", "low_bits", "--results", "reference")
+    kept = call(*words, "--by", "block", "--device", "cuda:1")
+    assert "run --all --suite low_bits --device cuda:1`, then" in kept.stderr
+    assert "sensitivity --all --suite low_bits --by block --device cuda:1`" in kept.stderr
 
 
 def test_published_results_are_read_and_measured_elsewhere(tmp_path: Path, monkeypatch: Any) -> None:
