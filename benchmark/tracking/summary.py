@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmark.grid.autocast import FULL_PRECISION
 from benchmark.grid.cells import Cell
+from benchmark.grid.suite import Suite
 from benchmark.keep.record import Record
 from benchmark.tracking.contents import recovery_of, table_text
 from quanttune.errors import QuantTuneError
@@ -197,8 +199,21 @@ def _draw(path: Path, records: list[Record]) -> None:
 
 
 def section(cell: Cell) -> str:
-    """What a drop is of, as it stands in the name of a metric: model and profile."""
-    return f"{_word(cell.model)} {cell.profile}"
+    """What a drop is of, as it stands in the name of a metric: model and profile, and what else is not usual.
+
+    Drops of one section are averaged, so cells of a search on some validation items are of another one than
+    those of a table.
+    """
+    words = [_word(cell.model), cell.profile]
+    if cell.split != "test":
+        words.append(cell.split)
+    if cell.limit is not None:
+        words.append(f"{cell.limit} items")
+    if cell.calibration_items != Suite.calibration_items:
+        words.append(f"{cell.calibration_items} calibration items")
+    if cell.autocast != FULL_PRECISION:
+        words.append(cell.autocast)
+    return " ".join(words)
 
 
 def _word(text: str) -> str:

@@ -16,11 +16,14 @@ from benchmark.keep.store import Store
 from benchmark.report.ranges import save_range_plot
 from benchmark.tracking.backend import EXPERIMENT, tracking_uri
 from benchmark.tracking.runs import find_runs
+from benchmark.tracking.summary import section
 from benchmark.tracking.tracker import Tracker, sync_store
 from benchmark.tracking.view import CELLS, DROPS, address
 from tests.tracked_runs import call, cell_runs, parents
 
 mlflow = pytest.importorskip("mlflow")
+
+TOY = "toy full 8 calibration items"
 
 
 def test_a_run_logs_a_parent_and_a_child_for_each_cell(tracked: Path, client: Any, suite_file: str) -> None:
@@ -73,20 +76,20 @@ def test_the_parent_tells_the_drops(tracked: Path, client: Any, suite_file: str)
     store = Store(tracked)
     records = {(each.cell.label, each.cell.precision): each.result for each in store.records()}
     (series,) = (name for name in first.data.metrics if name.startswith("drop/"))
-    assert series == "drop/toy full/minmax"
+    assert series == f"drop/{TOY}/minmax"
     history = {point.step: point.value for point in client.get_metric_history(first.info.run_id, series)}
     for bits in (8, 4):
         result = records["minmax", f"W{bits}A{bits}"]
         assert result is not None
         assert history[bits] == result.drop
-        assert first.data.metrics[f"drop W{bits}A{bits}/toy full/minmax"] == result.drop
+        assert first.data.metrics[f"drop W{bits}A{bits}/{TOY}/minmax"] == result.drop
     assert first.data.metrics["cells_finished"] == 2
     # all that it was asked for, what was there before too
     assert last.data.metrics["cells_finished"] == 5
     assert last.data.metrics["cells_logged"] == 3
     assert {name for name in last.data.metrics if name.startswith("drop/")} == {
-        "drop/toy full/minmax",
-        "drop/toy full/mse",
+        f"drop/{TOY}/minmax",
+        f"drop/{TOY}/mse",
     }
     assert last.data.tags["torch"]
     assert last.data.tags["suite"] == suite_file
@@ -110,7 +113,9 @@ def test_the_experiment_opens_with_its_comparison(tracked: Path, client: Any, su
         for key in (DROPS, CELLS)
     }
     drop, recovery = states[DROPS]["compareRunCharts"]
-    assert (drop["metricKey"], recovery["metricKey"]) == ("drop/toy full", "recovery/toy full")
+    assert [chart["metricKey"] for chart in (drop, recovery)] == [
+        f"{what}/{TOY}" for what in ("drop", "recovery")
+    ]
     methods = client.search_runs([experiment.experiment_id], filter_string=states[DROPS]["searchFilter"])
     assert sorted(run.info.run_name for run in methods) == ["minmax", "mse"]
     for run in methods:
@@ -133,7 +138,7 @@ def test_a_method_is_a_run_that_has_each_number_once(tracked: Path, client: Any,
     first = methods()["mse"].info.run_id
     call("run", "--all", "--suite", suite_file, "--results", str(tracked))
     assert methods()["mse"].info.run_id == first
-    history = client.get_metric_history(first, "drop/toy full")
+    history = client.get_metric_history(first, f"drop/{TOY}")
     assert sorted(point.step for point in history) == [4, 8]
     record = next(each for each in store.records() if each.cell.label == "mse")
     assert record.result is not None
@@ -143,9 +148,28 @@ def test_a_method_is_a_run_that_has_each_number_once(tracked: Path, client: Any,
     second = methods()["mse"].info.run_id
     assert second != first
     bits = int(record.cell.precision[1])
-    history = client.get_metric_history(second, "drop/toy full")
+    history = client.get_metric_history(second, f"drop/{TOY}")
     assert {point.step: point.value for point in history}[bits] == 7.5
     assert len(history) == 2
+
+
+def test_a_search_is_not_averaged_with_a_table(tracked: Path, client: Any, suite_file: str) -> None:
+    words = ("run", "--method", "mse", "--suite", suite_file, "--results", str(tracked))
+    call(*words, "--precision", "W8A8")
+    call(*words, "--precision", "W8A8", "--limit", "8")
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    (run,) = client.search_runs([experiment.experiment_id], filter_string="tags.kind = 'method'")
+    records = [each for each in Store(tracked).records() if each.result and not each.cell.is_reference]
+    assert {each.cell.limit for each in records} == {None, 8}
+    for each in records:
+        assert each.result is not None
+        assert run.data.metrics[f"drop/{section(each.cell)}"] == each.result.drop
+    cell = records[0].cell
+    changes = ({"split": "validation"}, {"autocast": "bf16"}, {"calibration_items": 9}, {"limit": 7})
+    others = {section(dataclasses.replace(cell, **change)) for change in changes}
+    assert len(others - {section(cell)}) == len(changes)
+    plain = dataclasses.replace(cell, limit=None, calibration_items=128)
+    assert section(plain) == "toy full"
 
 
 def test_a_training_is_drawn_by_step(tracked: Path, client: Any, tmp_path: Path) -> None:
