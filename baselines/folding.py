@@ -13,6 +13,7 @@ as the residual does in post-norm models, a :class:`~quanttune.quantization.Scal
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,8 +42,11 @@ class Group:
         weight: Name of the parameter by which the tensor is multiplied last, ``None`` where a factor cannot
             be folded: the tensor has other readers, or a parameter is used elsewhere as well.
         bias: Name of the parameter that is added last.
-        scale: Name of the normalisation's own ``gamma``, whether or not a factor can be folded into it.
+        scale: Name of the normalisation's own ``gamma``, whether or not a factor can be folded into it;
+            ``None`` where it multiplies by something else, such as ``1 + weight``.
         extra: What else reads the tensor, and what one more factor costs there.
+        padded: Whether a reader sees more tokens than the normalisation returned, as the windows of a Swin
+            that are filled up with zeros: scaled they are zeros still, shifted they would not be.
     """
 
     site: str
@@ -56,11 +60,13 @@ class Group:
     bias: str | None
     scale: str | None
     extra: Mapping[str, str]
+    padded: bool = False
 
     @property
     def takes_shift(self) -> bool:
         """Whether a shift can be folded: no layer may lack a bias, which would be a new parameter."""
-        return self.weight is not None and self.bias is not None and None not in self.biases
+        has_biases = self.bias is not None and None not in self.biases
+        return self.weight is not None and has_biases and not self.padded
 
     def pair(self, factors: Tensor) -> ScaledPair:
         """The scaled quantizers that stand for a fold of ``factors``."""
@@ -96,7 +102,35 @@ def find_groups(context: Context) -> list[Group]:
         _group(context, names, uses, inputs[0].id, inputs, norm, [])
         for norm, inputs in _of_rms_norms(context)
     ]
-    return groups
+    padded = _padded(context, groups)
+    return [dataclasses.replace(group, padded=True) if group.site in padded else group for group in groups]
+
+
+def _padded(context: Context, groups: Iterable[Group]) -> set[str]:
+    """Sites of the groups that take a shift and whose readers see more elements than they have."""
+    paths = {
+        group.site: (_module_of(group.weight), [_module_of(name) for name in group.parameters])
+        for group in groups
+        if group.takes_shift and group.weight is not None
+    }
+    if not paths or not context.calibration:
+        return set()
+    norms = {norm for norm, _ in paths.values()}
+    readers = {reader for _, each in paths.values() for reader in each}
+    returned, given = _passed(context, norms, readers)
+
+    def elements(tensors: Iterable[Tensor]) -> int:
+        return max((tensor.numel() for tensor in tensors), default=0)
+
+    return {
+        site
+        for site, (norm, each) in paths.items()
+        if any(elements(given[reader]) > elements(returned[norm]) for reader in each)
+    }
+
+
+def _module_of(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
 
 
 def _group(
@@ -118,6 +152,7 @@ def _group(
     bias = names.get(id(getattr(module, "bias", None)))
     parameters = [str(weight.parameter) for weight in weights]
     channels = inputs[0].shape[-1]
+    is_linear = module is not None and scale is not None and _is_linear_in_its_parameters(module)
     foldable = (
         not others
         and module is not None
@@ -127,7 +162,7 @@ def _group(
         and all(isinstance(each, nn.Linear) for each in modules)
         # What is used elsewhere too, as a tied embedding, would change there as well.
         and all(uses.get(name, 1) == 1 for name in (*parameters, *filter(None, biases), scale, bias) if name)
-        and _is_linear_in_its_parameters(module)
+        and is_linear
     )
     return Group(
         site=site_id,
@@ -140,7 +175,7 @@ def _group(
         channels=channels,
         weight=scale if foldable else None,
         bias=bias if foldable else None,
-        scale=scale,
+        scale=scale if is_linear else None,
         extra=dict.fromkeys(others, "1 multiplication an element"),
     )
 
@@ -205,30 +240,7 @@ def _of_rms_norms(context: Context) -> Iterator[tuple[str | None, list[Site]]]:
     }
     if not unsourced or not norms or not context.calibration:
         return
-    # The tensors are kept, so that no address is used twice.
-    returned: dict[str, list[Tensor]] = {name: [] for name in norms}
-    given: dict[str, list[Tensor]] = {path: [] for path in unsourced}
-
-    def keep(store: list[Tensor], value: Any) -> None:
-        if isinstance(value, Tensor):
-            store.append(value)
-
-    hooks = [
-        module.register_forward_hook(lambda _, __, out, name=name: keep(returned[name], out))
-        for name, module in norms.items()
-    ]
-    hooks += [
-        model.get_submodule(path).register_forward_pre_hook(
-            lambda _, args, path=path: keep(given[path], args[0] if args else None)
-        )
-        for path in unsourced
-    ]
-    try:
-        with torch.no_grad(), in_evaluation(model):
-            call_model(model, to_device(_first(context.calibration[0].inputs), context.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    returned, given = _passed(context, norms, unsourced)
     for name, outputs in returned.items():
         inputs = [
             unsourced[path]
@@ -237,6 +249,42 @@ def _of_rms_norms(context: Context) -> Iterator[tuple[str | None, list[Site]]]:
         ]
         if inputs:
             yield name, inputs
+
+
+def _passed(
+    context: Context, returning: Iterable[str], reading: Iterable[str]
+) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+    """What some modules return and what some are given, by path, in a forward pass of one item.
+
+    The tensors are kept, so that no address is used twice.
+    """
+    model = context.model
+    returned: dict[str, list[Tensor]] = {path: [] for path in returning}
+    given: dict[str, list[Tensor]] = {path: [] for path in reading}
+
+    def keep(store: list[Tensor], value: Any) -> None:
+        if isinstance(value, Tensor):
+            store.append(value)
+
+    hooks = [
+        model.get_submodule(path).register_forward_hook(
+            lambda _, __, out, path=path: keep(returned[path], out)
+        )
+        for path in returned
+    ]
+    hooks += [
+        model.get_submodule(path).register_forward_pre_hook(
+            lambda _, args, path=path: keep(given[path], args[0] if args else None)
+        )
+        for path in given
+    ]
+    try:
+        with torch.no_grad(), in_evaluation(model):
+            call_model(model, to_device(_first(context.calibration[0].inputs), context.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return returned, given
 
 
 def _is_view_of_all(tensor: Tensor, other: Tensor) -> bool:

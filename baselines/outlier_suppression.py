@@ -61,6 +61,8 @@ class OutlierSuppression(Method):
     - Ranges come from all calibration tokens; the code averages over batches. Padding is left out of the
       clipping's quantiles and of the error, not of the min-max ranges of probabilities.
     - Symmetry and weights follow the scheme.
+    - Every linear layer behind a normalisation is a reader, the classifier behind the last one as well. A
+      normalisation that multiplies by something else than its parameter (``1 + weight``) stays as it is.
 
     Args:
         migration: Whether gamma migrates.
@@ -170,8 +172,7 @@ class OutlierSuppression(Method):
     ) -> float:
         form = context.scheme.activations
         assert form is not None  # noqa: S101 - such cells are skipped
-        tokens = max((values.shape[1] for values in extremes.values()), default=1) // len(context.calibration)
-        candidates = shares(form.bits, tokens)
+        candidates = shares(form.bits)
 
         def search() -> dict[str, Tensor]:
             chosen = first_items(context.calibration, self.images)

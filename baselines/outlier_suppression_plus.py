@@ -39,7 +39,9 @@ class OutlierSuppressionPlus(FoldingMethod):
     - Layers' outputs are compared on up to 256 tokens, the attention's on the first ``images`` items.
     - Where a tensor has other readers, as in post-norm models, or a layer has no bias that could take up the
       shift, the scale alone is used, in a scaled quantizer pair; ``extra_operations`` records what it costs.
-      The authors' code knows pre-norm models alone.
+      The authors' code knows pre-norm models alone. Where windows are filled up with zeros behind the
+      normalisation (a Swin on pictures whose size they do not divide), the scale alone is folded.
+    - Every linear layer behind a normalisation is a reader, the classifier behind the last one as well.
     - Scale and shift keep 16 significant bits. They come from the cell's calibration items (the paper: 128
       samples), padding included.
 

@@ -159,12 +159,19 @@ class ScaleSearch(Method):
         curvature = self._curvature(context) if self.metric == "hessian" else None
         found: dict[str, Tensor] = {}
         data = capture(context.model, products, context.sites, batches, curvature)
+        informed = curvature is None
         for done, (product, values) in enumerate(data, start=1):
+            informed = informed or any(bool(part.any()) for part in values.curvature)
             ranges = search_scales(values, product.after, product.blocks, settings)
             for operand, value in ranges.items():
                 site = product.right if operand == "right" else product.left_quantized
                 found[f"{site}|{'split' if operand == 'split' else 'limit'}"] = value.cpu()
             context.progress(f"{self.name} search", done, len(products))
+        if products and not informed:
+            raise QuantTuneError(
+                f"{self.name}: the gradient {self.gradient!r} is zero at every product, so that no range is "
+                "better than another; choose another gradient, or metric mse"
+            )
         return found
 
     def _curvature(self, context: Context) -> Curvature:

@@ -71,8 +71,11 @@ class RepqVit(Method):
       weights.
     - The mean zero point is rounded to a code, and ``r2`` takes up the rest; the code keeps a fraction.
     - A fold needs a bias for ``r2``. Where a layer has none (the code gives it one: Swin's ``reduction``), or
-      something else reads the tensor as well (post-norm models), ``r1`` acts alone, in a pair.
-    - All calibration items are used; the paper takes 32 images.
+      something else reads the tensor as well (post-norm models), or windows are filled up with zeros in
+      between (a Swin on pictures whose size they do not divide), ``r1`` acts alone, in a pair.
+    - All calibration items are used, padding included; the paper takes 32 images. Every linear layer behind a
+      normalisation is a reader, the classifier behind the last one as well (the paper names the two
+      normalisations of a block), although it may read one token of many.
     - A channel that is constant in calibration gets the mean step.
     - Softmax outputs have the width of the other activations, as in the paper's tables.
     - Profile ``full`` quantizes more than the paper does, with the same search.

@@ -54,6 +54,8 @@ class SmoothQuant(FoldingMethod):
       models.
     - The factors come from the cell's calibration items (the paper: 512 sentences). They keep 16 significant
       bits. A channel that is zero throughout calibration keeps the factor 1.
+    - Maxima are over padding, too, and every linear layer behind a normalisation is a reader, the classifier
+      behind the last one as well, although it may read one token of many.
     - ``alpha="auto"`` tries 0.0, 0.1 .. 1.0 at each tensor and keeps what has the least squared error of the
       quantized layers' outputs, on up to 512 tokens, ranges by min-max; the paper searches one alpha for the
       whole network.

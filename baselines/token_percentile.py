@@ -27,7 +27,8 @@ from quanttune.quantization.exact_walk import ExactHandlers
 from quanttune.quantization.quantizers.grid import significant
 
 STEP = 1.0
-"""Percent between two candidates; the reference code has finer ones above 4096 tokens a batch."""
+"""Percent between two candidates. The reference code divides it further above 4096 tokens a batch and then
+rounds to whole percent, which leaves one or none."""
 _REACH = {8: 10.0, 7: 20.0, 6: 30.0, 5: 60.0}
 _WIDEST_REACH = 90.0
 
@@ -51,8 +52,9 @@ class TokenPercentile(Calibrator):
     squared distance ``||f(x; p) - f(x)||^2`` from the original's (the paper's loss), over all calibration
     items; ties go to the wider ranges. Ours: the outputs are all logits, of padded positions too, and tokens
     of padding count in the percentile, where the reference code leaves them out; weights are quantized while
-    it is chosen; percentiles are of the whole calibration set and no mean over batches. The paper's fine
-    stage, which learns the steps, is not part of this calibrator.
+    it is chosen; percentiles are of the whole calibration set and no mean over batches. Keys, which profile
+    ``matmul`` sees transposed, have extremes for each feature of a head and not for each token. The paper's
+    fine stage, which learns the steps, is not part of this calibrator.
 
     Args:
         p: A percentile above 0 and at most 100 in place of the chosen one; ``None`` to choose.

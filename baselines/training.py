@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax
 
 from baselines.method import METHODS, Context, FoldingMethod, Method, Origin
 from quanttune.activation_penalty import ActivationPenalty
+from quanttune.answers import answers_of, divergence
 from quanttune.errors import ConfigError
 from quanttune.inputs import ModelInputs, call_model, logits_of, to_device
 from quanttune.quantization import Quantized, Scheme, SiteKind, SiteTable
@@ -147,6 +147,9 @@ class FineTuning(Method):
         }
         if context.autocast is not None:
             key["autocast"] = str(context.autocast)
+        if self.distillation:
+            # What is matched are the answers that the loss judges; an earlier version matched every position.
+            key["matched"] = "answers"
         if context.processes > 1:
             # They round otherwise than one, and each draws dropout of its own.
             key["processes"] = context.processes
@@ -252,12 +255,9 @@ class FineTuning(Method):
                 yield inputs, _Taught(targets, teacher)
 
         def loss(logits: Tensor, taught: _Taught) -> Tensor:
-            matched = kl_div(
-                log_softmax(logits, -1),
-                log_softmax(taught.teacher, -1),
-                log_target=True,
-                reduction="batchmean",
-            )
+            answers, _ = answers_of(logits, taught.targets)
+            wanted, _ = answers_of(taught.teacher, taught.targets)
+            matched = divergence(wanted, answers) / max(len(answers), 1)
             return (1 - share) * training.loss(logits, taught.targets) + share * matched
 
         return with_teacher(), loss

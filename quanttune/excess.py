@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 _SAMPLE = 1 << 16
-"""Values per site and step that running moments are estimated from; a strided sample keeps the step cheap."""
+"""Values per site and step that running moments are estimated from; a strided sample keeps the step cheap.
+
+Its stride may share factors with the number of channels, and then it sees some of them alone: of a tensor
+of 32 x 50 x 384 every second one. Which ones depends on the shape of the batch.
+"""
 _MARGIN = 0.02
 """Relative margin of the rows that are searched; wider than the rounding of bfloat16."""
 
@@ -102,11 +106,13 @@ def _beyond(values: Tensor, mean: float, reach: float) -> tuple[Tensor, Tensor]:
 
 
 def kurtosis_of(values: Tensor) -> Tensor:
-    """Fourth standardised moment, a scalar with a gradient; 3 for a Gaussian."""
+    """Fourth standardised moment, a scalar with a gradient; 3 for a Gaussian, 0 for a constant."""
     centred = values - values.mean()
     # Fourth powers of single precision overflow from 1e9 on. Ordinary values are multiplied by one.
     largest = centred.detach().abs().amax()
     ordinary = (largest > _SMALL) & (largest < _LARGE)
     exponent = torch.frexp(largest)[1].clamp(-126, 126)
     centred = centred * torch.where(ordinary, 1.0, 2.0**-exponent)
-    return (centred**4).mean() / (centred**2).mean() ** 2
+    variance = (centred**2).mean()
+    # A constant has no moments; its gradient is zero then, and not 0 / 0.
+    return (centred**4).mean() / torch.where(variance > 0, variance, 1.0) ** 2

@@ -184,8 +184,7 @@ def tune(
                 if outliers is not None:
                     added = outliers.penalty().to(device)
                     total = task_loss + added
-                    if course is not None:
-                        penalty += float(added.detach()) / schedule.accumulation
+                    penalty += float(added.detach()) / schedule.accumulation
                 (total / schedule.accumulation).backward()
                 task += float(task_loss.detach()) / schedule.accumulation
             if replicas is not None:
@@ -196,7 +195,7 @@ def tune(
             optimizer.zero_grad(set_to_none=True)
             if outliers is not None:
                 outliers.step()
-            state.advance(task, min(_OPENING, max(1, schedule.steps // 10)))
+            state.advance(task, penalty, min(_OPENING, max(1, schedule.steps // 10)))
             if course is not None:
                 row = {"step": float(state.step), "loss": task}
                 if outliers is not None:
@@ -251,11 +250,12 @@ class _Progress:
     first: float = math.nan
     smoothed: float = math.nan
 
-    def advance(self, task: float, opening: int) -> None:
+    def advance(self, task: float, penalty: float, opening: int) -> None:
         """Count a step.
 
         Args:
             task: Its task loss.
+            penalty: Its loss on activations, of this process.
             opening: Steps whose mean loss is where the run began.
         """
         self.step += 1
@@ -266,6 +266,11 @@ class _Progress:
             )
         if not math.isfinite(task):
             raise TuningDivergedError(f"the loss is {task} at step {self.step}; lower the learning rate")
+        if not math.isfinite(penalty):
+            raise TuningDivergedError(
+                f"the loss on activations is {penalty} at step {self.step}; lower its weight or the learning "
+                "rate"
+            )
         if self.step <= opening:
             before = 0.0 if self.step == 1 else self.first
             self.first = self.smoothed = before + (task - before) / self.step

@@ -57,3 +57,12 @@ def test_kurtosis_is_the_fourth_standardised_moment() -> None:
     centred = values - values.mean()
     expected = np.mean(centred**4) / np.mean(centred**2) ** 2
     assert float(kurtosis_of(torch.from_numpy(values))) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e30])
+def test_kurtosis_of_a_constant_pulls_nowhere(value: float) -> None:
+    values = torch.full((64,), value, requires_grad=True)
+    kurtosis_of(values).backward()
+    assert values.grad is not None
+    assert not values.grad.isnan().any()
+    assert float(kurtosis_of(torch.zeros(8))) == 0

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
 from baselines.folding import Group, find_groups, fold, folded_state, has_groups
-from baselines.method import Batch, Context
+from baselines.method import METHODS, Batch, Context
 from quanttune.quantization import Scheme, discover_sites
 from quanttune.quantization.equivalence import refuse_untied, relative_difference
 from quanttune.seeds import torch_generator
@@ -200,3 +201,87 @@ def test_models_without_a_normalisation_have_none() -> None:
     assert find_groups(context_of(model)) == []
     assert has_groups(sites("vit"))
     assert has_groups(sites("llama"))
+
+
+def _swin(size: int) -> Context:
+    """A Swin with windows of 7 by 7 tokens, on 14 by 14 or 10 by 10 of them."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224",
+        pretrained=False,
+        img_size=size,
+        embed_dim=16,
+        depths=(2, 2),
+        num_heads=(2, 2),
+        num_classes=5,
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            elif parameter.dim() > 1:
+                parameter.mul_(8)
+    batch = torch.randn(2, 3, size, size)
+    return Context(
+        model,
+        discover_sites(model, batch),
+        Scheme.parse("W8A8-asym", "matmul"),
+        [Batch(batch, torch.zeros(2, dtype=torch.long))],
+    )
+
+
+@pytest.mark.parametrize(("size", "padded"), [(56, False), (40, True)])
+def test_windows_that_are_filled_up_take_no_shift(size: int, padded: bool) -> None:
+    """A shift would reach the zeros, which the normalisation has not made."""
+    context = _swin(size)
+    groups = find_groups(context)
+    # the second stage has no more tokens than a window
+    windows = [group for group in groups if "layers.0" in group.site and "qkv" in group.parameters[0]]
+    assert len(windows) == 2
+    assert all(group.padded is padded and group.takes_shift is not padded for group in windows)
+    assert all(group.takes_shift for group in groups if "mlp.fc1" in group.parameters[0])
+    state = folded_state(context.model, changes(groups, "swin"))
+    batch = context.calibration[0].inputs
+    assert relative_difference(context.model, with_state(context.model, state), [batch]) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["outlier_suppression_plus", "repq_vit"])
+def test_methods_that_shift_keep_the_function_of_windows_that_are_filled_up(name: str) -> None:
+    context = _swin(40)
+    weights = METHODS.get(name)().quantize(context).weights
+    assert weights is not None
+    batch = context.calibration[0].inputs
+    assert relative_difference(context.model, with_state(context.model, weights), [batch]) < 1e-4
+
+
+class _OnePlusNorm(nn.Module):
+    """A normalisation that multiplies by ``1 + weight``, as Gemma's does."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-0.1, 0.1, width))
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values * torch.rsqrt(values.square().mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+
+
+def test_a_parameter_that_is_no_factor_does_not_migrate() -> None:
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.input_norm, self.head = _OnePlusNorm(8), nn.Linear(8, 3)
+
+        def forward(self, values: Tensor) -> Tensor:
+            return self.head(self.input_norm(values))  # type: ignore[no-any-return]
+
+    model, values = Net().eval(), torch.randn(4, 5, 8)
+    context = Context(
+        model,
+        discover_sites(model, values),
+        Scheme.parse("W8A8", "matmul"),
+        [Batch(values, torch.zeros(4, dtype=torch.long))],
+    )
+    assert [(group.weight, group.scale) for group in find_groups(context)] == [(None, None)]
+    assert METHODS.get("outlier_suppression")(clipping=False).quantize(context).transforms == ()

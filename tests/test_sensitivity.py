@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from quanttune.analysis import Probe, by_block, by_site, effects
-from quanttune.analysis.sensitivity import ALONE, REST, UNSCORED, answers_of, divergences_of
+from quanttune.analysis.sensitivity import ALONE, REST
+from quanttune.answers import UNSCORED, answers_of, divergences_of
 from quanttune.errors import ConfigError, QuantTuneError
 from quanttune.quantization import Quantized, quantize
 from tests.method_contexts import batch_of, causal_batch

@@ -259,6 +259,16 @@ def test_a_reference_that_is_not_finite_is_said_to_be_that(vit: nn.Module, value
         tuned(large, outliers=False)
 
 
+def test_a_loss_on_activations_that_is_no_number_is_said_to_be_that(
+    vit: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its own step, and not as a task loss a step later."""
+    plain = OutlierLoss.penalty
+    monkeypatch.setattr(OutlierLoss, "penalty", lambda self: plain(self) * float("nan"))
+    with pytest.raises(TuningDivergedError, match="loss on activations is nan at step 1; lower its weight"):
+        tuned(vit)
+
+
 def test_accumulation_equals_one_large_batch() -> None:
     """Two half batches make the gradient of the whole one, for the task and for the penalty."""
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))

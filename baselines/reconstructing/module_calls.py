@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baselines.method import Batch
 from baselines.reconstructing.network_parts import Part
+from quanttune.answers import divergence
 from quanttune.inputs import ModelInputs, call_model, logits_of, to_device
 
 
@@ -149,7 +149,7 @@ def importances(
             with torch.no_grad():
                 wanted = logits_of(call_model(reference, chunk.inputs))
             with torch.enable_grad():
-                value = _divergence(logits_of(call_model(model, chunk.inputs)), wanted)
+                value = divergence(wanted, logits_of(call_model(model, chunk.inputs)))
                 found = torch.autograd.grad(value, [outputs[part.path] for part in parts], allow_unused=True)
             for part, gradient in zip(parts, found, strict=True):
                 zero = torch.zeros_like(outputs[part.path])
@@ -161,13 +161,6 @@ def importances(
         mean = sum(float(tensor.double().sum()) for tensor in each) / sum(tensor.numel() for tensor in each)
         squared[path] = [tensor / mean if mean > 0 else torch.ones_like(tensor) for tensor in each]
     return squared
-
-
-def _divergence(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Summed over items: of the probabilities, or half the squared distance where there is but one value."""
-    if logits.shape[-1] == 1:
-        return (logits - wanted).square().sum() / 2
-    return F.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), reduction="sum", log_target=True)
 
 
 def runs_of(model: nn.Module, chunks: Sequence[Batch]) -> list[Callable[[], Any]]:

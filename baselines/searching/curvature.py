@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baselines.method import Batch
+from quanttune.answers import divergence
 from quanttune.inputs import call_model, logits_of
 from quanttune.quantization import Observation, Observer, Quantizer
 from quanttune.quantization.observation import Bounds
@@ -65,10 +66,9 @@ def output_curvature(
     with torch.enable_grad():
         if gradient == "minmax_divergence":
             with torch.no_grad():
-                reference = F.log_softmax(_run(model, batch, [], {}, known)[1], dim=-1)
+                reference = _run(model, batch, [], {}, known)[1]
             captured, logits = _run(model, batch, outputs, quantizers or {}, known)
-            quantized = F.log_softmax(logits, dim=-1)
-            losses = [F.kl_div(quantized, reference, reduction="sum", log_target=True)]
+            losses = [divergence(reference, logits)]
         else:
             captured, logits = _run(model, batch, outputs, {}, known)
             if gradient == "cross_entropy":
@@ -80,7 +80,12 @@ def output_curvature(
 
 
 def _fisher_losses(logits: Tensor, generator: torch.Generator) -> list[Tensor]:
-    """Scalars whose squared gradients add up to the expected squared gradient of ``log p(y)``."""
+    """Scalars whose squared gradients add up to the expected squared gradient of ``log p(y)``.
+
+    Of one column ``p`` is a normal distribution of variance 1 around it, and the expectation that of its own.
+    """
+    if logits.shape[-1] == 1:
+        return [logits.sum()]
     log_p = F.log_softmax(logits, dim=-1)
     p = log_p.detach().exp()
     if logits.dim() == 2 and logits.shape[-1] <= EXACT_CLASSES:

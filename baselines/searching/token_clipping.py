@@ -17,8 +17,8 @@ from quanttune.quantization import Observation, Observer, Quantizer, Site, SiteK
 from quanttune.quantization.observation import Bounds
 
 _STEP = 0.01
-_TOKENS = 40.96
-"""The step of shares is not above this by the tokens of a batch (authors' code)."""
+"""Between two shares. The authors' code divides it further above 4,096 tokens a batch and then rounds to two
+digits, which leaves one or none."""
 _CLIPPED = {8: 0.1, 6: 0.3, 4: 0.9}
 """Largest share of tokens that is clipped, by width (authors' code)."""
 MASK = "attention_mask"
@@ -112,15 +112,13 @@ def _counted(extremes: Tensor, mask: Tensor | None) -> Tensor | None:
     return None
 
 
-def shares(bits: int, tokens: int) -> list[float]:
+def shares(bits: int) -> list[float]:
     """The shares of tokens that a range may cover, from all of them downwards.
 
     Args:
         bits: Width of the activations. Between those of the authors' code the lowest share is interpolated,
             beyond them it is that of the nearest.
-        tokens: Tokens of a batch.
     """
-    step = max(round(min(_STEP, _TOKENS / max(tokens, 1)), 2), _STEP)
     known = sorted(_CLIPPED)
     width = min(max(bits, known[0]), known[-1])
     below = max(each for each in known if each <= width)
@@ -128,7 +126,7 @@ def shares(bits: int, tokens: int) -> list[float]:
     part = 0.0 if above == below else (width - below) / (above - below)
     clipped = _CLIPPED[below] + part * (_CLIPPED[above] - _CLIPPED[below])
     # Whole steps, so that no sum of fractions decides whether there is one more.
-    return [1.0 - step * index for index in range(round(clipped / step) + 1)]
+    return [1.0 - _STEP * index for index in range(round(clipped / _STEP) + 1)]
 
 
 def token_range(extremes: Tensor, share: float, symmetric: bool) -> tuple[float, float]:

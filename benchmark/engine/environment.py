@@ -6,6 +6,7 @@ import functools
 import os
 import platform
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,7 +112,15 @@ def _limit_blas(threads: int) -> None:
 
 def provenance(threads: int, device: str) -> dict[str, Any]:
     """What a record says about where it was made."""
-    return {**_static(), "threads": threads, "device": device, "device_name": _device_name(device)}
+    # What computes has it loaded; what only starts workers need not wait for it.
+    torch = sys.modules.get("torch")
+    return {
+        **_static(),
+        **({} if torch is None else {"vector_instructions": torch.backends.cpu.get_cpu_capability()}),
+        "threads": threads,
+        "device": device,
+        "device_name": _device_name(device),
+    }
 
 
 @functools.cache

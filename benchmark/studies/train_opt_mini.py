@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 from benchmark.subject.lookup import get_model
 from benchmark.subject.models.bundle import MANIFEST, TOKENIZER, read_manifest, seal_bundle, write_weights
 from benchmark.subject.models.decoder import OUTPUT
-from benchmark.subject.tasks.language_modelling import UNSCORED
 from benchmark.subject.tasks.task import get_task
+from quanttune.answers import UNSCORED
 from quanttune.seeds import derive_seed, torch_generator
 
 if TYPE_CHECKING:

@@ -26,12 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from quanttune.analysis.outliers import layer_of
+from quanttune.answers import answers_of, divergences_of
 from quanttune.errors import ConfigError, QuantTuneError
 from quanttune.inputs import ModelInputs, call_model, in_evaluation, logits_of, to_device
 from quanttune.quantization import Quantizer, simulate
 
-UNSCORED = -100
-"""Target of a token that is not scored."""
 ALONE, REST = "alone", "rest"
 """A group's sites are the only ones that are quantized, or the only ones that are not."""
 
@@ -64,7 +63,7 @@ class Probe:
     Args:
         model: Holds the weights that quantizers will belong to; it is run in evaluation mode.
         batches: Inputs and targets: class ids or values of shape ``(N,)``, or token ids of shape
-            ``(N, tokens)`` with :data:`UNSCORED` where a token is not scored.
+            ``(N, tokens)`` with :data:`~quanttune.answers.UNSCORED` where a token is not scored.
         known: Ids of all sites of the model, where they are known.
         device: Where the model is.
         scores: What else to keep of each item.
@@ -125,35 +124,6 @@ class Probe:
                     raise QuantTuneError("logits are NaN or infinite; check the model's weights")
                 scored = None if self._scores is None else self._scores(logits, targets)
                 yield *answers_of(logits, targets), scored
-
-
-def answers_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of logits that are judged, ``(answers, classes)``, and their targets, ``(answers,)``.
-
-    Args:
-        logits: ``(N, classes)``, or ``(N, tokens, classes)`` for token targets.
-        targets: ``(N,)``, or ``(N, tokens)``: the logits of a token answer for the token after it.
-
-    Raises:
-        ConfigError: If the shapes do not fit.
-    """
-    if targets.dim() == 1 and logits.dim() == 2 and len(targets) == len(logits):
-        return logits, targets
-    if targets.dim() == 2 and logits.dim() == 3 and targets.shape == logits.shape[:2]:
-        scored = targets[:, 1:] != UNSCORED
-        return logits[:, :-1][scored], targets[:, 1:][scored]
-    shapes = f"{tuple(logits.shape)} and targets of shape {tuple(targets.shape)}"
-    raise ConfigError(f"logits of shape {shapes}: no row of logits belongs to each target")
-
-
-def divergences_of(plain: Tensor, other: Tensor) -> Tensor:
-    """``KL(softmax(plain) || softmax(other))`` of each row, float64 ``(N,)``; one column: see the module."""
-    first, second = plain.double(), other.double()
-    if first.shape[-1] == 1:
-        return (first - second).square().flatten() / 2
-    log_p, log_q = first.log_softmax(dim=-1), second.log_softmax(dim=-1)
-    p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(dim=-1).clamp(min=0)
 
 
 def effects(

@@ -26,8 +26,8 @@ from benchmark.subject.models.bundle import (
     write_weights,
 )
 from benchmark.subject.models.decoder import OUTPUT
-from benchmark.subject.tasks.language_modelling import UNSCORED
 from benchmark.subject.tasks.task import SPLITS, get_task
+from quanttune.answers import UNSCORED
 from quanttune.digests import tensor_digest
 from quanttune.errors import AssetError
 from quanttune.inputs import call_model, logits_of

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from benchmark.engine.measure import evaluate
 from benchmark.subject.lookup import get_model
 from benchmark.subject.models.entry import CausalTextEntry
-from benchmark.subject.tasks.language_modelling import UNSCORED, LastToken, SlidingWindowPerplexity
+from benchmark.subject.tasks.language_modelling import LastToken, SlidingWindowPerplexity
 from benchmark.subject.tasks.task import SPLITS, get_task
+from quanttune.answers import UNSCORED
 from quanttune.errors import ConfigError, QuantTuneError, UnknownNameError
 
 TEXTS = {"train": "abcdefghijklmnopqrst", "validation": "abcdefgh", "test": "tsrqponmlk"}

@@ -23,8 +23,9 @@ from benchmark.keep.record import Record
 from benchmark.keep.stages import Stages
 from benchmark.keep.store import Store
 from benchmark.subject.metrics.display import in_points, number, with_unit
-from benchmark.subject.metrics.metric import CLASS, METRICS, QUANTITIES, TEXT, UNSCORED, VALUE, Metric
+from benchmark.subject.metrics.metric import CLASS, METRICS, QUANTITIES, TEXT, VALUE, Metric
 from benchmark.subject.tasks.task import TASKS, get_task
+from quanttune.answers import UNSCORED
 from quanttune.digests import json_digest
 
 N = 400

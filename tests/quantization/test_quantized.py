@@ -68,6 +68,19 @@ QUANTIZERS_OF_EVERY_KIND: dict[str, list[Quantizer]] = {
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS.names())
+def test_no_quantizer_makes_a_number_of_what_is_none(kind: str) -> None:
+    """A broken model must show as one, whatever its tensors are rounded to."""
+    values = (PROBABILITIES if "softmax" in kind or kind.startswith("log") else WEIGHT).clone()
+    values[2, 3] = float("nan")
+    for quantizer in QUANTIZERS_OF_EVERY_KIND[kind]:
+        for given in (values, values.clone().requires_grad_()):
+            found = quantizer(given).detach()
+            assert found[2, 3].isnan(), quantizer
+            # a range found at run time may be of a row or of a column
+            assert not found[:2, :3].isnan().any(), quantizer
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS.names())
 def test_every_quantizer_is_made_again_from_its_state_to_the_bit(kind: str) -> None:
     values = PROBABILITIES if "softmax" in kind or kind.startswith("log") else WEIGHT
     for quantizer in QUANTIZERS_OF_EVERY_KIND[kind]:

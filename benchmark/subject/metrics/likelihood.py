@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from benchmark.subject.metrics.metric import CLASS, METRICS, QUANTITIES, TEXT, UNSCORED, Metric
+from benchmark.subject.metrics.metric import CLASS, METRICS, QUANTITIES, TEXT, Metric
+from quanttune.answers import UNSCORED
 from quanttune.errors import QuantTuneError
 
 if TYPE_CHECKING:

@@ -25,9 +25,6 @@ VALUE = "value"
 TEXT = "text"
 """Answers that are the next tokens of a text: logits ``(N, tokens, vocabulary)``, targets ``(N, tokens)``."""
 
-UNSCORED = -100
-"""The target of a token that is context or padding, as in transformers."""
-
 
 class Metric(ABC):
     """A number that says how good a model is on a set of items.

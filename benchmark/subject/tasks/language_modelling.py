@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from benchmark.subject.data.loader import load_bundled
 from benchmark.subject.data.manifest import split_ids
-from benchmark.subject.metrics.metric import CLASS, TEXT, UNSCORED
+from benchmark.subject.metrics.metric import CLASS, TEXT
 from benchmark.subject.tasks.task import SPLITS, TASKS, Task
+from quanttune.answers import UNSCORED
 from quanttune.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -99,14 +99,14 @@ class IntegerSoftmaxQuantizer(ProbabilityQuantizer):
             probabilities = values.double()
             largest = probabilities.amax(dim=-1, keepdim=True)
             scores = quotient(torch.log(probabilities / largest), self.scale).round_()
-            # A masked row gives 0 / 0; any score will do, since its result is set to 0 below.
+            # A masked row gives 0 / 0; any score will do, since its result is what it was, see below.
             scores = scores.nan_to_num_(nan=0.0, neginf=-math.inf)
             exponentials = integer_exponential(scores, self.scale, self.exponential)
             ratio = (exponentials.sum(dim=-1, keepdim=True) / exponentials).round_()
             quantized = _power_of_two(integer_log2(ratio), self._codes)
             # The shifted exponential of a masked score is small but not zero; its code is past the last one
             # unless the width is large, so the mask is kept.
-            return torch.where(values > 0, quantized.to(values.dtype), 0.0)
+            return torch.where(values > 0, quantized.to(values.dtype), values.clamp(max=0.0))
 
     def __repr__(self) -> str:
         return f"IntegerSoftmaxQuantizer({self.bits} bits, scale {self.scale:.4g}, {self.exponential})"
@@ -146,7 +146,8 @@ def integer_log2(values: Tensor) -> Tensor:
 
 
 def _power_of_two(codes: Tensor, count: int) -> Tensor:
-    return torch.where(codes < count, torch.exp2(-codes), 0.0)
+    # NaN is of no code and stays what it is.
+    return torch.where(codes >= count, 0.0, torch.exp2(-codes))
 
 
 def _multiples(powers: Tensor, count: int) -> Encoded | None:

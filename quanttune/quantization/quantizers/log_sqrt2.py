@@ -64,7 +64,8 @@ class LogSqrt2Quantizer(ProbabilityQuantizer):
         return torch.where(codes < 2**self.bits, values, 0.0)
 
     def _quantized(self, values: Tensor) -> Tensor:
-        return self.decoded(self.codes(values)).to(values.dtype)
+        # NaN has no code.
+        return torch.where(values.isnan(), values, self.decoded(self.codes(values)).to(values.dtype))
 
     @property
     def high(self) -> Tensor:

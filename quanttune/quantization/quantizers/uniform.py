@@ -172,17 +172,20 @@ class UniformQuantizer(Quantizer):
 
     def _with_gradient(self, values: Tensor) -> Tensor:
         if self.axis is None:
-            return torch.fake_quantize_per_tensor_affine(
+            found = torch.fake_quantize_per_tensor_affine(
                 values, self._step, self._zero, self.code_min, self.code_max
             )
-        return torch.fake_quantize_per_channel_affine(
-            values,
-            self.scale.to(values.device),
-            self.zero_point.to(values.device),
-            self.axis,
-            self.code_min,
-            self.code_max,
-        )
+        else:
+            found = torch.fake_quantize_per_channel_affine(
+                values,
+                self.scale.to(values.device),
+                self.zero_point.to(values.device),
+                self.axis,
+                self.code_min,
+                self.code_max,
+            )
+        # Both make the smallest code of NaN.
+        return torch.where(values.isnan(), values, found)
 
     def __repr__(self) -> str:
         kind = "per tensor" if self.axis is None else f"per channel {self.axis}"
