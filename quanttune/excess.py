@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,9 +10,6 @@ from torch import Tensor
 
 _SAMPLE = 1 << 16
 """Values per site and step that running moments are estimated from; a strided sample keeps the step cheap.
-
-Its stride may share factors with the number of channels, and then it sees some of them alone: of a tensor
-of 32 x 50 x 384 every second one. Which ones depends on the shape of the batch.
 """
 _MARGIN = 0.02
 """Relative margin of the rows that are searched; wider than the rounding of bfloat16."""
@@ -20,15 +18,16 @@ _SMALL, _LARGE = 2.0**-24, 2.0**24
 """Between these the fourth power of a value, and a sum of many, is a normal number of single precision."""
 
 
-def moments_of(values: Tensor, unit: float = 1.0) -> Tensor:
+def moments_of(values: Tensor, unit: float = 1.0, every_channel: bool = False) -> Tensor:
     """Mean, standard deviation, minimum and maximum, shape ``(4,)``; the moments from a strided sample.
 
     Args:
         values: Of any shape.
         unit: A power of two to compute in, for magnitudes whose squares overflow: a GPU sums them in single
             precision.
+        every_channel: See :func:`sample_of`.
     """
-    sample = sample_of(values).float()
+    sample = sample_of(values, every_channel).float()
     if unit == 1:
         std, mean = torch.std_mean(sample)
     else:
@@ -37,10 +36,22 @@ def moments_of(values: Tensor, unit: float = 1.0) -> Tensor:
     return torch.stack([mean, std, low.float(), high.float()])
 
 
-def sample_of(values: Tensor) -> Tensor:
-    """The strided sample that moments are estimated from, flat."""
+def sample_of(values: Tensor, every_channel: bool = False) -> Tensor:
+    """The strided sample that moments are estimated from, flat.
+
+    A stride that shares factors with the number of channels sees some of them alone: one in three of a batch
+    of 32 x 17 x 384. Which ones depends on the batch, and so does whether an outlier channel is among them.
+
+    Args:
+        values: Of any shape, channels last.
+        every_channel: Whether the stride is raised to the next that shares none.
+    """
     flat = values.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLE)]
+    stride = max(1, flat.numel() // _SAMPLE)
+    if every_channel:
+        while math.gcd(stride, values.shape[-1]) > 1:
+            stride += 1
+    return flat[::stride]
 
 
 class MeanExcess(torch.autograd.Function):

@@ -196,8 +196,8 @@ class OutlierLoss(ActivationPenalty):
 
     def _look(self, site_id: str, forward: int, values: Tensor) -> None:
         running = self._running[site_id]
-        moments = moments_of(values, running.unit)
-        self._observed.append((site_id, moments, sample_of(values).numel()))
+        moments = moments_of(values, running.unit, self.config.every_channel)
+        self._observed.append((site_id, moments, sample_of(values, self.config.every_channel).numel()))
         if not self.config.weight or not running.std > 0:
             return
         limit = self._activation_limit(running, self._final[site_id])
@@ -221,7 +221,8 @@ class OutlierLoss(ActivationPenalty):
                 # Frozen, as under an adapter: no training may change it.
                 continue
             running = self._parameters[name]
-            running.update(moments_of(matrix).tolist(), momentum=0.0)
+            moments = moments_of(matrix, every_channel=self.config.every_channel)
+            running.update(moments.tolist(), momentum=0.0)
             if running.std > 0:
                 reach = annealed(self.config, running, final, self._step, self._steps) * running.std
                 matrix.clamp_(running.mean - reach, running.mean + reach)

@@ -35,6 +35,8 @@ class OutlierLossConfig:
             bounds.
         branch_threshold: The threshold of every other kind but softmax outputs; ``None`` leaves them alone.
         momentum: Weight of the past in the running moments.
+        every_channel: Whether the sample that moments are estimated from has values of every channel, see
+            :func:`quanttune.excess.sample_of`.
 
     Raises:
         ConfigError: If a setting is out of its range.
@@ -51,6 +53,7 @@ class OutlierLossConfig:
     kinds: tuple[SiteKind, ...] | None = RESIDUAL_STREAM
     branch_threshold: float | None = None
     momentum: float = 0.9
+    every_channel: bool = False
 
     def __post_init__(self) -> None:
         if self.weight < 0:
