@@ -65,6 +65,10 @@ class BestCalibrator(Method):
             f"under {scheme} no range is chosen in calibration, so every calibrator gives what minmax gives"
         )
 
+    def used(self) -> tuple[str, ...]:
+        """Every candidate."""
+        return tuple(dict.fromkeys(name for name, _ in CANDIDATES))
+
     def quantize(self, context: Context) -> Quantized:
         """Quantize with every candidate, score each, keep the best.
 

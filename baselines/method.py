@@ -267,7 +267,8 @@ class Method(ABC):
     Class attributes:
         name: The registered name.
         variant: ``paper``, ``reference-code``, or ``ours`` where neither says enough.
-        version: Raised whenever a change of the code changes results; part of a cell's identity.
+        version: Raised whenever a change of the code changes results; part of a cell's identity, see
+            :attr:`versions`.
         role: One of :data:`ROLES`.
         trains: Whether the method fine-tunes weights.
         validates: Whether it chooses by scores on validation items: its row then stands for a choice that was
@@ -303,6 +304,24 @@ class Method(ABC):
             if getattr(self, item.name) != item.default
         ]
         return self.name + (f"[{','.join(changed)}]" if changed else "")
+
+    def used(self) -> tuple[str, ...]:
+        """Names of the other methods that this one calls: a change of theirs changes its results, too."""
+        return ()
+
+    @property
+    def versions(self) -> str:
+        """Its version, with those of methods that it uses where they are not the first: ``2+brecq.2``."""
+        found, waiting = dict[str, int](), list(self.used())
+        while waiting:
+            name = waiting.pop()
+            if name not in found:
+                kind = METHODS.get(name)
+                found[name] = kind.version
+                waiting += kind().used()
+        return "+".join(
+            [str(self.version), *(f"{name}.{found[name]}" for name in sorted(found) if found[name] != 1)]
+        )
 
     def skip(self, sites: SiteTable, scheme: Scheme) -> str | None:
         """Why the method does not apply to a model with these sites under a scheme; ``None`` if it does."""

@@ -124,6 +124,10 @@ class FineTuning(Method):
         origin = context.stages.reference("tuning", key)
         return dataclasses.replace(quantized, weights=weights, weights_origin=origin)
 
+    def used(self) -> tuple[str, ...]:
+        """What calibrates the tuned weights, and what folds before."""
+        return tuple(filter(None, (self.calibrator, self.before)))
+
     def _folded(self, context: Context) -> Context:
         """The context of what is tuned."""
         if not self.before:

@@ -6,11 +6,12 @@ before it. Outputs of one column are values, not classes.
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from quanttune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 UNSCORED = -100
 """The target of a token that is context or padding, as in transformers."""
@@ -40,6 +41,8 @@ def divergences_of(plain: Tensor, other: Tensor) -> Tensor:
 
     Of one column half the squared difference: the divergence of two normal distributions of variance 1.
     """
+    import torch
+
     first, second = plain.double(), other.double()
     if first.shape[-1] == 1:
         return (first - second).square().flatten() / 2
@@ -57,4 +60,6 @@ def divergence(wanted: Tensor, logits: Tensor) -> Tensor:
     """
     if logits.shape[-1] == 1:
         return (logits - wanted).square().sum() / 2
+    import torch.nn.functional as F
+
     return F.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), reduction="sum", log_target=True)

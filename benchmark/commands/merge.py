@@ -158,7 +158,7 @@ def _names(source: Store) -> Callable[[Record], list[str]]:
 
     if isinstance(source, ReferenceStore):
         published = source
-        return lambda record: published.suites_of(record.cell.cell_id)
+        return lambda record: published.measured_like(record).suites_of(record.cell.cell_id)
     return lambda _: [SUBMITTED]
 
 

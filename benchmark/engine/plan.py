@@ -111,8 +111,12 @@ class Plan:
                     outcomes[outcome.cell.cell_id] = outcome
                     told.add(outcome.cell.cell_id)
                     yield outcome
-            cached = [cell for cell in self.cells if outcomes[cell.cell_id].status == "cached"]
-            for cell in self._not_kept(cached):
+            kept = [
+                cell
+                for cell in self.cells
+                if cell.cell_id not in told and outcomes[cell.cell_id].status in ("cached", "skipped")
+            ]
+            for cell in self._not_kept(kept):
                 del outcomes[cell.cell_id]
         for cell in self.cells:
             if cell.cell_id not in told and cell.cell_id in outcomes:

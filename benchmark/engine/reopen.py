@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from benchmark.engine.assets import fetch_models
 from benchmark.engine.environment import prepare_torch
+from benchmark.grid.autocast import FULL_PRECISION
 from benchmark.grid.cells import Cell
 from benchmark.grid.expand import Selection, expand
 from benchmark.grid.suite import Suite, load_suite, suite_names
@@ -102,6 +103,8 @@ def measure_again(cell: Cell, where: str, suite: str | None = None, overwrite: b
         words += ["--precision", cell.scheme_text, "--profile", cell.profile]
     words += ["--seed", str(cell.seed)]
     words += [] if cell.limit is None else ["--limit", str(cell.limit)]
+    if cell.autocast != FULL_PRECISION:
+        words += ["--autocast", cell.autocast]
     return f"`python -m benchmark {shlex.join(words)}{where}`"
 
 

@@ -89,7 +89,12 @@ def collect(store: Store, suite: Suite, method: str) -> Submission:
     source = _source(method)
     _require_one_text(records, source.get("sha256"), f"{again} with --overwrite always")
     versions = _versions(records, f"{again} with --overwrite always")
-    texts = {_name(file): file.text for file in components.included()}
+    texts: dict[str, str] = {}
+    for file in components.included():
+        if texts.setdefault(_name(file), file.text) != file.text:
+            raise ConfigError(
+                f"two included files are called {_name(file)}, and an archive has one of a name; rename one"
+            )
     about = About(suite.name, method, cells[0].method_version, source, versions)
     return Submission(about, records, texts)
 

@@ -74,7 +74,7 @@ def measured_again(chosen: Iterable[Record], published: Store, runner: CellRunne
     for record in chosen:
         outcome = runner.run(record.cell)
         again = runner.store.load(record.cell)
-        yield compare(record, published, again, runner.store, outcome.message)
+        yield compare(record, published.measured_like(record), again, runner.store, outcome.message)
 
 
 def summary(verdicts: Sequence[Verdict]) -> str:

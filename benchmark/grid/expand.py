@@ -150,7 +150,7 @@ def _cell(
         **base,
         method=name,
         variant=method.variant,
-        method_version=str(method.version),
+        method_version=method.versions,
         parameters_json=canonical_json(method.parameters()),
         profile=profile,
         precision=precision,

@@ -78,7 +78,7 @@ def difference(source: Store, target: Store) -> Difference:
         cell = record.cell
         if its.load(cell) is None:
             continue
-        ours = target.measured_like(record) if isinstance(target, ReferenceStore) else target
+        ours = target.measured_like(record)
         known = ours.find_or_none(cell.cell_id)
         if known is None and cell.cell_id in new:
             known, ours = new[cell.cell_id]
@@ -152,7 +152,8 @@ def take(
     records = list(records)
     if isinstance(target, ReferenceStore):
         names = {record.cell.cell_id: suites(record) for record in records}
-        extend(target.root, names, records, source.items)
+        of = {record.cell.cell_id: source.measured_like(record) for record in records}
+        extend(target.root, names, records, lambda cell_id: of[cell_id].items(cell_id))
         return Difference(records)
     require_takeable(source, target)
     taken = Difference()

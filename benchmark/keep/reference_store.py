@@ -273,14 +273,16 @@ class ReferenceStore(Store):
             view = self.of_suite(suites[0])
             yield view.find(cell_of(row)), view
 
-    def measured_like(self, record: Record) -> Store:
-        """The view where a record's cell stands as measured on the same reference weights, or this one."""
+    def measured_like(self, record: Record) -> ReferenceStore:
+        """The view where a record stands; else where its cell has the same reference weights; else this."""
         cell_id = record.cell.cell_id
         if cell_id not in self._rows:
             return self
         views = [self, *(self.of_suite(name) for name in self.elsewhere(cell_id))]
-        alike = (view for view in views if view.find(cell_id).reference_digest == record.reference_digest)
-        return next(alike, self)
+        found = [(view, view.find(cell_id)) for view in views]
+        same = [view for view, other in found if other == record]
+        alike = [view for view, other in found if other.reference_digest == record.reference_digest]
+        return next(iter([*same, *alike]), self)
 
     def _read(self, cell_id: str, cell: Cell | None = None) -> Record | None:
         row = self._rows.get(cell_id)

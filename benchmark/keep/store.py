@@ -206,6 +206,10 @@ class Store:
         path = self._file("cells", record.cell.cell_id, _QUANTIZED)
         return Kept(write_quantized(path, quantized, digest), origin)
 
+    def measured_like(self, record: Record) -> Store:
+        """Where a record of this store stands with its arrays: here."""
+        return self
+
     def items(self, cell_id: str) -> dict[str, np.ndarray]:
         """The per-item arrays of a finished cell: ``ids``, ``scores`` and, for classifiers, ``predictions``.
 

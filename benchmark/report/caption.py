@@ -33,7 +33,10 @@ def caption_of(rows: SuiteRows) -> str:
     without = f" Left out, not being measured in it: {', '.join(left_out)}." if left_out else ""
     partial = "" if rows.complete else f" Partial: {rows.finished} of {len(rows.cells)} cells."
     trained = any(result.fp32_own is not None for result in results)
-    own = "Rows FP32: each method's own weights before quantization. " if trained else ""
+    own = "Rows FP32: each method's own weights before quantization" if trained else ""
+    if _trains_each_precision(rows):
+        own += ", of those that train each precision anew the mean over these"
+    own = f"{own}. " if own else ""
     random = " Random weights: the numbers mean nothing." if suite.name == "smoke" else ""
     return (
         f"Suite {suite.name}: {names} on the {suite.split} split and, below, {_losses(metrics)}, "
@@ -48,6 +51,16 @@ def caption_of(rows: SuiteRows) -> str:
 
 _NAMED = ("torch", "timm", "transformers", "quanttune-bench")
 """The versions that a table names; the records have all of them."""
+
+
+def _trains_each_precision(rows: SuiteRows) -> bool:
+    """Whether a method has other weights at each precision."""
+    found: dict[tuple[str, str, int], set[str | None]] = {}
+    for record in rows.records.values():
+        if record.result is not None and record.result.fp32_own is not None:
+            cell = record.cell
+            found.setdefault((cell.model, cell.label, cell.seed), set()).add(record.weights_digest)
+    return any(len(digests) > 1 for digests in found.values())
 
 
 def origin_of(rows: SuiteRows) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from benchmark.engine.events import Events, Work
 from benchmark.grid.order import cheap
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from benchmark.engine.plan import Plan
     from benchmark.engine.runner import Outcome
     from benchmark.grid.cells import Cell
+    from benchmark.grid.suite import Suite
+
+_Value = TypeVar("_Value")
 
 
 class FirstTable(Events):
@@ -59,7 +63,27 @@ def _table(plan: Plan, cells: Sequence[Cell]) -> str | None:
     from benchmark.report.tables import make_table
     from benchmark.report.terminal import to_terminal
 
-    rows = rows_of(plan.store, load_suite(plan.suite), cells)
+    rows = rows_of(plan.store, _asked_for(load_suite(plan.suite), cells), cells)
     if not any(record.result and not record.cell.is_reference for record in rows.records.values()):
         return None
     return printable(to_terminal(make_table(rows), terminal_width()))
+
+
+def _asked_for(suite: Suite, cells: Sequence[Cell]) -> Suite:
+    """The suite with the axes that these cells have: any profile, seed or precision joins any suite."""
+    of_methods = [cell for cell in cells if not cell.is_reference]
+    if not of_methods:
+        return suite
+
+    def found(values: Iterable[_Value], usual: Sequence[_Value]) -> tuple[_Value, ...]:
+        """In the suite's order as far as it has one."""
+        there = dict.fromkeys(values)
+        return (*(each for each in usual if each in there), *(each for each in there if each not in usual))
+
+    return dataclasses.replace(
+        suite,
+        profiles=found((cell.profile for cell in of_methods), suite.profiles),
+        seeds=found((cell.seed for cell in of_methods), suite.seeds),
+        weight_granularity=found((cell.weight_granularity for cell in of_methods), suite.weight_granularity),
+        symmetric=found((cell.symmetric for cell in of_methods), suite.symmetric),
+    )

@@ -233,21 +233,26 @@ def entry_of(method: str, records: list[Record]) -> Entry:
 
 
 def _own_rows(groups: dict[tuple[RowKey, str], list[Record]]) -> dict[tuple[RowKey, str], Entry]:
-    """A row per model: the FP32 metric of trained weights over the seeds; precisions share weights."""
-    values: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    """A row per model: the FP32 metric of trained weights over the seeds; precisions share weights.
+
+    Where a method trains each precision anew, a seed's number is the mean over them: how far they differ is
+    neither what seeds nor what rounding does.
+    """
+    values: dict[tuple[str, str], dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     metrics: dict[str, tuple[str, bool]] = {}
     for (key, method), records in groups.items():
         for record in records:
             if record.result is not None and record.result.fp32_own is not None:
-                values[key[0], method][str(record.weights_digest)] = record.result.fp32_own
+                of_seed = values[key[0], method][record.cell.seed]
+                of_seed[str(record.weights_digest)] = record.result.fp32_own
                 metrics[key[0]] = (record.result.metric, record.result.higher_is_better)
     return {
         ((model, OWN_ROW), method): Entry(
-            value=fmean(found.values()),
+            value=fmean(fmean(each.values()) for each in found.values()),
             drop=None,
             low=None,
             high=None,
-            deviation=stdev(found.values()) if len(found) > 1 else None,
+            deviation=stdev(fmean(each.values()) for each in found.values()) if len(found) > 1 else None,
             metric=metrics[model][0],
             higher_is_better=metrics[model][1],
         )

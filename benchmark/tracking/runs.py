@@ -135,6 +135,13 @@ def _run_of(
     runs = find_runs(client, experiment_id, cell.cell_id)
     for double in runs[1:]:
         client.delete_run(double.info.run_id)
+    family = {} if parent is None else {PARENT_TAG: parent}
+    if runs and _is_of_other_weights(runs[0], tags):
+        # Steps of a training and weights cannot be taken back; the parent keeps its cell.
+        family |= {key: value for key, value in runs[0].data.tags.items() if key == PARENT_TAG}
+        tags = tags if parent is None else {**tags, "updated_by": parent}
+        client.delete_run(runs[0].info.run_id)
+        runs = []
     if runs:
         run = runs[0]
         stale = {_DIGEST_TAG, _SHOWN_TAG, "error", "reason", "mlflow.note.content"} & set(run.data.tags)
@@ -144,13 +151,17 @@ def _run_of(
             tags = {**tags, "updated_by": parent}
         client.log_batch(run.info.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
         return str(run.info.run_id), frozenset(run.data.metrics)
-    family = {} if parent is None else {PARENT_TAG: parent}
     made = client.create_run(
         experiment_id, start_time=started, tags={**fixed, **tags, **family}, run_name=str(cell)
     )
     parameters = [Param(name, value) for name, value in parameters_of(cell).items()]
     client.log_batch(made.info.run_id, params=parameters)
     return str(made.info.run_id), None
+
+
+def _is_of_other_weights(run: Any, tags: Mapping[str, str]) -> bool:
+    was, now = run.data.tags.get("weights_digest"), tags.get("weights_digest")
+    return bool(was and now and was != now)
 
 
 def _metrics(record: Record, run_id: str, model: str | None, at: int) -> list[Metric]:

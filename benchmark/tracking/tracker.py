@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,9 +158,16 @@ class Tracker:
                 write_report(Path(folder), self._suite, self.store)
             self.client.log_artifacts(parent, folder)
         self.client.set_tag(parent, TABLE_TAG, table_tag())
-        log_methods(self.client, self.experiment_id, records.values(), str(self.store.root))
+        self.log_methods({record.cell.label for record in records.values()})
         found = {section(each.cell) for each in records.values() if series_of(each) is not None}
         save_views(self.client, self.experiment_id, found)
+
+    def log_methods(self, labels: Collection[str]) -> None:
+        """Bring the runs of methods up to date with all that the store has of them, whoever measured it."""
+        with self.store.indexed():
+            own = [record for record in self.store.records() if record.cell.label in labels]
+            records = [record for record in own if self.store.load(record.cell) is not None]
+        log_methods(self.client, self.experiment_id, records, str(self.store.root))
 
     def _log_metrics(self, parent: str, values: Mapping[tuple[str, int], float]) -> None:
         from mlflow.entities import Metric
@@ -274,6 +281,8 @@ def _sync(tracker: Tracker) -> tuple[int, int]:
         else:
             stale.append(record)
     failed, shown = _failures(store, runs, {record.cell.cell_id for record in records})
+    if not (stale or failed):
+        tracker.log_methods({record.cell.label for record in records})
     if stale or failed:
         cells = [record.cell for record in records]
         tracker.start("sync", {"cells": len(records), "cells_to_log": len(stale) + len(failed)}, cells)

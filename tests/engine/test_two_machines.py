@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmark.cli import cli
-from benchmark.keep.merging import difference
+from benchmark.keep.merging import difference, take
 from benchmark.keep.publishing import publish
 from benchmark.keep.record import Record
 from benchmark.keep.reference_store import ReferenceStore
@@ -108,3 +108,26 @@ def test_a_suite_that_is_not_published_sees_one_set_of_weights(
     missing = next(record.cell for record in store.records() if not record.cell.is_reference)
     assert kept.of_suite("unknown").load(missing) is None
     assert kept.load(missing) is not None
+
+
+def test_a_merge_takes_a_measurement_with_its_own_items_and_suites(
+    two_machines: tuple[ReferenceStore, Record, Record], store: Store, tmp_path: Path
+) -> None:
+    """Found: the items and suites were those of the cell as the default view has it."""
+    kept, shared, other = two_machines
+    cell_id = shared.cell.cell_id
+    for record, suites, turned in ((shared, ["first", "second"], 1), (other, ["another"], -1)):
+        view = kept.measured_like(record)
+        assert view.find(cell_id) == record
+        assert view.suites_of(cell_id) == suites
+        target = tmp_path / suites[0]
+        lacking = [each for each in kept.records() if each.cell.cell_id != cell_id]
+        publish(target, {"rest": lacking}, lambda _, each: kept.items(each))
+        taken = ReferenceStore(target)
+        take(kept, taken, [record], lambda each: kept.measured_like(each).suites_of(each.cell.cell_id))
+        found = ReferenceStore(target)
+        assert found.find(cell_id) == record
+        assert found.suites_of(cell_id) == suites
+        np.testing.assert_array_equal(
+            found.items(cell_id)["targets"], store.items(cell_id)["targets"][::turned]
+        )

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmark.engine.reopen import measure_again
 from benchmark.grid.suite import Suite
+from benchmark.keep.folder import same_place
 from benchmark.keep.record import Record
 from benchmark.keep.reference_store import folder_of, reference_folder
 from benchmark.report.gallery import analyse_command
@@ -47,7 +48,7 @@ def cell_context(page: CellPage) -> dict[str, Any]:
     """Everything that the template of a cell needs."""
     record, cell = page.record, page.record.cell
     own = Path("results") if page.published else page.results
-    where = "" if own == Path("results") else f" --results {own}"
+    where = same_place(own)
     again = measure_again(cell, where, page.suite.origin, overwrite=not page.published).strip("`")
     provenance = dict(record.provenance)
     versions = provenance.pop("versions", {})
