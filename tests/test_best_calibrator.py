@@ -144,3 +144,17 @@ def test_without_validation_items_it_says_what_to_do() -> None:
 def test_a_number_of_items_that_is_none_is_refused(items: int) -> None:
     with pytest.raises(ConfigError, match=r"best_calibrator items .*: give at least 1"):
         METHODS.get("best_calibrator")(items=items)
+
+
+def test_a_cell_knows_the_versions_of_what_its_method_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found: a calibrator's new version left the cells of trainings that end with it as they were."""
+    finetune, best = METHODS.get("finetune"), METHODS.get("best_calibrator")
+    own = str(finetune.version)
+    before = {finetune(): own, finetune(calibrator="best_calibrator"): own, best(): str(best.version)}
+    assert all(method.versions == version for method, version in before.items())
+    monkeypatch.setattr(METHODS.get("mse"), "version", 2)
+    assert finetune().versions == own
+    assert finetune(calibrator="mse").versions == f"{own}+mse.2"
+    assert finetune(calibrator="best_calibrator").versions == f"{own}+mse.2"
+    assert best().versions == f"{best.version}+mse.2"
+    assert finetune(before="outlier_suppression_plus").versions == f"{own}+outlier_suppression_plus.2"

@@ -13,6 +13,7 @@ from benchmark.cli import cli
 from benchmark.engine.runner import CellRunner
 from benchmark.grid.suite import suite_names
 from benchmark.keep.record import SCHEMA
+from benchmark.keep.store import Store
 from benchmark.report.rows import COST_FIELDS, NOISE_FIELDS, ROW_FIELDS
 
 
@@ -165,6 +166,40 @@ def test_a_changed_reference_is_noticed_within_one_run(
     result = call("run", "--all", "--suite", ran, "--no-tracking")
     assert result.exit_code == 0
     assert "5 cells: 5 done" in result.stdout
+
+
+def test_so_is_one_that_a_skipped_cell_was_measured_on(
+    call: Any, results: Path, tmp_path: Path, toy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found: the run ended with a complaint that its folder had been removed."""
+    path = tmp_path / "skips.toml"
+    path.write_text(
+        'models = ["toy"]\nprecisions = ["W8A8", "W4A4"]\ncalibration_items = 8\n'
+        'methods = [{name = "fp32"}, {name = "minmax"}, {name = "toy_declines"}]\n'
+    )
+    words = ("run", "--all", "--suite", str(path), "--no-tracking", "--results", str(results))
+    first = call(*words)
+    assert first.exit_code == 0, first.stderr
+    for stage in (results / "stages" / "reference").iterdir():
+        stage.unlink()
+    store = Store(results)
+    lost = next(record for record in store.records() if record.cell.method == "minmax")
+    (results / "cells" / f"{lost.cell.cell_id}.json").unlink()
+    monkeypatch.setattr(toy, "weight", 2.0)
+    again = call(*words)
+    assert again.exit_code == 0, again.stderr
+    assert all(store.load(record.cell) is not None for record in store.records())
+
+
+def test_the_table_of_a_run_is_of_what_ran(call: Any, results: Path, suite_file: str) -> None:
+    """Found: two profiles of a suite of one were averaged and called by its name."""
+    words = ("run", "--method", "minmax", "--suite", suite_file, "--no-tracking", "--results", str(results))
+    both = call(*words, "--precision", "W8A8", "--profile", "full", "--profile", "matmul").stdout
+    assert "profile full, matmul" in " ".join(both.split())
+    assert all(word in both for word in ("W8A8 full", "W8A8 matmul"))
+    one = " ".join(call(*words, "--precision", "W8A8", "--profile", "matmul", "--seed", "3").stdout.split())
+    assert "profile matmul" in one
+    assert "seed 3." in one
 
 
 @pytest.mark.parametrize(

@@ -344,3 +344,16 @@ def test_an_archive_holds_what_a_store_keeps(archive: Path, measured: Path, tmp_
     assert about.versions["torch"]
     for record in Store(measured).records():
         assert store.load(record.cell) == record
+
+
+def test_two_files_of_one_name_are_no_archive(
+    command: Command, measured: Path, method_file: Path, suite_file: str, tmp_path: Path
+) -> None:
+    """Found: one of the two texts was left out."""
+    other = tmp_path / "other" / method_file.name
+    other.parent.mkdir()
+    other.write_text("")
+    files = ("--include", method_file, "--include", other)
+    to = ("--results", measured, "--output", tmp_path / "no.zip")
+    told = command("submit", "--method", "mine", *to, *files, "--suite", suite_file, code=2)
+    assert f"two included files are called {method_file.name}" in told

@@ -16,10 +16,11 @@ from torch import nn
 import benchmark
 from benchmark.cli import cli
 from benchmark.engine.measure import evaluate
+from benchmark.engine.reopen import measure_again
 from benchmark.engine.runner import CellRunner, Settings
 from benchmark.grid.cells import Cell
 from benchmark.grid.expand import expand
-from benchmark.grid.suite import MethodSpec, Suite
+from benchmark.grid.suite import MethodSpec, Suite, load_suite
 from benchmark.keep.record import Record
 from benchmark.keep.store import Store
 from benchmark.subject.lookup import get_model
@@ -125,9 +126,6 @@ def test_damage_is_said_with_the_remedy(harm: str, store: Store, measured: list[
 
 
 def test_the_command_that_measures_again_names_the_suite_that_holds_the_cell(tmp_path: Path) -> None:
-    from benchmark.engine.reopen import measure_again
-    from benchmark.grid.suite import load_suite
-
     cell = next(cell for cell in expand(load_suite("smoke")) if not cell.is_reference)
     words = measure_again(cell, " --results mine").strip("`").split()[3:]
     assert words[0] == "run"
@@ -135,6 +133,11 @@ def test_the_command_that_measures_again_names_the_suite_that_holds_the_cell(tmp
     assert words[-2:] == ["--results", "mine"]
     listed = CliRunner().invoke(cli, [*words, "--dry-run", "--results", str(tmp_path)])
     assert cell.cell_id[:12] in listed.stdout
+
+
+def test_and_it_measures_in_the_same_precision_of_the_reference() -> None:
+    cell = expand(load_suite("smoke"), autocast="bf16")[0]
+    assert "--autocast bf16 --results mine`" in measure_again(cell, " --results mine")
 
 
 def test_skipped_cells_and_unknown_ones_are_refused(store: Store, suite: Suite) -> None:

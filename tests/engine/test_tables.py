@@ -360,3 +360,17 @@ def test_published_values_are_the_known_ones() -> None:
     assert set(headline["value"]) >= {65.0, 12.09, 33.8, 18.84}
     with pytest.raises(UnknownNameError, match="did you mean imagenet_fqvit"):
         load_published("imagenet_fqvi")
+
+
+def test_trainings_of_each_precision_have_no_deviation_of_seeds(suite: Suite, store: Store) -> None:
+    """Found: their FP32 values over precisions were printed as noise of rounding."""
+    methods = tuple(MethodSpec(name) for name in ("fp32", "toy_trained"))
+    wide = dataclasses.replace(suite, methods=methods)
+    for cell in expand(wide):
+        own = None if cell.method == "fp32" else {"W8A8": 80.0, "W4A4": 77.0}[cell.precision]
+        made = record(cell, 70.0, own)
+        store.save(dataclasses.replace(made, weights_digest=f"{cell.method} {cell.precision}"))
+    table = make_table(collect_rows(store, wide))
+    entry = table.entries[("toy", OWN_ROW), "toy_trained"]
+    assert (entry.value, entry.deviation) == (78.5, None)
+    assert "of those that train each precision anew the mean over these" in table.caption

@@ -172,6 +172,48 @@ def test_a_search_is_not_averaged_with_a_table(tracked: Path, client: Any, suite
     assert section(plain) == "toy full"
 
 
+def test_a_method_is_the_mean_of_all_seeds_whoever_ran_last(
+    tracked: Path, client: Any, suite_file: str
+) -> None:
+    """Found: the run of a method had the seeds of the last call alone."""
+    words = (
+        "run",
+        "--method",
+        "mse",
+        "--precision",
+        "W8A8",
+        "--suite",
+        suite_file,
+        "--results",
+        str(tracked),
+    )
+    call(*words, "--seed", "0", "--seed", "1")
+    call(*words, "--seed", "1", "--overwrite", "always")
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    (run,) = client.search_runs([experiment.experiment_id], filter_string="tags.kind = 'method'")
+    drops = [
+        each.result.drop for each in Store(tracked).records() if each.cell.label == "mse" and each.result
+    ]
+    assert len(drops) == 2
+    assert run.data.metrics[f"drop/{TOY}"] == pytest.approx(sum(drops) / 2)
+
+
+def test_a_cell_of_other_weights_is_another_run_of_the_same_parent(
+    tracked: Path, client: Any, suite_file: str
+) -> None:
+    """Found: new drops stood beside the course of the training before."""
+    call("run", "--method", "mse", "--suite", suite_file, "--results", str(tracked))
+    store = Store(tracked)
+    record = next(each for each in store.records() if each.cell.label == "mse")
+    (before,) = find_runs(client, "1", record.cell.cell_id)
+    store.save(dataclasses.replace(record, weights_digest="f" * 64), store.items(record.cell.cell_id))
+    sync_store(store)
+    (after,) = find_runs(client, "1", record.cell.cell_id)
+    assert after.info.run_id != before.info.run_id
+    assert after.data.tags["mlflow.parentRunId"] == before.data.tags["mlflow.parentRunId"]
+    assert after.data.tags["weights_digest"] == "f" * 64
+
+
 def test_a_training_is_drawn_by_step(tracked: Path, client: Any, tmp_path: Path) -> None:
     """Loss and its like of the cells that share a training, from the store alone."""
     store = Store(tracked)
