@@ -34,8 +34,8 @@ def caption_of(rows: SuiteRows) -> str:
     partial = "" if rows.complete else f" Partial: {rows.finished} of {len(rows.cells)} cells."
     trained = any(result.fp32_own is not None for result in results)
     own = "Rows FP32: each method's own weights before quantization" if trained else ""
-    if _trains_each_precision(rows):
-        own += ", of those that train each precision anew the mean over these"
+    if _differs_by_precision(rows):
+        own += ", of those that make others for each precision the mean over these"
     own = f"{own}. " if own else ""
     random = " Random weights: the numbers mean nothing." if suite.name == "smoke" else ""
     return (
@@ -53,7 +53,7 @@ _NAMED = ("torch", "timm", "transformers", "quanttune-bench")
 """The versions that a table names; the records have all of them."""
 
 
-def _trains_each_precision(rows: SuiteRows) -> bool:
+def _differs_by_precision(rows: SuiteRows) -> bool:
     """Whether a method has other weights at each precision."""
     found: dict[tuple[str, str, int], set[str | None]] = {}
     for record in rows.records.values():

@@ -373,4 +373,4 @@ def test_trainings_of_each_precision_have_no_deviation_of_seeds(suite: Suite, st
     table = make_table(collect_rows(store, wide))
     entry = table.entries[("toy", OWN_ROW), "toy_trained"]
     assert (entry.value, entry.deviation) == (78.5, None)
-    assert "of those that train each precision anew the mean over these" in table.caption
+    assert "of those that make others for each precision the mean over these" in table.caption
