@@ -51,13 +51,16 @@ class Checkpoint:
         """
         if self._path is None:
             return
-        tensors = {_MODEL + name: tensor.detach().cpu() for name, tensor in self._tensors().items()}
+        # channels_last and its like are no layout of the file's
+        tensors = {
+            _MODEL + name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors().items()
+        }
         for name, buffer in self._model.named_buffers():
             # safetensors takes neither expanded tensors nor views of one another, which buffers may be
             tensors[_MODEL + name] = buffer.detach().cpu().clone(memory_format=torch.contiguous_format)
         for index, moments in self._optimizer.state_dict()["state"].items():
             for name, value in moments.items():
-                tensors[f"{_OPTIMIZER}{index}|{name}"] = torch.as_tensor(value).detach().cpu()
+                tensors[f"{_OPTIMIZER}{index}|{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
         text = json.dumps(state)
         metadata = {"state": text, "digest": self._digest(text, tensors)}
         try:

@@ -25,13 +25,17 @@ def call_model(model: nn.Module, inputs: ModelInputs) -> Any:
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block: no dropout, and no statistics of a batch normalisation move."""
-    training = [module for module in model.modules() if module.training]
+    before = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True  # one by one: a frozen part of a training model stays frozen
+        for module, was in before.items():
+            # One that does more than to note the mode, such as to merge an adapter, does it again.
+            if was and type(module).train is not nn.Module.train:
+                module.train(True)
+        for module, was in before.items():
+            module.training = was  # one by one: a frozen part of a training model stays frozen
 
 
 class OutputError(QuantTuneError, TypeError):

@@ -235,8 +235,8 @@ def entry_of(method: str, records: list[Record]) -> Entry:
 def _own_rows(groups: dict[tuple[RowKey, str], list[Record]]) -> dict[tuple[RowKey, str], Entry]:
     """A row per model: the FP32 metric of trained weights over the seeds; precisions share weights.
 
-    Where a method makes others for each precision, a seed's number is the mean over them: how far they differ is
-    neither what seeds nor what rounding does.
+    Where a method makes others for each precision, a seed's number is the mean over them: how far they differ
+    is neither what seeds nor what rounding does.
     """
     values: dict[tuple[str, str], dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     metrics: dict[str, tuple[str, bool]] = {}

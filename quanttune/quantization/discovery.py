@@ -236,7 +236,13 @@ class _Discovery(SiteVisitor):
 
 
 def _mark_of(value: Any) -> str | None:
-    return getattr(value, _MARK, None) if isinstance(value, Tensor) else None
+    found = getattr(value, _MARK, None) if isinstance(value, Tensor) else None
+    # Whatever was written to it since, or to a view of it, made it another tensor.
+    return None if found is None or found[1] != _version_of(value) else found[0]
+
+
+def _version_of(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def _marks_in(value: Any) -> Iterator[str]:
@@ -257,7 +263,7 @@ def _mark_all(result: Any, mark: str | None) -> None:
         if not isinstance(tensor, Tensor) or isinstance(tensor, nn.Parameter):
             continue
         if mark is not None or hasattr(tensor, _MARK):
-            setattr(tensor, _MARK, mark)
+            setattr(tensor, _MARK, (mark, _version_of(tensor)))
 
 
 def _is_tensor_product(operands: tuple[Any, ...]) -> bool:

@@ -226,13 +226,15 @@ def convolution(
 ) -> Tensor:
     """A convolution of ``x`` of shape ``(items, inputs, ...)`` with ``w`` of ``(outputs, inputs, ...)``.
 
+    ``x`` may also be one item, ``(inputs, ...)``.
+
     Summed in float64 and rounded to the whole number it stands for, so that an algorithm which transforms its
     operands (Winograd, FFT) gives the same sums.
     """
     x, w = left.encoded, right.encoded
-    dimensions = (left.decoded() if x is None else x.codes).dim()
+    dimensions = (right.decoded() if w is None else w.codes).dim()
     for axis in range(1, dimensions):
-        x = None if x is None else x.along(axis)
+        x = None if x is None else x.along(axis - dimensions)
         w = None if w is None else w.along(axis)
     if x is None or w is None or x.grid.factors is not None or w.grid.factors is not None:
         return in_float64(func, left.decoded(), right.decoded(), bias, *rest, **options)

@@ -115,6 +115,10 @@ def of_one_type(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     try:
         return func(*args, **kwargs)
     except RuntimeError:
+        if getattr(func, "__name__", "") == "__setitem__":
+            # What is written to must be the caller's own tensor.
+            target, index, value = args
+            return func(target, index, value.to(target.dtype) if isinstance(value, Tensor) else value)
         types = {tensor.dtype for tensor in _tensors((*args, *kwargs.values()))}
         if {torch.float32, torch.float64} <= types:
             return in_float64(func, args, kwargs, wide=True)
@@ -180,7 +184,7 @@ def _by_rows(
     named = {key: -1 if key == "dim" else _widened(value) for key, value in options.items()}
     rows = values.flatten(0, -2)
     result = torch.empty_like(rows)
-    at_once = max(portion(values, _AT_ONCE) // values.shape[-1], 1)
+    at_once = max(portion(values, _AT_ONCE) // max(values.shape[-1], 1), 1)
     nearly = name in _NEARLY and values.device.type == "cpu" and values.dtype == torch.float32
     for part, target in zip(rows.split(at_once), result.split(at_once), strict=True):
         if nearly and finish is not None and _quantized_nearly(func, part, named, finish, target):

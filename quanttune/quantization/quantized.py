@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -271,11 +273,34 @@ class QuantizedModel(nn.Module):
         self.quantizers = dict(quantizers)
         # One for all calls: it keeps the quantized weights.
         self._simulation = Simulation(model, quantizers, known=known)
+        self._turn = _Turn()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model on quantized tensors."""
-        with self._simulation:
+        """Run the model on quantized tensors; of several threads one at a time.
+
+        Raises:
+            QuantTuneError: If it is compiled: a compiler would see the model without its quantizers.
+        """
+        if torch.compiler.is_compiling():
+            raise QuantTuneError("a quantized model cannot be compiled; call it as it is")
+        with self._turn, self._simulation:
             return self.model(*args, **kwargs)
+
+
+class _Turn:
+    """A lock that a copy has anew."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[_Turn], tuple[()]]:
+        return _Turn, ()
 
 
 def quantize(

@@ -63,7 +63,8 @@ class SiteId(NamedTuple):
         Raises:
             ConfigError: If the text is no site id.
         """
-        module, slash, rest = text.partition("/")
+        # A module may have the sign in its name, an operation has not.
+        module, slash, rest = text.rpartition("/")
         call, dot, operand = rest.rpartition(".")
         operation, _, number = call.partition("#")
         if not (slash and dot and operation and operand and (not number or number.isdecimal())):

@@ -1,0 +1,163 @@
+"""Models that write in place, take one item, merge on ``eval()``, or are called from several threads."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quanttune.errors import QuantTuneError
+from quanttune.inputs import in_evaluation
+from quanttune.quantization import collect_statistics, discover_sites, quantize
+from tests.quantization.models import build, inputs, logits
+
+
+class Padding(nn.Module):
+    """Leaves padding out of a layer and puts its results back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, values: Tensor, mask: Tensor) -> Tensor:
+        padded = torch.zeros(values.shape)
+        padded[mask] = self.first(values[mask])
+        return self.last(padded)  # type: ignore[no-any-return]
+
+
+def test_what_is_written_by_index_is_seen_in_calibration() -> None:
+    """Found: it was written to a copy, and the range of the padded tensor was zero."""
+    torch.manual_seed(0)
+    model, values, mask = Padding().eval(), torch.randn(3, 5, 8), torch.rand(3, 5) < 0.7
+    batch = {"values": values, "mask": mask}
+    sites = discover_sites(model, batch).profile("matmul")
+    found = collect_statistics(model, [batch], sites)["last/linear.input"]
+    assert float(found.high) == pytest.approx(float(model.first(values[mask]).max()), rel=1e-5)
+    quantized = quantize(model, [batch], profile="matmul").apply(model)
+    with torch.no_grad():
+        exact, made = model(**batch), quantized(**batch)
+    assert float((made - exact).norm()) < 0.05 * float(exact.norm())
+
+
+class Writing(nn.Module):
+    """A product whose left operand is written to after a layer made it, in one of three ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.q, self.k, self.way = nn.Linear(8, 8), nn.Linear(8, 8), way
+
+    def forward(self, values: Tensor) -> Tensor:
+        q, k = self.q(values), self.k(values)
+        if self.way == "index":
+            q[..., :4] = torch.sin(q[..., :4])
+        elif self.way == "view":
+            q[..., :4].sin_()
+        else:
+            q = torch.cat([torch.sin(q[..., :4]), q[..., 4:]], dim=-1)
+        return torch.matmul(q, k.transpose(-1, -2))
+
+
+@pytest.mark.parametrize("way", ["index", "view", "anew"])
+def test_what_is_written_through_a_view_is_another_tensor(way: str) -> None:
+    """Found: the product's operand passed for the layer's output and stayed in float."""
+    torch.manual_seed(0)
+    sites = discover_sites(Writing(way).eval(), torch.randn(2, 5, 8))
+    assert sites["/matmul.a"].source is None
+    assert "/matmul.a" in sites.profile("full")
+    assert sites["/matmul.b"].source == "k/linear.output"
+
+
+@pytest.mark.parametrize(("layer", "shape"), [(nn.Conv1d, (3, 8)), (nn.Conv2d, (3, 8, 8))])
+def test_a_convolution_of_one_item(layer: Any, shape: tuple[int, ...]) -> None:
+    """Found: steps and bias were laid along the first dimension behind a batch that was not there."""
+
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = layer(3, 8, 3, padding=1)
+
+        def forward(self, values: Tensor) -> Tensor:
+            return torch.stack([self.conv(item) for item in values.unbind()])
+
+    torch.manual_seed(0)
+    model, values = One().eval(), torch.randn(2, *shape)
+    with torch.no_grad():
+        model.conv.weight.mul_(torch.logspace(-1, 1, 8).view(-1, *[1] * len(shape)))
+        exact = model(values)
+        made = quantize(model, [values]).apply(model)(values)
+    assert float((made - exact).norm()) < 0.05 * float(exact.norm())
+
+
+class Merging(nn.Linear):
+    """An adapter that ``eval()`` adds to the weight and ``train()`` takes out again."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.adapter, self.merged = nn.Parameter(torch.ones(4, 4)), False
+
+    def train(self, mode: bool = True) -> Merging:
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += -self.adapter if mode else self.adapter
+            self.merged = not mode
+        return self
+
+
+def test_a_module_that_merges_is_taken_apart_again() -> None:
+    model = nn.Sequential(Merging(), nn.Dropout(), Merging())
+    model[1].eval()
+    with in_evaluation(model):
+        assert model[0].merged
+        assert not model.training
+    assert [module.training for module in model] == [True, False, True]
+    assert not any(module.merged for module in (model[0], model[2]))
+
+
+def test_a_module_may_have_a_slash_in_its_name() -> None:
+    torch.manual_seed(0)
+
+    class Tasks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.ModuleDict({"glue/sst2": nn.Linear(4, 2)})
+
+        def forward(self, values: Tensor) -> Tensor:
+            return self.heads["glue/sst2"](values)  # type: ignore[no-any-return]
+
+    model, values = Tasks().eval(), torch.randn(3, 4)
+    quantized = quantize(model, [values], profile="matmul")
+    assert "heads.glue/sst2/linear.weight" in quantized.quantizers
+    with torch.no_grad():
+        assert not torch.equal(quantized.apply(model)(values), model(values))
+
+
+def test_threads_take_turns() -> None:
+    """Found: two at a time mixed up their sites, sometimes without an error."""
+    model = quantize(build("vit"), [inputs("vit", 4)]).apply(build("vit"))
+    assert isinstance(copy.deepcopy(model), type(model))
+    batches = [inputs("vit", 2, seed) for seed in range(4)]
+    with torch.no_grad():
+        wanted = [logits(model, batch) for batch in batches]
+    found: dict[int, Tensor] = {}
+
+    def work(number: int) -> None:
+        with torch.no_grad():
+            found[number] = logits(model, batches[number])
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[number], each) for number, each in enumerate(wanted))
+
+
+def test_compiling_a_quantized_model_is_refused() -> None:
+    """Found: what was compiled was the float model."""
+    model = quantize(build("vit"), [inputs("vit", 4)]).apply(build("vit"))
+    with pytest.raises(QuantTuneError, match="compiled"), torch.no_grad():
+        torch.compile(model, backend="eager")(inputs("vit", 2))
