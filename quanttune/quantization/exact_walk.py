@@ -140,6 +140,8 @@ class ExactHandlers(SiteHandlers):
         self._fresh = self._finish = None
         if not self._computes:
             return func(*args, **kwargs)
+        if self.wide:
+            args, kwargs = order_free.within_float32(args, kwargs)
         if func in _ORDER_DEPENDENT or kwargs.get("alpha", 1) != 1:
             # A sum with a factor may be one rounding or two.
             self._finish = None if output is None or self.wide else self._finish_at(output)

@@ -64,6 +64,7 @@ _FURTHER = {
 _NEARLY = frozenset({"gelu", "silu"})
 _NEARLY_BY = 2.0**-18
 """A bound of what their float32 kernels are off by, over the largest number given; 2**-21.8 was measured."""
+_LARGEST = torch.finfo(torch.float32).max
 _AT_ONCE = 1 << 17  # elements of which float64 copies stay in the cache
 _IN_PLACE_LAST = frozenset({"celu", "elu", "hardsigmoid", "hardswish", "mish", "selu", "silu"})
 
@@ -123,6 +124,20 @@ def of_one_type(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         if {torch.float32, torch.float64} <= types:
             return in_float64(func, args, kwargs, wide=True)
         raise
+
+
+def within_float32(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with no finite number beyond float32's largest.
+
+    A model that masks with the smallest number of its scores' type means float32's: here they are of float64.
+    """
+    return tuple(map(_within_float32, args)), {name: _within_float32(value) for name, value in kwargs.items()}
+
+
+def _within_float32(value: Any) -> Any:
+    if isinstance(value, float) and _LARGEST < abs(value) < math.inf:
+        return math.copysign(_LARGEST, value)
+    return value
 
 
 def true_quotient(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

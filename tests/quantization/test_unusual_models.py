@@ -161,3 +161,34 @@ def test_compiling_a_quantized_model_is_refused() -> None:
     model = quantize(build("vit"), [inputs("vit", 4)]).apply(build("vit"))
     with pytest.raises(QuantTuneError, match="compiled"), torch.no_grad():
         torch.compile(model, backend="eager")(inputs("vit", 2))
+
+
+class Masked(nn.Module):
+    """Scores masked by the smallest number of their own type, as many models of transformers do."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.query, self.way = nn.Linear(8, 8), way
+
+    def forward(self, values: Tensor, mask: Tensor) -> Tensor:
+        query = self.query(values)
+        scores = query @ query.transpose(1, 2)
+        least = torch.finfo(scores.dtype).min
+        if self.way == "product":
+            scores = scores + (1 - mask[:, None].float()) * least
+        elif self.way == "fill":
+            scores = scores + torch.zeros(mask.shape).masked_fill(mask == 0, least)[:, None]
+        else:
+            scores = scores.masked_fill(mask[:, None] == 0, least)
+        return scores.softmax(-1) @ query
+
+
+@pytest.mark.parametrize("way", ["product", "fill", "masked_fill"])
+def test_masks_of_the_smallest_number_of_a_type(way: str) -> None:
+    """Found: calibration computes in float64, whose smallest number float32 does not hold."""
+    torch.manual_seed(0)
+    model = Masked(way).eval()
+    batch = {"values": torch.randn(2, 5, 8), "mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])}
+    with torch.no_grad():
+        exact, made = model(**batch), quantize(model, [batch]).apply(model)(**batch)
+    assert float((made - exact).norm()) < 0.1 * float(exact.norm())
