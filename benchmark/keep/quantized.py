@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmark.keep.atomic import write_atomically
-from benchmark.keep.record import plain
+from benchmark.keep.record import Kept, plain
 from benchmark.keep.stages import Stages
 from quanttune.digests import canonical_json, sha256_file
 from quanttune.errors import StoreError
@@ -46,6 +46,23 @@ def write_quantized(path: Path, quantized: Quantized, weights_digest: str) -> st
     header = {_HEADER: canonical_json(plain(document))}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
     return sha256_file(path)
+
+
+def keep_quantized(path: Path, quantized: Quantized, weights_digest: str, stages: Stages) -> Kept:
+    """Keep a quantized model, and its weights as a stage unless they are one.
+
+    Args:
+        path: As in :func:`write_quantized`, which this calls.
+        quantized: See there.
+        weights_digest: See there.
+        stages: Where weights are kept.
+    """
+    weights, origin = quantized.weights, quantized.weights_origin
+    if weights is not None and origin is None:
+        key = {"digest": weights_digest}
+        stages.tensors("weights", key, lambda: weights)
+        origin = stages.reference("weights", key)
+    return Kept(write_quantized(path, quantized, weights_digest), origin)
 
 
 def read_quantized(path: Path, sha256: str, stages: Stages, weights: str | None) -> Quantized:

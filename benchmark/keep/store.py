@@ -35,9 +35,9 @@ from benchmark.keep.atomic import (
 )
 from benchmark.keep.folder import same_place
 from benchmark.keep.index import Index
-from benchmark.keep.quantized import read_quantized, write_quantized
+from benchmark.keep.quantized import keep_quantized, read_quantized
 from benchmark.keep.reading import content_of, is_intact, json_of, parsed_record
-from benchmark.keep.record import SCHEMA, Kept, Record, refuse_newer
+from benchmark.keep.record import SCHEMA, Record, refuse_newer
 from benchmark.keep.stages import Stages
 from quanttune.digests import sha256_file
 from quanttune.errors import StoreError
@@ -156,7 +156,9 @@ class Store:
             write_atomically(path, lambda temporary: save_file(dict(items), temporary))
             record = replace(record, items_sha256=sha256_file(path))
         if quantized is not None:
-            record = replace(record, quantized=self._keep(record, quantized))
+            path = self._file("cells", record.cell.cell_id, _QUANTIZED)
+            kept = keep_quantized(path, quantized, record.weights_digest or "", self.stages)
+            record = replace(record, quantized=kept)
         text = json.dumps(record.to_json(), indent=1, sort_keys=True, allow_nan=False) + "\n"
         write_text_atomically(self._file("cells", cell_id, ".json"), text)
         self._file("failures", cell_id, ".json").unlink(missing_ok=True)
@@ -195,16 +197,6 @@ class Store:
     def stages(self) -> Stages:
         """The folder's stages."""
         return Stages(self.root / "stages")
-
-    def _keep(self, record: Record, quantized: Quantized) -> Kept:
-        digest, weights = record.weights_digest or "", quantized.weights
-        origin = quantized.weights_origin
-        if weights is not None and origin is None:
-            key = {"digest": digest}
-            self.stages.tensors("weights", key, lambda: weights)
-            origin = self.stages.reference("weights", key)
-        path = self._file("cells", record.cell.cell_id, _QUANTIZED)
-        return Kept(write_quantized(path, quantized, digest), origin)
 
     def measured_like(self, record: Record) -> Store:
         """Where a record of this store stands with its arrays: here."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from quanttune.quantization.quantizers import Quantizer, State, quantizer_from_s
 from quanttune.quantization.scheme import Scheme
 from quanttune.quantization.simulation import Simulation
 from quanttune.quantization.transforms import TRANSFORMS, Transform
+from quanttune.quantization.turn import Turn
 
 SCHEMA = 1
 DOCUMENT, QUANTIZERS_FILE, WEIGHTS_FILE = "quantized.json", "quantizers.safetensors", "weights.safetensors"
@@ -273,7 +273,7 @@ class QuantizedModel(nn.Module):
         self.quantizers = dict(quantizers)
         # One for all calls: it keeps the quantized weights.
         self._simulation = Simulation(model, quantizers, known=known)
-        self._turn = _Turn()
+        self._turn = Turn()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on quantized tensors; of several threads one at a time.
@@ -285,22 +285,6 @@ class QuantizedModel(nn.Module):
             raise QuantTuneError("a quantized model cannot be compiled; call it as it is")
         with self._turn, self._simulation:
             return self.model(*args, **kwargs)
-
-
-class _Turn:
-    """A lock that a copy has anew."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[type[_Turn], tuple[()]]:
-        return _Turn, ()
 
 
 def quantize(
