@@ -104,6 +104,10 @@ class Mixed(Method):
         rest = super(Mixed, dataclasses.replace(self, calibrator=type(self).calibrator)).label
         return rest if self.calibrator == type(self).calibrator else f"{rest}+{self.calibrator}"
 
+    def used(self) -> tuple[str, ...]:
+        """What makes the ranges."""
+        return (self.calibrator,)
+
     def skip(self, sites: SiteTable, scheme: Scheme) -> str | None:
         """Dynamic ranges, and what the calibrator cannot quantize."""
         if scheme.quantizes_activations and not scheme.is_static:

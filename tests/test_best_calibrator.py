@@ -158,3 +158,10 @@ def test_a_cell_knows_the_versions_of_what_its_method_uses(monkeypatch: pytest.M
     assert finetune(calibrator="best_calibrator").versions == f"{own}+mse.2"
     assert best().versions == f"{best.version}+mse.2"
     assert finetune(before="outlier_suppression_plus").versions == f"{own}+outlier_suppression_plus.2"
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_every_method_that_takes_another_says_so(name: str) -> None:
+    method = METHODS.get(name)()
+    taken = {getattr(method, option) for option in ("calibrator", "before") if hasattr(method, option)}
+    assert taken - {""} <= set(method.used())
