@@ -187,15 +187,17 @@ def tune(
                     penalty += float(added.detach()) / schedule.accumulation
                 (total / schedule.accumulation).backward()
                 task += float(task_loss.detach()) / schedule.accumulation
+            whole = penalty
             if replicas is not None:
                 replicas.add_gradients(model)
-                task = float(replicas.sum(torch.tensor(task, dtype=torch.float64)))
+                # All or none: a process that stops alone would leave the others waiting.
+                task, whole = replicas.sum(torch.tensor([task, penalty], dtype=torch.float64)).tolist()
             nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if outliers is not None:
                 outliers.step()
-            state.advance(task, penalty, min(_OPENING, max(1, schedule.steps // 10)))
+            state.advance(task, whole, min(_OPENING, max(1, schedule.steps // 10)))
             if course is not None:
                 row = {"step": float(state.step), "loss": task}
                 if outliers is not None:
@@ -255,7 +257,7 @@ class _Progress:
 
         Args:
             task: Its task loss.
-            penalty: Its loss on activations, of this process.
+            penalty: Its loss on activations.
             opening: Steps whose mean loss is where the run began.
         """
         self.step += 1

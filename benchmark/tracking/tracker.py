@@ -281,8 +281,6 @@ def _sync(tracker: Tracker) -> tuple[int, int]:
         else:
             stale.append(record)
     failed, shown = _failures(store, runs, {record.cell.cell_id for record in records})
-    if not (stale or failed):
-        tracker.log_methods({record.cell.label for record in records})
     if stale or failed:
         cells = [record.cell for record in records]
         tracker.start("sync", {"cells": len(records), "cells_to_log": len(stale) + len(failed)}, cells)
@@ -292,6 +290,9 @@ def _sync(tracker: Tracker) -> tuple[int, int]:
         for cell, failure in failed:
             tracker.log_failure(cell, failure)
         tracker.finish("FINISHED")
+    else:
+        # Cells may be shown whose method is not, or as an earlier version counted.
+        log_methods(tracker.client, tracker.experiment_id, records, str(store.root))
     return len(stale) + len(failed), present + shown
 
 

@@ -196,6 +196,10 @@ def test_a_method_is_the_mean_of_all_seeds_whoever_ran_last(
     ]
     assert len(drops) == 2
     assert run.data.metrics[f"drop/{TOY}"] == pytest.approx(sum(drops) / 2)
+    client.delete_run(run.info.run_id)
+    assert sync_store(Store(tracked))[0] == 0
+    (again,) = client.search_runs([experiment.experiment_id], filter_string="tags.kind = 'method'")
+    assert again.data.metrics[f"drop/{TOY}"] == pytest.approx(sum(drops) / 2)
 
 
 def test_a_cell_of_other_weights_is_another_run_of_the_same_parent(
