@@ -78,11 +78,8 @@ class Observation(ExactHandlers):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         super().__exit__(exc_type, exc, traceback)
-        if exc_type is None and self.ran and self.unreached:
-            raise QuantTuneError(
-                f"site {self.unreached[0]} was never reached in calibration; discover the sites on this same "
-                "model, with the attention implementation it runs with"
-            )
+        if exc_type is None and (missed := self.missed):
+            raise QuantTuneError(f"site {missed[0]} was never reached in calibration; {self.remedy}")
 
 
 def observe(

@@ -134,11 +134,10 @@ class Simulation(ExactHandlers):
         if self._is_idle:
             return
         super().__exit__(exc_type, exc, traceback)
-        if exc_type is None and self.ran and self.unreached:
-            missed = self.unreached
+        if exc_type is None and (missed := self.missed):
             raise QuantTuneError(
                 f"{len(missed)} of {len(self.handlers)} quantizers were never reached, e.g. at {missed[0]}; "
-                "discover the sites on this same model, with the attention implementation it runs with"
+                f"{self.remedy}"
             )
 
 

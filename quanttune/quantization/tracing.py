@@ -74,6 +74,7 @@ class SiteVisitor(TorchFunctionMode):
         # Ends what holds for the present run alone.
         self._sleeps: Callable[..., None] | None = None
         self.ran = False  # whether the whole model was called
+        self._parts: set[str] = set()  # paths of modules that were called with none around them running
         self.outermost = True  # whether no other walk stands around this one
         self.unchecked = False  # whether the next run is searched for products that have no site
         self._search: HiddenProducts | None = None
@@ -186,6 +187,7 @@ class SiteVisitor(TorchFunctionMode):
                 self._refusal = copy_refusal(name)
                 raise self._refusal
             if not self._path:
+                self._parts.add(name)
                 self._wake()
                 self._calls.clear()
                 if self.unchecked:
@@ -296,6 +298,36 @@ class SiteHandlers(SiteVisitor):
     def unreached(self) -> list[str]:
         """Sites whose handler never ran, in the order of the handlers."""
         return [str(site) for site in self._by_site if site not in self._reached]
+
+    @property
+    def missed(self) -> list[str]:
+        """Of :attr:`unreached`, those that the calls made should have reached.
+
+        All of them once the whole model was called. Else those of a module that was run without being called,
+        as by ``model.forward``: two of its parts were, or all that has a handler in it but what is its own.
+        What such a module computes between its parts is walked in its own call alone. One part may run alone.
+        """
+        unreached = self.unreached
+        if self.ran:
+            return unreached
+        parts: dict[str, set[str]] = {}
+        for called in self._parts:
+            names = called.split(".")
+            for count, name in enumerate(names):
+                parts.setdefault(".".join(names[:count]), set()).add(name)
+        own = {path: [site for site in unreached if SiteId.parse(site).module == path] for path in parts}
+        run = {path for path in parts if len(parts[path]) > 1 or len(own[path]) == len(unreached)}
+        return [site for site in unreached if SiteId.parse(site).module in run]
+
+    @property
+    def remedy(self) -> str:
+        """What to do about :attr:`missed` sites."""
+        if self.ran:
+            return "discover the sites on this same model, with the attention implementation it runs with"
+        return (
+            "parts of a module were called and not the module itself: call model(...) and not "
+            "model.forward(...), or leave out the sites between the parts"
+        )
 
     def opens_attention(self, path: str) -> bool:
         """Decompose only where a handler stands inside the fused operation."""
