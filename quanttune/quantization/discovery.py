@@ -20,6 +20,7 @@ from quanttune.errors import QuantTuneError
 from quanttune.inputs import ModelInputs, call_model, in_evaluation, logits_of
 from quanttune.quantization.arrangements import REARRANGING, SCALING
 from quanttune.quantization.axes import channel_axis, produced_axis
+from quanttune.quantization.elementwise import Composition
 from quanttune.quantization.parameters import Parameters, View
 from quanttune.quantization.sites import Site, SiteId, SiteKind, SiteTable
 from quanttune.quantization.tracing import SiteVisitor
@@ -69,6 +70,36 @@ class _Discovery(SiteVisitor):
         self._projected_embeddings: set[str] = set()
         self._tensors: dict[str, Tensor] = {}  # what a normalisation may read, for the axis of its channels
         self._widths = {len(parameter) for parameter in model.parameters() if parameter.dim() == 1}
+        self._composition: Composition | None = None  # of the running module, if it has no parts
+        self._entered_with: tuple[int, str | None] = (0, None)  # how many sites were known; its operand's
+
+    def _entered(self, name: str) -> Callable[[nn.Module, Any], None]:
+        enter = super()._entered(name)
+
+        def hook(module: nn.Module, args: Any) -> None:
+            enter(module, args)
+            may_be_activation = len(args) == 1 and isinstance(args[0], Tensor) and not any(module.children())
+            self._composition = Composition() if may_be_activation else None
+            # Read before it runs: it may write to its operand.
+            self._entered_with = len(self.sites), _mark_of(args[0]) if args else None
+
+        return hook
+
+    def _left(self, module: nn.Module, args: Any, output: Any) -> None:
+        super()._left(module, args, output)
+        found, self._composition = self._composition, None
+        if found is None or not found.is_activation or not isinstance(output, Tensor):
+            return
+        known, source = self._entered_with
+        inside = list(self.sites)[known:]
+        if (found.calls == 1 and inside) or output.shape != args[0].shape:
+            # One function that is walked has sites of its own.
+            return
+        for site_id in inside:
+            self._change(site_id, SiteKind.PRE_ACTIVATION)
+        if source in self.sites:
+            self._change(source, SiteKind.PRE_ACTIVATION)
+        _mark_all(output, None)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -80,6 +111,8 @@ class _Discovery(SiteVisitor):
         result = super().__torch_function__(func, types, args, kwargs)
         scales = func in SCALING and not _is_tensor_product(operands)
         passed_on = func in REARRANGING or scales
+        if self._composition is not None and isinstance(result, Tensor) and result.is_floating_point():
+            self._composition.add(func)
         if not passed_on and (func in _SUMS or not walks(func)) and _is_tensors(result):
             for mark in marks:
                 self._read(mark, f"{self.path}/{getattr(func, '__name__', func)}")

@@ -1,0 +1,56 @@
+"""Functions of single numbers, of which activation functions are composed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from quanttune.quantization.arrangements import REARRANGING
+
+_STRAIGHT = frozenset(
+    {
+        "add", "div", "divide", "iadd", "imul", "isub", "itruediv", "mul", "multiply", "neg",
+        "negative", "radd", "rmul", "rsub", "rtruediv", "sub", "subtract", "true_divide", "truediv",
+    }
+)  # fmt: skip
+"""What changes a number along a line, as far as it is done with a constant."""
+
+_CURVED = frozenset(
+    {
+        "abs", "celu", "clamp", "clamp_max", "clamp_min", "clip", "elu", "erf", "exp", "expit",
+        "expm1", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "ipow", "leaky_relu",
+        "log", "log1p", "logsigmoid", "maximum", "minimum", "mish", "pow", "prelu", "relu", "relu6",
+        "rpow", "rsqrt", "selu", "sigmoid", "silu", "softplus", "softshrink", "softsign", "sqrt",
+        "square", "tanh", "tanhshrink", "threshold", "where",
+    }
+)  # fmt: skip
+"""What bends it."""
+
+
+@dataclass
+class Composition:
+    """The functions that a module without parts calls, as they are met.
+
+    Attributes:
+        elementwise: Whether each of them works on single numbers.
+        curved: Whether one of them bends them.
+        calls: How many there were, those aside that only move numbers.
+    """
+
+    elementwise: bool = True
+    curved: bool = False
+    calls: int = 0
+
+    def add(self, func: Any) -> None:
+        """Take account of one more function whose result is a tensor of numbers."""
+        if func in REARRANGING:
+            return
+        name = getattr(func, "__name__", "").strip("_")
+        self.calls += 1
+        self.curved |= name in _CURVED
+        self.elementwise &= name in _CURVED or name in _STRAIGHT
+
+    @property
+    def is_activation(self) -> bool:
+        """Whether the module is an activation function."""
+        return self.elementwise and self.curved
