@@ -70,6 +70,9 @@ class _Discovery(SiteVisitor):
         self._projected_embeddings: set[str] = set()
         self._tensors: dict[str, Tensor] = {}  # what a normalisation may read, for the axis of its channels
         self._widths = {len(parameter) for parameter in model.parameters() if parameter.dim() == 1}
+        self._front: dict[
+            str, tuple[SiteKind, set[str]]
+        ] = {}  # what feeds activation functions: kind, readers
         self._composition: Composition | None = None  # of the running module, if it has no parts
         self._entered_with: tuple[int, str | None] = (0, None)  # how many sites were known; its operand's
 
@@ -86,6 +89,7 @@ class _Discovery(SiteVisitor):
         return hook
 
     def _left(self, module: nn.Module, args: Any, output: Any) -> None:
+        path = self.path
         super()._left(module, args, output)
         found, self._composition = self._composition, None
         if found is None or not found.is_activation or not isinstance(output, Tensor):
@@ -98,7 +102,7 @@ class _Discovery(SiteVisitor):
         for site_id in inside:
             self._change(site_id, SiteKind.PRE_ACTIVATION)
         if source in self.sites:
-            self._change(source, SiteKind.PRE_ACTIVATION)
+            self._feed(source, f"{path}/")
         _mark_all(output, None)
 
     def __torch_function__(
@@ -161,7 +165,7 @@ class _Discovery(SiteVisitor):
         if source is not None:
             self._read(source, str(site))
             if name in _ACTIVATION_FUNCTIONS:
-                self._change(source, SiteKind.PRE_ACTIVATION)
+                self._feed(source, str(site))
             if name == "matmul" and self.sites[source].operation == "softmax":
                 self._change(source, SiteKind.SOFTMAX)
             if _OPERAND_KINDS[name] is SiteKind.NORM_INPUT:
@@ -197,6 +201,17 @@ class _Discovery(SiteVisitor):
         ambiguous = any(sizes.count(size) > 1 for size in self._widths.intersection(sizes))
         self._tensors[str(site)] = tensor if ambiguous else torch.empty(tensor.shape, device="meta")
         _mark_all(tensor, str(site))
+
+    def _feed(self, site_id: str, reader: str) -> None:
+        """Note that an activation function, whose reads begin with ``reader``, takes in what a site made."""
+        self._front.setdefault(site_id, (self.sites[site_id].kind, set()))[1].add(reader)
+        self._change(site_id, SiteKind.PRE_ACTIVATION)
+
+    def keep_what_others_read(self) -> None:
+        """What feeds an activation function and something else as well is held in memory."""
+        for site_id, (kind, readers) in self._front.items():
+            if not all(consumer.startswith(tuple(readers)) for consumer in self.sites[site_id].consumers):
+                self._change(site_id, kind)
 
     def _take_sum(self) -> str | None:
         site_id, self._sum = self._sum, None
@@ -321,6 +336,7 @@ def discover_sites(
     """
     with torch.no_grad(), in_evaluation(model), _Discovery(model) as discovery:
         output = call_model(model, inputs)
+    discovery.keep_what_others_read()
     discovery.leave_logits_in_float(logits(output))
     if not discovery.sites:
         raise QuantTuneError(

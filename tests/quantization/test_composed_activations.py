@@ -111,3 +111,21 @@ def test_a_sum_of_two_is_no_rotation() -> None:
     model = Two().eval()
     assert kinds(model)["/add.output"] is SiteKind.RESIDUAL_SUM
     assert "/add.output" in collect_statistics(model, [X], discover_sites(model, X).profile("full"))
+
+
+@pytest.mark.parametrize("name", ["gelu", "quick_gelu"])
+def test_what_something_else_reads_too_is_quantized(name: str) -> None:
+    """It is held in memory for the other reader."""
+
+    class Skipping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.f, self.head = nn.Linear(8, 8), ACT2FN[name], nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            total = x + self.a(x)
+            return self.head(total + self.f(total))
+
+    found = kinds(Skipping().eval())
+    assert found["/add.output"] is SiteKind.RESIDUAL_SUM
+    assert found["/add#2.output"] is SiteKind.RESIDUAL_SUM
