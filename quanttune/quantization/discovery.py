@@ -9,7 +9,7 @@ of an activation function is known to stay in float, and how the logits are foun
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,11 +22,11 @@ from quanttune.quantization.arrangements import REARRANGING, SCALING
 from quanttune.quantization.axes import channel_axis, produced_axis
 from quanttune.quantization.elementwise import Composition
 from quanttune.quantization.parameters import Parameters, View
+from quanttune.quantization.provenance import chain_all, chain_of, is_tensors, mark_all, mark_of, marks_in
 from quanttune.quantization.sites import Site, SiteId, SiteKind, SiteTable
 from quanttune.quantization.tracing import SiteVisitor
 from quanttune.quantization.walkers import walks
 
-_MARK = "_quanttune_site"
 _EMBEDDING = "<embedding>"
 _PRODUCT = "<product>"  # of two tensors, element by element
 
@@ -84,7 +84,7 @@ class _Discovery(SiteVisitor):
             may_be_activation = len(args) == 1 and isinstance(args[0], Tensor) and not any(module.children())
             self._composition = Composition() if may_be_activation else None
             # Read before it runs: it may write to its operand.
-            self._entered_with = len(self.sites), _mark_of(args[0]) if args else None
+            self._entered_with = len(self.sites), mark_of(args[0]) if args else None
 
         return hook
 
@@ -103,42 +103,50 @@ class _Discovery(SiteVisitor):
             self._change(site_id, SiteKind.PRE_ACTIVATION)
         if source in self.sites:
             self._feed(source, f"{path}/")
-        _mark_all(output, None)
+        mark_all(output, None)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         # Read before the call: an operation in place marks its own operand.
         operands = (*args, *(kwargs or {}).values())
-        marks = [mark for value in operands for mark in _marks_in(value)]
-        summands = [_mark_of(value) for value in operands[:2]]
+        marks = [mark for value in operands for mark in marks_in(value)]
+        summands = [mark_of(value) for value in operands[:2]]
+        chain = {site_id for value in operands for site_id in chain_of(value)}
+        chain.update(mark for mark in marks if mark in self._scores)
         result = super().__torch_function__(func, types, args, kwargs)
         scales = func in SCALING and not _is_tensor_product(operands)
         passed_on = func in REARRANGING or scales
         if self._composition is not None and isinstance(result, Tensor) and result.is_floating_point():
             self._composition.add(func)
-        if not passed_on and (func in _SUMS or not walks(func)) and _is_tensors(result):
+        if not passed_on and (func in _SUMS or not walks(func)) and is_tensors(result):
             for mark in marks:
                 self._read(mark, f"{self.path}/{getattr(func, '__name__', func)}")
         if passed_on:
-            _mark_all(result, summands[0] if summands else None)
+            mark_all(result, summands[0] if summands else None)
         elif func is F.embedding:
-            _mark_all(result, _EMBEDDING)
+            mark_all(result, _EMBEDDING)
         elif func is torch.cat:
             filled = [tensor for tensor in operands[0] if tensor.numel()]  # a key-value cache starts empty
-            _mark_all(result, _mark_of(filled[0]) if len(filled) == 1 else None)
+            mark_all(result, mark_of(filled[0]) if len(filled) == 1 else None)
         elif func in SCALING:
-            _mark_all(result, _PRODUCT)
+            mark_all(result, _PRODUCT)
         elif func in _SUMS and (site_id := self._take_sum()) is not None:
             self._classify_sum(
                 site_id,
                 summands,
                 any(value in self._parameters or id(value) in self._buffers for value in operands),
             )
+            chain.add(site_id)
         elif func is F.scaled_dot_product_attention:
             self._leave_mask_in_float(args, kwargs or {})
         elif not walks(func) or func in _SUMS:
-            _mark_all(result, None)  # new numbers, perhaps in the place of old ones
+            mark_all(result, None)  # new numbers, perhaps in the place of old ones
+        made = mark_of(result)
+        if made in self.sites and self.sites[made].operation in _ACTIVATION_FUNCTIONS:
+            chain_all(result, {*chain, made})
+        elif not walks(func) or func in _SUMS:
+            chain_all(result, chain)
         return result
 
     def visit(self, site: SiteId, tensor: Tensor) -> Tensor:
@@ -151,16 +159,18 @@ class _Discovery(SiteVisitor):
         return tensor
 
     def rearranged(self, result: Tensor, source: Tensor) -> Tensor:
-        _mark_all(result, _mark_of(source))
+        mark_all(result, mark_of(source))
         return result
 
     def _operand(self, site: SiteId, tensor: Tensor) -> None:
-        name, source = site.operation, _mark_of(tensor)
+        name, source = site.operation, mark_of(tensor)
         if name == "matmul" and (weight := self._parameters.weight(tensor, self.path)) is not None:
             self._record(site, SiteKind.WEIGHT, tensor, *weight)
             return
         if name == "linear" and source == _EMBEDDING:
             self._projected_embeddings.add(str(site.call.site("output")))
+        if name == "softmax":
+            self._leave_scores_in_float(tensor)
         source = source if source in self.sites else None
         if source is not None:
             self._read(source, str(site))
@@ -190,6 +200,8 @@ class _Discovery(SiteVisitor):
             source = self.sites[str(site.call.site("a"))].source
             if source is not None and self.sites[source].operation == "softmax":
                 kind = SiteKind.ATTENTION_OUTPUT
+                values = str(site.call.site("b"))
+                self.sites[values] = dataclasses.replace(self.sites[values], weighed=True)
             elif self.sites[str(site.call.site("b"))].kind is SiteKind.WEIGHT:
                 kind = SiteKind.LINEAR_OUTPUT
                 self._products_of_weights.add(str(site))
@@ -200,7 +212,7 @@ class _Discovery(SiteVisitor):
         sizes = tensor.shape[1:]
         ambiguous = any(sizes.count(size) > 1 for size in self._widths.intersection(sizes))
         self._tensors[str(site)] = tensor if ambiguous else torch.empty(tensor.shape, device="meta")
-        _mark_all(tensor, str(site))
+        mark_all(tensor, str(site))
 
     def _feed(self, site_id: str, reader: str) -> None:
         """Note that an activation function, whose reads begin with ``reader``, takes in what a site made."""
@@ -238,14 +250,21 @@ class _Discovery(SiteVisitor):
         return mark in self.sites and self.sites[mark].kind is SiteKind.EMBEDDING_SUM
 
     def _leave_mask_in_float(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The mask of a fused attention is added to the scores, so a sum that made it is no residual sum."""
-        mark = _mark_of(kwargs.get("attn_mask", args[3] if len(args) > 3 else None))
-        if mark in self._summands:
-            self._change(mark, SiteKind.MASK)
+        """The mask of a fused attention is added to the scores, so what made it is no residual sum."""
+        mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
+        for site_id in self.sites.keys() & chain_of(mask):
+            self._change(site_id, SiteKind.MASK)
+
+    def _leave_scores_in_float(self, tensor: Tensor) -> None:
+        """Of what a softmax takes in, everything behind the product is arithmetic on scores."""
+        chain = chain_of(tensor)
+        if self._scores.intersection(chain):
+            for site_id in self.sites.keys() & chain:
+                self._change(site_id, SiteKind.SCORES)
 
     def leave_logits_in_float(self, logits: Tensor) -> None:
         """Leave in float the site that made ``logits``, and the linear outputs of which it is a mean."""
-        mark = _mark_of(logits)
+        mark = mark_of(logits)
         if mark not in self.sites:
             return
         self._change(mark, SiteKind.LOGITS)
@@ -281,37 +300,6 @@ class _Discovery(SiteVisitor):
         site = self.sites.get(site_id)
         if site is not None and consumer not in site.consumers:
             self.sites[site_id] = dataclasses.replace(site, consumers=(*site.consumers, consumer))
-
-
-def _mark_of(value: Any) -> str | None:
-    found = getattr(value, _MARK, None) if isinstance(value, Tensor) else None
-    # Whatever was written to it since, or to a view of it, made it another tensor.
-    return None if found is None or found[1] != _version_of(value) else found[0]
-
-
-def _version_of(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
-
-
-def _marks_in(value: Any) -> Iterator[str]:
-    for item in value if isinstance(value, tuple | list) else (value,):
-        mark = _mark_of(item)
-        if mark is not None:
-            yield mark
-
-
-def _is_tensors(result: Any) -> bool:
-    items = result if isinstance(result, tuple | list) else (result,)
-    return any(isinstance(item, Tensor) for item in items)
-
-
-def _mark_all(result: Any, mark: str | None) -> None:
-    tensors = result if isinstance(result, tuple | list) else (result,)
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor) or isinstance(tensor, nn.Parameter):
-            continue
-        if mark is not None or hasattr(tensor, _MARK):
-            setattr(tensor, _MARK, (mark, _version_of(tensor)))
 
 
 def _is_tensor_product(operands: tuple[Any, ...]) -> bool:

@@ -142,6 +142,8 @@ class Site:
             Quantizing both would round the same numbers twice, so a profile that has the source leaves the
             operand out.
         consumers: What reads the tensor: ids of operands, and ``<module path>/<function>`` for the rest.
+        weighed: Whether it is the second operand of a product with a softmax, which sums over its tokens; of
+            others, such as keys, every column is a token.
     """
 
     at: SiteId
@@ -152,6 +154,7 @@ class Site:
     view: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     source: str | None = None
     consumers: tuple[str, ...] = ()
+    weighed: bool = False
 
     @cached_property
     def id(self) -> str:

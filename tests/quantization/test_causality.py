@@ -54,6 +54,20 @@ def test_a_later_token_never_changes_earlier_logits(name: str, attention: str, s
 
 @causal_model
 @each_attention
+@pytest.mark.parametrize("profile", ["full", "matmul"])
+def test_nor_does_it_where_every_token_has_its_range(name: str, attention: str, profile: str) -> None:
+    ids, model = tokens(), build(name, attention)
+    chosen = quantizers(name, attention, profile, "W5A5-token")
+    with simulate(model, chosen):
+        before = logits(model, {"input_ids": ids})
+        for position in (1, 4, SIZE - 1):
+            after = logits(model, {"input_ids": with_other(ids, position)})
+            assert torch.equal(after[:, :position], before[:, :position])
+            assert not torch.equal(after[:, position:], before[:, position:])
+
+
+@causal_model
+@each_attention
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_later_token_never_changes_earlier_logits_with_padding(
     name: str, attention: str, side: str

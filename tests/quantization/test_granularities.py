@@ -124,16 +124,18 @@ def test_tokens_share_a_range_along_what_a_product_sums() -> None:
     scheme = Scheme.parse("W8A8-token", "matmul")
     made = build_quantizers(build("vit"), scheme.sites(table), {}, scheme, minmax)
     axes = {
-        (table[site_id].operation, table[site_id].operand): quantizer.axes
+        (table[site_id].operation, table[site_id].operand, table[site_id].call.number): quantizer.axes
         for site_id, quantizer in made.items()
         if isinstance(quantizer, DynamicQuantizer)
     }
     assert axes == {
-        ("conv", "input"): (-3, -2, -1),
-        ("linear", "input"): (-1,),
-        ("softmax", "output"): (-1,),
-        ("matmul", "a"): (-1,),
-        ("matmul", "b"): (-2,),
+        ("conv", "input", 1): (-3, -2, -1),
+        ("linear", "input", 1): (-1,),
+        ("softmax", "output", 1): (-1,),
+        ("matmul", "a", 1): (-1,),
+        ("matmul", "b", 1): (-2,),
+        # values, which are summed over tokens
+        ("matmul", "b", 2): (-1,),
     }
 
 

@@ -20,7 +20,9 @@ class PerToken(Granularity):
     """``W8A8-token``: an upper bound for static quantization (ZeroQuant, arXiv 2206.01861, section 4.1).
 
     Whatever a product sums over shares a range, so that integers can be summed: a token of a linear layer's
-    input, a column of a product's second operand, a whole item where a convolution reads it.
+    input, a key, a whole item where a convolution reads it. The values that attention weighs are summed over
+    tokens: a range of one token each, so that no token's numbers depend on those behind it or on padding, and
+    no sum of integers (the suite adds such products up in float64).
     """
 
     name: ClassVar[str] = "per_token"
@@ -35,4 +37,5 @@ class PerToken(Granularity):
         from quanttune.quantization.axes import summed_axes
         from quanttune.quantization.quantizers import DynamicQuantizer
 
-        return DynamicQuantizer(bits, summed_axes(site.at, len(site.shape) + 1), symmetric)
+        axes = (-1,) if site.weighed else summed_axes(site.at, len(site.shape) + 1)
+        return DynamicQuantizer(bits, axes, symmetric)
