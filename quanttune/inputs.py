@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quanttune.errors import QuantTuneError
+from quanttune.errors import ConfigError, QuantTuneError
 
 ModelInputs = Tensor | Mapping[str, Tensor]
 """What a model is called with: one tensor ``(N, ...)``, or named tensors ``(N, ...)``."""
@@ -20,6 +20,26 @@ def call_model(model: nn.Module, inputs: ModelInputs) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(inputs)
+
+
+def calibration_batches(batches: Iterable[ModelInputs]) -> list[ModelInputs]:
+    """The batches of a calibration set.
+
+    Raises:
+        ConfigError: If there is none, or something that is no batch, or one batch in place of a list of them.
+    """
+    if isinstance(batches, Tensor):
+        raise ConfigError("the calibration set is a tensor; give a list of batches, [batch] for a single one")
+    data = list(batches)
+    if not data:
+        raise ConfigError("the calibration set is empty; give at least one batch")
+    for batch in data:
+        if not isinstance(batch, Tensor | Mapping):
+            raise ConfigError(
+                f"a batch is a {type(batch).__name__}; give the model's inputs alone, a tensor or a "
+                "dictionary of named tensors"
+            )
+    return data
 
 
 @contextmanager

@@ -63,7 +63,6 @@ class _Discovery(SiteVisitor):
         self.sites: dict[str, Site] = {}
         self._parameters = Parameters(model)
         self._products_of_weights: set[str] = set()
-        self._buffers = {id(buffer) for buffer in model.buffers()}
         self._sum: str | None = None  # the site of the addition that is running, if it is one
         self._summands: dict[str, list[str | None]] = {}
         self._scores: set[str] = set()  # results of matrix products that no softmax fed, and their sums

@@ -109,6 +109,14 @@ def copy_refusal(path: str) -> QuantTuneError:
     )
 
 
+def thread_refusal(path: str) -> QuantTuneError:
+    """The error of a part that the model runs in a thread of its own."""
+    return QuantTuneError(
+        f"module {path!r} runs in another thread than the model around it, where no walk can reach what it "
+        "computes; run the model's parts in one thread, and one call of the model at a time"
+    )
+
+
 def is_of_a_compiler(traceback: TracebackType | None) -> bool:
     """Whether an exception comes out of the compiler, which cannot follow a walk."""
     if "torch._dynamo" not in sys.modules:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from quanttune.digests import json_digest, sha256_file, tensor_digest
 from quanttune.errors import AssetError, ConfigError, QuantTuneError
 from quanttune.files import whole_file
-from quanttune.inputs import ModelInputs, logits_of
+from quanttune.inputs import ModelInputs, calibration_batches, logits_of
 from quanttune.quantization.equivalence import load_weights
 from quanttune.quantization.quantizers import Quantizer, State, quantizer_from_state
 from quanttune.quantization.scheme import Scheme
@@ -259,6 +259,9 @@ class Quantized:
 class QuantizedModel(nn.Module):
     """A model whose every forward pass computes with quantized tensors.
 
+    A weight is quantized once and again when it changes; what is written through ``weight.data`` leaves no
+    trace of a change. The model inside, ``.model``, is the one in float.
+
     Args:
         model: The model, with the weights that the quantizers belong to.
         quantizers: Site id to quantizer.
@@ -285,6 +288,15 @@ class QuantizedModel(nn.Module):
             raise QuantTuneError("a quantized model cannot be compiled; call it as it is")
         with self._turn, self._simulation:
             return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model's own ``generate`` writes, every step of it on quantized tensors.
+
+        Raises:
+            AttributeError: If the model has no such method.
+        """
+        with self._turn, self._simulation:
+            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
 
 def quantize(
@@ -319,15 +331,7 @@ def quantize(
         raise ConfigError(f"scheme {scheme!r} is neither a text such as W8A8 nor a Scheme")
     wanted = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     wanted = wanted if profile is None else wanted.with_profile(profile)
-    data = list(batches)
-    if not data:
-        raise ConfigError("the calibration set is empty; give at least one batch")
-    for batch in data:
-        if not isinstance(batch, Tensor | Mapping):
-            raise ConfigError(
-                f"a batch is a {type(batch).__name__}; give the model's inputs alone, a tensor or a "
-                "dictionary of named tensors"
-            )
+    data = calibration_batches(batches)
     sites = wanted.sites(discover_sites(model, data[0], logits))
     if not sites:
         raise QuantTuneError(f"profile {wanted.profile} of {type(model).__name__} has nothing to quantize")

@@ -5,6 +5,8 @@ Every rule reads the same statistics, so trying another rule or width costs no p
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Protocol
 
 import numpy as np
@@ -28,6 +30,30 @@ class RangeRule(Protocol):
 
 
 RANGE_RULES: Registry[RangeRule] = Registry("range rule")
+
+
+def range_of(
+    statistics: TensorStatistics, bits: int, symmetric: bool, rule: RangeRule, where: str
+) -> tuple[float, float]:
+    """The range that a rule makes of statistics; ``where`` says for a message which tensor's they are.
+
+    Raises:
+        ConfigError: If the rule returns anything but two finite numbers, the lower one first.
+    """
+    found: object = rule(statistics, bits, symmetric)
+    ends = found if isinstance(found, tuple | list) else ()
+    if (
+        len(ends) != 2
+        or not all(isinstance(end, Real) and math.isfinite(end) for end in ends)
+        or ends[0] > ends[1]
+    ):
+        name = getattr(rule, "__name__", rule)
+        raise ConfigError(
+            f"{where}: range rule {name} returned {found!r}; it has to return two finite numbers, the lower "
+            "end first"
+        )
+    return float(ends[0]), float(ends[1])
+
 
 DEFAULT_PERCENTILE = 99.99
 DEFAULT_TOKEN_PERCENTILE = 99.0
@@ -122,6 +148,9 @@ def entropy(statistics: TensorStatistics, bits: int, symmetric: bool) -> tuple[f
     keeping all bins is a candidate; ties go to the wider range; and the asymmetric form, where one limit cuts
     both ends, ``(max(low, -limit), min(high, limit))``, what lies beyond an end is added to the bin there,
     and the bins between have ``2**bits`` levels.
+
+    Made for 8 bits: with many more, bins outnumber the values of a small calibration set, and what is chosen
+    is worse than ``minmax``.
     """
     low, high = _ends(statistics.low, statistics.high, symmetric)
     limit = max(-low, high)

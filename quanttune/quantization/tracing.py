@@ -13,9 +13,11 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
@@ -28,6 +30,7 @@ from quanttune.quantization.hidden import (
     is_of_a_compiler,
     refusal,
     refuse_opaque,
+    thread_refusal,
 )
 from quanttune.quantization.sites import Call, SiteId
 from quanttune.quantization.walkers import Product, walker_of
@@ -66,6 +69,7 @@ class SiteVisitor(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._model = model
+        self._buffers = {id(buffer) for buffer in model.buffers()}
         self._path: list[str] = []
         self._calls: Counter[tuple[str, str]] = Counter()
         self._hooks: list[RemovableHandle] = []
@@ -73,6 +77,8 @@ class SiteVisitor(TorchFunctionMode):
         self.only_while_running = False
         # Ends what holds for the present run alone.
         self._sleeps: Callable[..., None] | None = None
+        self._modes = ExitStack()  # what holds for the present run
+        self._thread = 0  # in which the model runs
         self.ran = False  # whether the whole model was called
         self._parts: set[str] = set()  # paths of modules that were called with none around them running
         self.outermost = True  # whether no other walk stands around this one
@@ -104,6 +110,10 @@ class SiteVisitor(TorchFunctionMode):
     def rearranged(self, result: Tensor, source: Tensor) -> Tensor:
         """Note that a walker made ``result`` from ``source`` by moving numbers only; ignored by default."""
         return result
+
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a parameter or a buffer of the model itself."""
+        return isinstance(tensor, nn.Parameter) or id(tensor) in self._buffers
 
     @property
     def running(self) -> bool:
@@ -153,6 +163,12 @@ class SiteVisitor(TorchFunctionMode):
             self._start()
             self._sleeps = self._stop
 
+    def _leave_inference_mode(self) -> None:
+        """Compute without gradients, as inference mode does: its tensors do not tell when they change."""
+        if torch.is_inference_mode_enabled():
+            self._modes.enter_context(torch.inference_mode(False))
+            self._modes.enter_context(torch.no_grad())
+
     def _sleep(self) -> None:
         sleep, self._sleeps = self._sleeps, None
         if sleep is not None:
@@ -163,6 +179,7 @@ class SiteVisitor(TorchFunctionMode):
     ) -> None:
         self._end_search(False)
         self._sleep()
+        self._modes.close()
         if not self.only_while_running:
             self._stop()
         self._remove_hooks()
@@ -186,8 +203,13 @@ class SiteVisitor(TorchFunctionMode):
             if "_is_replica" in vars(module):
                 self._refusal = copy_refusal(name)
                 raise self._refusal
+            if self._path and threading.get_ident() != self._thread:
+                self._refusal = thread_refusal(name)
+                raise self._refusal
+            self._thread = threading.get_ident()
             if not self._path:
                 self._parts.add(name)
+                self._leave_inference_mode()
                 self._wake()
                 self._calls.clear()
                 if self.unchecked:
@@ -199,12 +221,16 @@ class SiteVisitor(TorchFunctionMode):
         return hook
 
     def _left(self, module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() != self._thread:
+            # It was refused on entering.
+            return
         path = self._path.pop() if self._path else ""
         # A module that failed has no output.
         self._failed = (self._failed or path) if output is None else ""
         if not self._path:
             self._end_search(output is not None)
             self._sleep()
+            self._modes.close()
 
     def _end_search(self, done: bool) -> None:
         search, self._search = self._search, None

@@ -80,6 +80,9 @@ class Walk(Protocol):
     def opens_attention(self, path: str) -> bool:
         """Whether a site inside the fused attention of the module at ``path`` is wanted."""
 
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a parameter or a buffer of the model itself."""
+
     def rearranged(self, result: Tensor, source: Tensor) -> Tensor:
         """Note that ``result`` holds the numbers of ``source``."""
 
@@ -151,7 +154,7 @@ def _walk_add(visitor: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     operands, _ = _named(("input", "other"), args, kwargs)
     left, right = operands.get("input"), operands.get("other")
     result = visitor.apply(func, args, kwargs)
-    if not _is_sum_of_tokens(left, right):
+    if not _is_sum_of_tokens(left, right) or _is_bias(visitor, left, right):
         return result
     visited = visitor.visit(visitor.next_call("add").site("output"), result)
     if (
@@ -191,6 +194,17 @@ def _is_sum_of_tokens(left: Any, right: Any) -> bool:
         return False
     # The batch alone may be broadcast, which in a batch of one item looks like no broadcast.
     return (short if len(short) < len(long) else short[1:]) == long[1:]
+
+
+def _is_bias(visitor: Walk, left: Any, right: Any) -> bool:
+    """Whether one vector of the model is added to all tokens, which a single token does not show."""
+    return any(
+        tensor.dim() > 2
+        and math.prod(tensor.shape[1:-1]) == 1
+        and vector.numel() == tensor.shape[-1]
+        and visitor.is_constant(vector)
+        for vector, tensor in ((left, right), (right, left))
+    )
 
 
 def _walk_attention(visitor: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

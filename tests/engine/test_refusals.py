@@ -111,6 +111,8 @@ def test_quantizing_says_what_it_cannot_take() -> None:
         quantize(model, [batch], 8)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="a batch is a tuple; give the model's inputs alone"):
         quantize(model, [(batch, batch)])
+    with pytest.raises(ConfigError, match=r"is a tensor; give a list of batches, \[batch\] for a single one"):
+        quantize(model, batch)
     with pytest.raises(QuantTuneError, match="profile matmul of ReLU has nothing to quantize"):
         quantize(nn.ReLU(), [batch], profile="matmul")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quanttune.inputs import ModelInputs
-from quanttune.quantization import simulate
+from quanttune.quantization import quantize, simulate
 from tests.quantization.models import CAUSAL, EAGER, FUSED, PAD, TEXT, VOCABULARY, build, logits, quantizers
 
 SIZE = 9
@@ -143,3 +143,26 @@ def test_eager_and_fused_attention_agree_behind_every_mask(name: str) -> None:
         torch.testing.assert_close(found[FUSED], found[EAGER], rtol=0, atol=5e-3)
         plain = logits(build(name), batch)
         assert float((found[EAGER] - plain).square().mean()) < 1e-2 * float(plain.square().mean())
+
+
+@causal_model
+@pytest.mark.parametrize("scheme", ["W5A5", "W5A5-token"])
+@pytest.mark.parametrize("profile", ["full", "matmul"])
+def test_text_is_generated_on_quantized_tensors(name: str, scheme: str, profile: str) -> None:
+    """With a key-value cache as without one, and otherwise than by the model in float."""
+    model, ids = build(name), tokens()
+    applied = quantize(model, [{"input_ids": tokens(seed=8)}], scheme, profile=profile).apply(model)
+    options = {
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    cached, plain = (
+        applied.generate(ids, use_cache=use_cache, pad_token_id=PAD, eos_token_id=None, **options)
+        for use_cache in (True, False)
+    )
+    assert torch.equal(cached.sequences, plain.sequences)
+    assert all(torch.equal(one, other) for one, other in zip(cached.logits, plain.logits, strict=True))
+    in_float = model.generate(ids, pad_token_id=PAD, eos_token_id=None, **options)
+    assert not torch.equal(in_float.logits[0], cached.logits[0])

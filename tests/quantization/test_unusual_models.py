@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from quanttune.errors import QuantTuneError
 from quanttune.inputs import in_evaluation
-from quanttune.quantization import collect_statistics, discover_sites, quantize
+from quanttune.quantization import collect_statistics, discover_sites, quantize, simulate
 from tests.quantization.models import build, inputs, logits
 
 
@@ -192,3 +193,67 @@ def test_masks_of_the_smallest_number_of_a_type(way: str) -> None:
     with torch.no_grad():
         exact, made = model(**batch), quantize(model, [batch]).apply(model)(**batch)
     assert float((made - exact).norm()) < 0.1 * float(exact.norm())
+
+
+class Threaded(nn.Module):
+    """Runs one of its layers in a thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as threads:
+            other = threads.submit(self.b, x)
+            return self.head(self.a(x) * other.result())
+
+
+def test_a_part_in_a_thread_is_refused() -> None:
+    with pytest.raises(QuantTuneError, match="module 'b' runs in another thread than the model around it"):
+        discover_sites(Threaded().eval(), torch.randn(4, 5, 8))
+
+
+class Biased(nn.Module):
+    """Adds a vector to every token, and then tokens to tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
+        self.vector = nn.Parameter(torch.full((1, 1, 8), 50.0))
+        self.register_buffer("offset", torch.full((1, 8), -50.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.vector + self.offset
+        return self.head(y + self.first(y))  # type: ignore[no-any-return]
+
+
+def test_a_single_token_has_the_sites_of_many() -> None:
+    model, x = Biased().eval(), torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
+    assert set(discover_sites(model, x)) == set(discover_sites(model, x[:, :1]))
+    quantizers = quantize(model, [x]).quantizers
+    with torch.no_grad(), simulate(model, quantizers):
+        assert torch.equal(model(x)[:, :1], model(x[:, :1]))
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "opt", "llama"])
+@pytest.mark.parametrize("scheme", ["W8A8", "W5A5-token"])
+def test_inference_mode_changes_nothing(name: str, scheme: str) -> None:
+    model, batch = build(name), inputs(name, 8)
+    applied = quantize(model, [inputs(name, 2, 1)], scheme).apply(model)
+    expected = logits(applied, batch)
+    with torch.inference_mode():
+        assert torch.equal(logits(applied, batch), expected)
+        assert torch.is_inference_mode_enabled()
+
+
+def test_inference_mode_ends_where_the_model_fails() -> None:
+    class Failing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("on purpose")
+
+    model = Failing(2, 2)
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError, match="on purpose"), simulate(model, {}, exact=True):
+            model(torch.zeros(1, 2))
+        assert torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()

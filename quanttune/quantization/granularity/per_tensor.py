@@ -44,10 +44,11 @@ class PerTensor(Granularity):
     ) -> UniformQuantizer:
         """The range that the rule makes of the statistics."""
         from quanttune.quantization.quantizers import UniformQuantizer
+        from quanttune.quantization.ranges import range_of
 
         if statistics is None:
             raise QuantTuneError(f"site {site.id} has no statistics; collect them for every site first")
-        low, high = rule(statistics, bits, symmetric)
+        low, high = range_of(statistics, bits, symmetric, rule, f"site {site.id}")
         if symmetric:
             return UniformQuantizer.symmetric(max(-low, high), bits)
         return UniformQuantizer.asymmetric(low, high, bits)
