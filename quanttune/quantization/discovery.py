@@ -20,7 +20,7 @@ from quanttune.errors import QuantTuneError
 from quanttune.inputs import ModelInputs, call_model, in_evaluation, logits_of
 from quanttune.quantization.arrangements import REARRANGING, SCALING
 from quanttune.quantization.axes import channel_axis, produced_axis
-from quanttune.quantization.elementwise import Composition
+from quanttune.quantization.elementwise import Composition, is_activation
 from quanttune.quantization.parameters import Parameters, View
 from quanttune.quantization.provenance import chain_all, chain_of, is_tensors, mark_all, mark_of, marks_in
 from quanttune.quantization.sites import Site, SiteId, SiteKind, SiteTable
@@ -119,8 +119,11 @@ class _Discovery(SiteVisitor):
         if self._composition is not None and isinstance(result, Tensor) and result.is_floating_point():
             self._composition.add(func)
         if not passed_on and (func in _SUMS or not walks(func)) and is_tensors(result):
+            reader = f"{self.path}/{getattr(func, '__name__', func)}"
             for mark in marks:
-                self._read(mark, f"{self.path}/{getattr(func, '__name__', func)}")
+                self._read(mark, reader)
+                if is_activation(func) and mark in self.sites:
+                    self._feed(mark, reader)
         if passed_on:
             mark_all(result, summands[0] if summands else None)
         elif func is F.embedding:

@@ -27,6 +27,21 @@ _CURVED = frozenset(
 """What bends it."""
 
 
+_ACTIVATIONS = frozenset(
+    {
+        "celu", "elu", "expit", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu",
+        "logsigmoid", "mish", "prelu", "relu6", "selu", "sigmoid", "softplus", "softshrink",
+        "softsign", "tanhshrink", "threshold",
+    }
+)  # fmt: skip
+"""Activation functions by themselves, which no walker knows."""
+
+
+def is_activation(func: Any) -> bool:
+    """Whether a function is one of those activation functions."""
+    return getattr(func, "__name__", "").strip("_") in _ACTIVATIONS
+
+
 @dataclass
 class Composition:
     """The functions that a module without parts calls, as they are met.

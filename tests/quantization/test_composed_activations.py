@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -129,3 +130,18 @@ def test_what_something_else_reads_too_is_quantized(name: str) -> None:
     found = kinds(Skipping().eval())
     assert found["/add.output"] is SiteKind.RESIDUAL_SUM
     assert found["/add#2.output"] is SiteKind.RESIDUAL_SUM
+
+
+@pytest.mark.parametrize(
+    "function", [torch.sigmoid, F.hardswish, F.elu, F.leaky_relu_], ids=lambda f: f.__name__
+)
+def test_functions_are_found_without_a_module(function: Any) -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(function(self.first(x)))
+
+    assert kinds(Functional().eval())["first/linear.output"] is SiteKind.PRE_ACTIVATION
