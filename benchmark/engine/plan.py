@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -98,6 +99,7 @@ class Plan:
         """
         events = events or Events()
         outcomes, told = self.known(), set[str]()
+        self._say_changed(outcomes, events)
         for _ in range(2):
             missing = running_order(cell for cell in self.cells if cell.cell_id not in outcomes)
             if not missing:
@@ -122,6 +124,26 @@ class Plan:
             if cell.cell_id not in told and cell.cell_id in outcomes:
                 yield outcomes[cell.cell_id]
         self._require_kept(outcomes)
+
+    def _say_changed(self, outcomes: Mapping[str, Outcome], events: Events) -> None:
+        """Say how many kept cells were measured with another text of an included file."""
+        texts = {file.name: file.sha256 for file in self.settings.includes}
+        if not texts:
+            return
+        store, changed = self.store, Counter[str]()
+        with store.indexed():
+            records = [store.load(cell) for cell in self.cells if cell.cell_id in outcomes]
+        for record in records:
+            files = () if record is None else record.provenance.get("includes", ())
+            changed.update(
+                file["name"] for file in files if texts.get(file["name"]) not in (None, file["sha256"])
+            )
+        for name, count in sorted(changed.items()):
+            cells = f"{count} cell{'s' * (count > 1)}"
+            events.say(
+                f"kept from another text of {name}: {cells}; if it computes something else now, give what "
+                "changed another version or name, or run with --overwrite always"
+            )
 
     def _require_kept(self, outcomes: Mapping[str, Outcome]) -> None:
         """Refuse to call done what is no longer there: somebody may have removed the folder meanwhile."""

@@ -95,6 +95,17 @@ def test_a_method_of_a_file_joins_any_suite(write: Any, suite_file: str, tmp_pat
     assert "unknown method 'mine'" in refused.stderr
 
 
+def test_kept_cells_of_another_text_are_told(write: Any, suite_file: str, tmp_path: Path) -> None:
+    path, results = write(METHOD), str(tmp_path / "results")
+    arguments = ["run", "--method", "mine", "--no-tracking", "--suite", suite_file, "--results", results]
+    assert "another text" not in call(*arguments, "--include", str(path)).stderr
+    assert "another text" not in call(*arguments, "--include", str(path)).stderr
+    path.write_text(path.read_text() + "\n# changed\n")
+    told = call(*arguments, "--include", str(path))
+    assert told.exit_code == 0
+    assert "kept from another text of mine.py: 2 cells; if it computes something else now" in told.stderr
+
+
 def test_worker_processes_import_it_as_well(write: Any, tmp_path: Path) -> None:
     suite = write(TINY, "tiny.toml")
     path = write(METHOD)
