@@ -153,7 +153,7 @@ class _Discovery(SiteVisitor):
 
     def visit(self, site: SiteId, tensor: Tensor) -> Tensor:
         if site.operand == "weight":
-            self._record(site, SiteKind.WEIGHT, tensor, parameter=self._parameters.name_of(tensor))
+            self._record(site, SiteKind.WEIGHT, tensor, *self._parameters.whole(tensor))
         elif site.operand == "output":
             self._result(site, tensor)
         else:

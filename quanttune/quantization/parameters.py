@@ -62,6 +62,13 @@ class Parameters:
             )
         return None
 
+    def whole(self, tensor: Tensor) -> tuple[str | None, View | None]:
+        """Name and view of the parameter that a tensor is, turned or not; ``None`` twice if it is none."""
+        try:
+            return self.weight(tensor, "") or (None, None)
+        except QuantTuneError:
+            return None, None
+
     def _around(self, operand: Tensor) -> list[tuple[str, nn.Parameter]]:
         """The parameters within which an operand begins; a file that was mapped holds many side by side."""
         if operand.layout is not torch.strided or not operand.numel():

@@ -122,6 +122,20 @@ def _walk_matmul(visitor: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[s
     return result if target is None else _written_to(visitor, target, result)
 
 
+def _walk_addmm(visitor: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """A linear layer whose weight has its inputs first, as in GPT-2: ``input + mat1 @ mat2``."""
+    operands, options = _named(("input", "mat1", "mat2"), args[:3], kwargs)
+    bias, left, right = (operands.get(name) for name in ("input", "mat1", "mat2"))
+    plain = (
+        len(args) < 4
+        and all(options.get(name, 1) == 1 for name in ("beta", "alpha"))
+        and "out" not in options
+    )
+    if not plain or bias is None or left is None or right is None or bias.shape != right.shape[-1:]:
+        raise refusal(visitor.path, f"{func.__name__} of something else than a vector, tokens and a weight")
+    return _walk_weighted("linear")(visitor, F.linear, (left, right.mT, bias), {})
+
+
 _SECOND = {"other": "second", "mat2": "second", "tensor2": "second", "self": "input"}
 
 
@@ -263,6 +277,7 @@ _WALKERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.linalg.matmul), _walk_matmul),
     **dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), _walk_matmul),
     Tensor.__rmatmul__: _walk_reversed_matmul,
+    **dict.fromkeys((torch.addmm, Tensor.addmm), _walk_addmm),
     **dict.fromkeys(
         (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax), _walk_unary("softmax")
     ),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from quanttune.errors import QuantTuneError
@@ -257,3 +258,50 @@ def test_inference_mode_ends_where_the_model_fails() -> None:
             model(torch.zeros(1, 2))
         assert torch.is_inference_mode_enabled()
     assert torch.is_grad_enabled()
+
+
+def gpt_2() -> nn.Module:
+    """Its layers keep their weights inputs first, and multiply by ``addmm``."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=None, eos_token_id=None
+    )
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize("profile", ["full", "matmul"])
+@pytest.mark.parametrize("scheme", ["W8A8", "W4g4A8"])
+def test_layers_with_inputs_first_are_linear_layers(profile: str, scheme: str) -> None:
+    model, ids = gpt_2(), torch.randint(0, 40, (3, 9), generator=torch.Generator().manual_seed(0))
+    usual = copy.deepcopy(model)
+    for path, module in list(usual.named_modules()):
+        if type(module).__name__ == "Conv1D":
+            layer = nn.Linear(*module.weight.shape)
+            layer.weight.data, layer.bias.data = module.weight.data.mT.contiguous(), module.bias.data
+            usual.set_submodule(path, layer)
+    found = [quantize(each, [{"input_ids": ids}], scheme, profile=profile) for each in (model, usual)]
+    assert set(found[0].quantizers) == set(found[1].quantizers)
+    answers = [
+        logits(one.apply(each), {"input_ids": ids}) for one, each in zip(found, (model, usual), strict=True)
+    ]
+    assert torch.equal(*answers)
+    assert not torch.equal(answers[0], logits(model, {"input_ids": ids}))
+
+
+@pytest.mark.parametrize(
+    "multiply",
+    [
+        lambda layer, x: torch.addmm(layer.bias, x, layer.weight.mT, alpha=2),
+        lambda layer, x: torch.addmm(x @ x.mT, x, x.mT),
+    ],
+    ids=["factor", "sum of two"],
+)
+def test_other_sums_of_a_product_are_refused(multiply: Any) -> None:
+    class Odd(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return multiply(self, x)  # type: ignore[no-any-return]
+
+    with pytest.raises(
+        QuantTuneError, match="calls addmm of something else than a vector, tokens and a weight"
+    ):
+        discover_sites(Odd(8, 8), torch.randn(4, 8))
