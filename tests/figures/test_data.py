@@ -20,6 +20,7 @@ from benchmark.engine.runner import CellRunner, Settings
 from benchmark.engine.session import Session
 from benchmark.grid.expand import expand
 from benchmark.grid.suite import load_suite
+from benchmark.keep.reference_store import ReferenceStore, reference_folder
 from benchmark.keep.store import Store
 from benchmark.report.analyses import ModelAnalysis, analyses_of
 from benchmark.report.figures.figure import FIGURES, choose
@@ -27,7 +28,7 @@ from benchmark.report.figures.histograms import WORST_SITES, coarse_bins
 from benchmark.report.figures.outliers import by_layer
 from benchmark.report.figures.overview import Overview
 from benchmark.report.gallery import svg_of
-from benchmark.report.rows import SuiteRows, collect_rows
+from benchmark.report.rows import SuiteRows, collect_rows, rows_of
 from benchmark.report.site_tables import REACHES, RULES
 from benchmark.report.tables import make_table
 from quanttune.analysis import SATURATIONS, decompose, infinity_norms
@@ -56,6 +57,19 @@ def test_the_overview_is_the_table(rows: SuiteRows) -> None:
     (drop,) = own[own["method"] == "quanttune"]["drop"]
     assert drop == pytest.approx(tuned.fp32 - tuned.fp32_own)
     assert list(dict.fromkeys(frame["method"])) == make_table(rows).methods[1:]
+
+
+def test_own_weights_stand_in_every_panel_of_their_model() -> None:
+    """A suite of two profiles has two panels a model, and none for the weights alone."""
+    suite = load_suite("rivals_searched")
+    store = ReferenceStore(reference_folder()).of_suite(suite.name)
+    frame = Overview("overview").frame(rows_of(store, suite, expand(suite)))
+    assert list(dict.fromkeys(frame["panel"])) == [
+        f"{model} {profile}" for model in suite.models for profile in suite.profiles
+    ]
+    own = frame[frame["precision"] == "FP32"]
+    assert sorted(own["method"]) == ["adaround"] * 4 + ["brecq"] * 4
+    assert own.groupby(["method", own["panel"].str.partition(" ")[0]])["drop"].nunique().eq(1).all()
 
 
 def test_every_site_is_measured_before_and_after(analysis: ModelAnalysis, data: dict[str, Any]) -> None:

@@ -44,7 +44,8 @@ class Overview(SuiteFigure):
         """One line per model, method and precision.
 
         ``low`` and ``high`` end the paired 95 % interval of one seed, or lie one standard deviation over
-        seeds from the mean. Precision ``FP32`` is what training alone did to a method's own weights.
+        seeds from the mean. Precision ``FP32`` is what training alone did to a method's own weights, in each
+        of the model's panels.
         """
         import pandas as pd
 
@@ -65,9 +66,11 @@ class Overview(SuiteFigure):
             low, high = entry.low, entry.high
             if entry.deviation is not None:
                 low, high = drop - entry.deviation, drop + entry.deviation
-            panel = f"{model} {rest}".strip()
             values = (drop, low, high, entry.value, reference.value)
-            lines.append((panel, method, precision, *values, entry.metric, entry.higher_is_better))
+            others = dict.fromkeys(each.partition(" ")[2] for each in names[model] if each != OWN_ROW)
+            for place in others if name == OWN_ROW and others else (rest,):
+                panel = f"{model} {place}".strip()
+                lines.append((panel, method, precision, *values, entry.metric, entry.higher_is_better))
         return pd.DataFrame(lines, columns=list(COLUMNS))
 
     def draw(self, frame: pd.DataFrame) -> Figure:
