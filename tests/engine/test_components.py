@@ -106,6 +106,23 @@ def test_kept_cells_of_another_text_are_told(write: Any, suite_file: str, tmp_pa
     assert "kept from another text of mine.py: 2 cells; if it computes something else now" in told.stderr
 
 
+def test_show_says_how_a_cell_of_a_file_is_opened(
+    write: Any, suite_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, results = write(METHOD), tmp_path / "results"
+    arguments = ["--include", str(path), "--results", str(results)]
+    call("run", "--method", "mine", "--no-tracking", "--suite", suite_file, *arguments)
+    record = next(record for record in Store(results).records() if record.cell.method == "mine")
+    told = call("show", record.cell.cell_id[:12], *arguments)
+    lines = told.stderr[told.stderr.index("# the quantized model:") :]
+    assert 'benchmark.include("mine.py")' in lines
+    components.forget(components.included())
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(lines, names)  # noqa: S102 - what a reader would paste
+    assert names["quantized"].quantizers
+
+
 def test_worker_processes_import_it_as_well(write: Any, tmp_path: Path) -> None:
     suite = write(TINY, "tiny.toml")
     path = write(METHOD)
