@@ -69,9 +69,8 @@ class _Discovery(SiteVisitor):
         self._projected_embeddings: set[str] = set()
         self._tensors: dict[str, Tensor] = {}  # what a normalisation may read, for the axis of its channels
         self._widths = {len(parameter) for parameter in model.parameters() if parameter.dim() == 1}
-        self._front: dict[
-            str, tuple[SiteKind, set[str]]
-        ] = {}  # what feeds activation functions: kind, readers
+        # What feeds activation functions: what it was before, and how their reads begin.
+        self._front: dict[str, tuple[SiteKind, set[str]]] = {}
         self._composition: Composition | None = None  # of the running module, if it has no parts
         self._entered_with: tuple[int, str | None] = (0, None)  # how many sites were known; its operand's
 

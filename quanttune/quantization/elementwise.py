@@ -26,7 +26,6 @@ _CURVED = frozenset(
 )  # fmt: skip
 """What bends it."""
 
-
 _ACTIVATIONS = frozenset(
     {
         "celu", "elu", "expit", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu",

@@ -120,7 +120,9 @@ PROFILES: Mapping[str, frozenset[SiteKind]] = {"full": _FULL_KINDS, "matmul": _M
 ``matmul``: weights and inputs of linear and convolution layers, both operands of every matrix product.
 ``full``: also every other tensor that integer inference would hold in memory. Left in float by both: the
 arithmetic inside softmax, normalisation and activation functions, attention scores, the input of an
-activation function, the logits, biases and embedding tables.
+activation function, the logits, biases and embedding tables. Residual sums are found where they are
+additions of two tensors of tokens; written as ``addcmul``, ``lerp``, a difference or a sum over a stack they
+stay in float.
 """
 
 
