@@ -290,11 +290,7 @@ class QuantizedModel(nn.Module):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model's own ``generate`` writes, every step of it on quantized tensors.
-
-        Raises:
-            AttributeError: If the model has no such method.
-        """
+        """What the model's own ``generate`` writes, if it has one, every step of it on quantized tensors."""
         with self._turn, self._simulation:
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 

@@ -126,6 +126,8 @@ def _walk_addmm(visitor: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[st
     """A linear layer whose weight has its inputs first, as in GPT-2: ``input + mat1 @ mat2``."""
     operands, options = _named(("input", "mat1", "mat2"), args[:3], kwargs)
     bias, left, right = (operands.get(name) for name in ("input", "mat1", "mat2"))
+    if left is not None and not left.is_floating_point():
+        return func(*args, **kwargs)
     plain = (
         len(args) < 4
         and all(options.get(name, 1) == 1 for name in ("beta", "alpha"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,8 @@ from quanttune.quantization import (
     PerGroup,
     PerTensor,
     PerToken,
+    TensorStatistics,
+    activation_quantizer,
     build_quantizers,
     collect_statistics,
     discover_sites,
@@ -25,7 +29,7 @@ from quanttune.quantization.quantizers import DynamicQuantizer, GroupQuantizer
 from quanttune.quantization.ranges import minmax
 from quanttune.quantization.scheme import Scheme
 from tests.quantization.models import build, inputs, logits, sites
-from tests.quantization.quantizing import significant
+from tests.quantization.quantizing import SITE, significant
 
 WEIGHT = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(0)) * torch.arange(6.0)[:, None, None]
 
@@ -181,3 +185,19 @@ def test_a_group_wider_than_a_row_is_the_row() -> None:
     wide, whole = (GroupQuantizer.of_weight(weight, 4, size) for size in (99_999_999_999, 20))
     assert wide.size == 20
     assert torch.equal(wide(weight), whole(weight))
+
+
+@pytest.mark.parametrize(
+    "found", [(1.0, -1.0), (float("nan"), 1.0), (-1.0, float("inf")), None, (1.0,), ("a", 1.0)]
+)
+def test_a_rule_that_returns_no_range_is_refused(found: Any) -> None:
+    def odd(statistics: TensorStatistics, bits: int, symmetric: bool) -> Any:
+        return found
+
+    statistics = TensorStatistics()
+    statistics.update(torch.ones(4))
+    for symmetric in (True, False):
+        with pytest.raises(
+            ConfigError, match=r"site .*: range rule odd returned .*; it has to return two finite"
+        ):
+            activation_quantizer(SITE, statistics, Format(8, PerTensor(), symmetric), odd)

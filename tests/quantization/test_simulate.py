@@ -269,25 +269,6 @@ class TestNeverReached:
         ):
             logits(model, batch)
 
-    @pytest.mark.parametrize("call", ["forward", "forward_features"])
-    def test_the_forward_of_a_model_is_not_its_call(self, call: str) -> None:
-        """Its parts would be quantized, and what it computes itself would stay in float."""
-        model, batch = build("vit"), inputs("vit")
-        with (
-            pytest.raises(
-                QuantTuneError, match=r"1 of 34 .* e\.g\. at /add\.output; .* call model\(\.\.\.\) and not"
-            ),
-            torch.no_grad(),
-            simulate(model, quantizers("vit")),
-        ):
-            getattr(model, call)(batch)
-
-    def test_nor_is_that_of_a_model_of_one_part(self) -> None:
-        model = nn.Sequential(nn.Linear(4, 4))
-        made = {"0/linear.input": self.quantizer, "/add.output": self.quantizer}
-        with pytest.raises(QuantTuneError, match=r"1 of 2 .* e\.g\. at /add"), simulate(model, made):
-            model.forward(torch.zeros(1, 4))
-
     def test_nothing_is_said_where_the_model_did_not_run(self) -> None:
         model = build("vit")
         with simulate(model, {"blocks.9/add.output": self.quantizer}):

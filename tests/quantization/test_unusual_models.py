@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from quanttune.errors import QuantTuneError
 from quanttune.inputs import in_evaluation
-from quanttune.quantization import collect_statistics, discover_sites, quantize, simulate
+from quanttune.quantization import UniformQuantizer, collect_statistics, discover_sites, quantize, simulate
 from tests.quantization.models import build, inputs, logits
+from tests.quantization.models import quantizers as quantizers_of
 
 
 class Padding(nn.Module):
@@ -305,3 +306,27 @@ def test_other_sums_of_a_product_are_refused(multiply: Any) -> None:
         QuantTuneError, match="calls addmm of something else than a vector, tokens and a weight"
     ):
         discover_sites(Odd(8, 8), torch.randn(4, 8))
+
+
+@pytest.mark.parametrize("call", ["forward", "forward_features"])
+def test_the_forward_of_a_model_is_not_its_call(call: str) -> None:
+    """Its parts would be quantized, and what it computes itself would stay in float."""
+    model, batch = build("vit"), inputs("vit")
+    with (
+        pytest.raises(
+            QuantTuneError, match=r"1 of 34 .* e\.g\. at /add\.output; .* call model\(\.\.\.\) and not"
+        ),
+        torch.no_grad(),
+        simulate(model, quantizers_of("vit")),
+    ):
+        getattr(model, call)(batch)
+
+
+def test_nor_is_that_of_a_model_of_one_part() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    made = {
+        "0/linear.input": UniformQuantizer.symmetric(1.0, 8),
+        "/add.output": UniformQuantizer.symmetric(1.0, 8),
+    }
+    with pytest.raises(QuantTuneError, match=r"1 of 2 .* e\.g\. at /add"), simulate(model, made):
+        model.forward(torch.zeros(1, 4))
