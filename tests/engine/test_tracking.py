@@ -387,16 +387,14 @@ def test_the_environment_chooses_another_server(store: Store, monkeypatch: pytes
 
 def test_the_range_plot_is_an_image(store: Store, suite_file: str, cells: list[Cell], tmp_path: Path) -> None:
     call("run", "--method", "minmax", "--suite", suite_file, "--results", str(store.root), "--no-tracking")
-    record = next(store.records())
-    save_range_plot(record, tmp_path / "ranges.png")
+    save_range_plot(next(store.records()), tmp_path / "ranges.png")
     assert (tmp_path / "ranges.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_runs_are_found_by_their_cell(tracked: Path, client: Any, suite_file: str) -> None:
     call("run", "--method", "fp32", "--suite", suite_file, "--results", str(tracked))
-    experiment = client.get_experiment_by_name(EXPERIMENT)
+    experiment_id = client.get_experiment_by_name(EXPERIMENT).experiment_id
     (run,) = cell_runs(client)
-    assert [
-        found.info.run_id for found in find_runs(client, experiment.experiment_id, run.data.tags["cell_id"])
-    ] == [run.info.run_id]
-    assert find_runs(client, experiment.experiment_id, "0" * 64) == []
+    found = find_runs(client, experiment_id, run.data.tags["cell_id"])
+    assert [each.info.run_id for each in found] == [run.info.run_id]
+    assert find_runs(client, experiment_id, "0" * 64) == []
