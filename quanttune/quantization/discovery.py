@@ -136,7 +136,7 @@ class _Discovery(SiteVisitor):
             self._classify_sum(
                 site_id,
                 summands,
-                any(value in self._parameters or id(value) in self._buffers for value in operands),
+                any(isinstance(value, Tensor) and self.is_constant(value) for value in operands),
             )
             chain.add(site_id)
         elif func is F.scaled_dot_product_attention:

@@ -15,17 +15,6 @@ _STRAIGHT = frozenset(
 )  # fmt: skip
 """What changes a number along a line, as far as it is done with a constant."""
 
-_CURVED = frozenset(
-    {
-        "abs", "celu", "clamp", "clamp_max", "clamp_min", "clip", "elu", "erf", "exp", "expit",
-        "expm1", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "ipow", "leaky_relu",
-        "log", "log1p", "logsigmoid", "maximum", "minimum", "mish", "pow", "prelu", "relu", "relu6",
-        "rpow", "rsqrt", "selu", "sigmoid", "silu", "softplus", "softshrink", "softsign", "sqrt",
-        "square", "tanh", "tanhshrink", "threshold", "where",
-    }
-)  # fmt: skip
-"""What bends it."""
-
 _ACTIVATIONS = frozenset(
     {
         "celu", "elu", "expit", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu",
@@ -34,6 +23,15 @@ _ACTIVATIONS = frozenset(
     }
 )  # fmt: skip
 """Activation functions by themselves, which no walker knows."""
+
+_CURVED = _ACTIVATIONS | frozenset(
+    {
+        "abs", "clamp", "clamp_max", "clamp_min", "clip", "erf", "exp", "expm1", "gelu", "ipow",
+        "log", "log1p", "maximum", "minimum", "pow", "relu", "rpow", "rsqrt", "silu", "sqrt",
+        "square", "tanh", "where",
+    }
+)  # fmt: skip
+"""What bends it."""
 
 
 def is_activation(func: Any) -> bool:

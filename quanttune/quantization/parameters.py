@@ -28,9 +28,6 @@ class Parameters:
             if parameter.layout is torch.strided and parameter.numel():
                 self._places[parameter.untyped_storage().data_ptr()].append((name, parameter))
 
-    def __contains__(self, value: object) -> bool:
-        return id(value) in self._names
-
     def name_of(self, tensor: Tensor) -> str | None:
         """The name of a parameter; ``None`` for any other tensor, a view of one included."""
         return self._names.get(id(tensor))
@@ -49,12 +46,10 @@ class Parameters:
         name = self.name_of(operand)
         if name is not None and operand.dim() > 1:
             return name, None
+        whole = self._view_of(operand)
+        if whole is not None:
+            return whole
         found = self._around(operand)
-        for name, parameter in found:
-            view = _view(operand)
-            same_start = operand.storage_offset() == parameter.storage_offset()
-            if same_start and math.prod(view[0]) == parameter.numel() and operand.dtype == parameter.dtype:
-                return name, view
         if found:
             raise QuantTuneError(
                 f"module {path!r} multiplies by a part of parameter {found[0][0]}, and which part may change "
@@ -64,10 +59,17 @@ class Parameters:
 
     def whole(self, tensor: Tensor) -> tuple[str | None, View | None]:
         """Name and view of the parameter that a tensor is, turned or not; ``None`` twice if it is none."""
-        try:
-            return self.weight(tensor, "") or (None, None)
-        except QuantTuneError:
-            return None, None
+        name = self.name_of(tensor)
+        return (name, None) if name is not None else self._view_of(tensor) or (None, None)
+
+    def _view_of(self, tensor: Tensor) -> tuple[str, View] | None:
+        """Name and view of the parameter of which a tensor reads every number."""
+        for name, parameter in self._around(tensor):
+            view = _view(tensor)
+            same_start = tensor.storage_offset() == parameter.storage_offset()
+            if same_start and math.prod(view[0]) == parameter.numel() and tensor.dtype == parameter.dtype:
+                return name, view
+        return None
 
     def _around(self, operand: Tensor) -> list[tuple[str, nn.Parameter]]:
         """The parameters within which an operand begins; a file that was mapped holds many side by side."""
