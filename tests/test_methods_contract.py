@@ -233,19 +233,19 @@ def test_stages_are_used_again_and_change_nothing(name: str) -> None:
 @every_method
 def test_stages_tell_models_profiles_and_draws_apart(name: str) -> None:
     """One store serves every cell: a result must never come from another cell's stage."""
-    shared = CountingStages()
-    for model in MODELS:
-        for profile in ("full", "matmul"):
-            for seed in (0, 1):
-                calibration = [batch_of(model, 6, 10 * seed + 1)]
-                changes: dict[str, Any] = {"seed": seed, "calibration": calibration}
-                method = METHODS.get(name)()
-                from_shared = method.quantize(context_for(model, profile, stages=shared, **changes))
-                alone = method.quantize(context_for(model, profile, **changes))
-                assert state_of(dict(from_shared.quantizers)) == state_of(dict(alone.quantizers))
-                if alone.weights is not None:
-                    assert from_shared.weights is not None
-                    assert tensor_digest(from_shared.weights) == tensor_digest(alone.weights)
+    method, shared = METHODS.get(name)(), CountingStages()
+    draw: dict[str, Any] = {"seed": 1, "calibration": [batch_of("vit", 6, 11)]}
+    alone = [made(name, model, profile) for model in MODELS for profile in ("full", "matmul")]
+    drawn = context_for("vit", **draw)
+    alone.append((drawn, method.quantize(drawn)))
+    for context, expected in alone:
+        found = method.quantize(dataclasses.replace(context, stages=shared))
+        assert state_of(dict(found.quantizers)) == state_of(dict(expected.quantizers))
+        if expected.weights is not None:
+            assert found.weights is not None
+            assert tensor_digest(found.weights) == tensor_digest(expected.weights)
+    first, last = alone[0][1], alone[-1][1]
+    assert name == "fp32" or state_of(dict(first.quantizers)) != state_of(dict(last.quantizers))
 
 
 @every_method

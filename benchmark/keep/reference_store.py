@@ -34,6 +34,7 @@ import numpy as np
 from benchmark.grid.suite import DEFAULT_SUITE
 from benchmark.keep.folder import same_components, same_place
 from benchmark.keep.record import Record
+from benchmark.keep.reference_files import files_of
 from benchmark.keep.stages import Stages
 from benchmark.keep.store import Store
 from quanttune.digests import json_digest, sha256_file
@@ -41,8 +42,6 @@ from quanttune.errors import StoreError
 from quanttune.files import read_json
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from benchmark.grid.cells import Cell
     from quanttune.quantization import Quantized
 
@@ -114,47 +113,6 @@ def refuse_published(store: Store, what: str) -> None:
         )
 
 
-class Files:
-    """What the two files hold, read when it is asked for.
-
-    Args:
-        records: The file of records.
-        items: The file of arrays.
-    """
-
-    def __init__(self, records: Path, items: Path) -> None:
-        self.records = records
-        self.items = items
-
-    @cached_property
-    def measured(self) -> dict[str, tuple[list[str], str]]:
-        """The suites that have it, and the record as JSON, by id of the row."""
-        table = _read(self.records)
-        columns = (table[name].to_pylist() for name in ("cell_id", "suites", "record"))
-        return {row: (suites, text) for row, suites, text in zip(*columns, strict=True)}
-
-    @cached_property
-    def references(self) -> dict[str, tuple[str, str | None]]:
-        """The identity of the model and the digest of its reference's weights, by id of the row."""
-        records = {row: json.loads(text) for row, (_, text) in self.measured.items()}
-        return {
-            row: (str(record["cell"]["model_identity"]), record.get("reference_digest"))
-            for row, record in records.items()
-        }
-
-    @cached_property
-    def arrays(self) -> dict[str, dict[str, np.ndarray]]:
-        """The published arrays of every measured cell that has any, by id of the row and name."""
-        kept: dict[str, np.ndarray] = {}
-        found: dict[str, dict[str, np.ndarray]] = {}
-        for row in _read(self.items).to_pylist():
-            if row["data"] is not None:
-                packed = np.frombuffer(row["data"], dtype=row["packed"])
-                kept[row["digest"]] = packed.astype(row["dtype"]).reshape(row["shape"])
-            found.setdefault(row["cell_id"], {})[row["name"]] = kept[row["digest"]]
-        return found
-
-
 class ReferenceStore(Store):
     """Published results: everything a view reads of a store, and nothing that could be written.
 
@@ -191,7 +149,8 @@ class ReferenceStore(Store):
             if sha256_file(file) != named[file.name]:
                 raise StoreError(f"{file} is not the file that was published; get it again")
         self.suites: Mapping[str, int] = suites
-        self.files = Files(paths[RECORDS], paths[ITEMS])
+        records, items = ((paths[kind], named[paths[kind].name]) for kind in (RECORDS, ITEMS))
+        self.files = files_of(records, items)
         self._suite: str | None = None
 
     @property
@@ -354,13 +313,3 @@ def _named(kind: str, named: Mapping[str, str], manifest: Path) -> str:
 def cell_of(row: str) -> str:
     """The cell of a row, by the row's id."""
     return row.partition("@")[0]
-
-
-def _read(path: Path) -> pa.Table:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise StoreError(f"cannot read {path}: {error}; get the folder again") from error

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.commands import run_command
+
 PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
 
 
@@ -37,14 +39,22 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def benchmark_command(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """Runs ``python -m benchmark`` from a folder that is no checkout and returns what it printed."""
+    """Runs ``python -m benchmark`` from a folder that is no checkout and returns what it printed.
+
+    One that starts processes of its own is started as a user starts it.
+    """
     elsewhere = tmp_path_factory.mktemp("elsewhere")
 
     def run(*arguments: str, code: int = 0) -> str:
-        command = [sys.executable, "-m", "benchmark", *arguments, "--results", str(results)]
-        done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, check=False)
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout
+        given = [*arguments, "--results", str(results)]
+        if "--executor" in given:
+            command = [sys.executable, "-m", "benchmark", *given]
+            done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, check=False)
+            found, printed, errors = done.returncode, done.stdout, done.stderr
+        else:
+            found, printed, errors = run_command(given, elsewhere, tmp_path_factory.mktemp("printed"))
+        assert found == code, printed + errors
+        return printed
 
     return run
 

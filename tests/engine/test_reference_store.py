@@ -138,6 +138,15 @@ def test_a_suite_is_replaced_and_the_others_stay(
         assert set(again.items(cell_id)) == {"ids", "targets", "scores", "predictions"}
 
 
+def test_a_folder_is_read_once_until_it_is_another(published: ReferenceStore, store: Store) -> None:
+    again = ReferenceStore(published.root)
+    assert again.files.measured is published.files.measured
+    publish(published.root, {"second": measure(store, SUITE, "second")}, of(store))
+    later = ReferenceStore(published.root)
+    assert later.files.measured is not published.files.measured
+    assert {name for suites, _ in later.files.measured.values() for name in suites} == {"first", "second"}
+
+
 def test_a_cell_of_a_suite_that_stays_keeps_its_record(published: ReferenceStore, store: Store) -> None:
     """Found: the times of a shared reference changed, and kept tables of the other suite with them."""
     first = next(iter(published.records()))
