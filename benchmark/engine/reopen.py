@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from benchmark.engine.assets import fetch_models
@@ -54,7 +55,7 @@ def load_quantized(store: Store, prefix: str) -> Quantized:
             f"{measure_again(cell, measuring_option(store))}"
         )
     try:
-        return store.quantized(record)
+        return replace(store.quantized(record), reference=record.reference_digest)
     except (StoreError, AssetError) as error:
         again = measure_again(cell, measuring_option(store))
         raise StoreError(f"{what} cannot be reopened: {error}; measure it again: {again}") from error

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from quanttune.quantization.granularity import PerChannel, PerGroup, PerTensor, PerToken
     from quanttune.quantization.histogram import Histogram
     from quanttune.quantization.observation import Observation, Observer, observe
-    from quanttune.quantization.quantized import Quantized, QuantizedModel, quantize
+    from quanttune.quantization.quantized import Quantized, quantize
+    from quanttune.quantization.quantized_model import QuantizedModel
     from quanttune.quantization.quantizers import QUANTIZERS, Quantizer, State, UniformQuantizer
     from quanttune.quantization.ranges import RANGE_RULES, RangeRule
     from quanttune.quantization.scheme import Format, Scheme
@@ -34,7 +35,8 @@ _NAMES = {
     "granularity": ("PerChannel", "PerGroup", "PerTensor", "PerToken"),
     "histogram": ("Histogram",),
     "observation": ("Observation", "Observer", "observe"),
-    "quantized": ("Quantized", "QuantizedModel", "quantize"),
+    "quantized": ("Quantized", "quantize"),
+    "quantized_model": ("QuantizedModel",),
     "quantizers": ("QUANTIZERS", "Quantizer", "State", "UniformQuantizer"),
     "ranges": ("RANGE_RULES", "RangeRule"),
     "scheme": ("Format", "Scheme"),

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -19,11 +18,10 @@ from quanttune.errors import AssetError, ConfigError, QuantTuneError
 from quanttune.files import whole_file
 from quanttune.inputs import ModelInputs, calibration_batches, logits_of
 from quanttune.quantization.equivalence import load_weights
+from quanttune.quantization.quantized_model import QuantizedModel
 from quanttune.quantization.quantizers import Quantizer, State, quantizer_from_state
 from quanttune.quantization.scheme import Scheme
-from quanttune.quantization.simulation import Simulation
 from quanttune.quantization.transforms import TRANSFORMS, Transform
-from quanttune.quantization.turn import Turn
 
 SCHEMA = 1
 DOCUMENT, QUANTIZERS_FILE, WEIGHTS_FILE = "quantized.json", "quantizers.safetensors", "weights.safetensors"
@@ -45,6 +43,7 @@ class Quantized:
         known: Ids of all sites of the model, where they are known; it is an error if another is reached.
         untied: Names of ``weights`` that the reference ties to another one and that are tensors of their own
             here.
+        reference: Digest of the state dict that was quantized, where it is known.
     """
 
     quantizers: Mapping[str, Quantizer]
@@ -56,6 +55,7 @@ class Quantized:
     weights_origin: str | None = None
     known: frozenset[str] | None = None
     untied: tuple[str, ...] = ()
+    reference: str | None = None
 
     @property
     def extra_operations(self) -> dict[str, str]:
@@ -71,15 +71,24 @@ class Quantized:
         document, tensors = replace(self, weights=None).to_state()
         return json_digest([document["quantizers"], tensor_digest(tensors)])
 
-    def apply(self, model: nn.Module) -> QuantizedModel:
+    def apply(self, model: nn.Module, *, other_weights: bool = False) -> QuantizedModel:
         """A copy of a model that computes with these weights and quantizers.
 
         Args:
             model: The reference that was quantized; left as it is.
+            other_weights: Whether it may have other weights, for which nothing here was chosen.
 
         Raises:
-            ConfigError: If the weights do not fit the model.
+            ConfigError: If the weights do not fit the model, or its own are not those that were quantized.
         """
+        if self.reference is not None and self.weights is None and not other_weights:
+            found = _weights_of(model)
+            if found != self.reference:
+                raise ConfigError(
+                    f"this {type(model).__name__} has other weights (digest {found[:12]}) than the model "
+                    f"that was quantized ({self.reference[:12]}): give that one, or quantize this one; "
+                    "apply(model, other_weights=True) takes its ranges all the same"
+                )
         applied = copy.deepcopy(model)
         if self.weights is not None:
             try:
@@ -161,6 +170,8 @@ class Quantized:
             document["known"] = sorted(self.known)
         if self.untied:
             document["untied"] = list(self.untied)
+        if self.reference is not None:
+            document["reference"] = self.reference
         return document, tensors
 
     @classmethod
@@ -202,6 +213,7 @@ class Quantized:
                 bool(document["same_function"]),
                 known=None if document.get("known") is None else frozenset(document["known"]),
                 untied=tuple(document.get("untied", ())),
+                reference=document.get("reference"),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise AssetError(f"a quantized model's document is damaged: {error!r}") from error
@@ -256,45 +268,6 @@ class Quantized:
         return cls.from_state(body, parts.get(QUANTIZERS_FILE, {}), parts.get(WEIGHTS_FILE))
 
 
-class QuantizedModel(nn.Module):
-    """A model whose every forward pass computes with quantized tensors.
-
-    A weight is quantized once and again when it changes; what is written through ``weight.data`` leaves no
-    trace of a change. The model inside, ``.model``, is the one in float.
-
-    Args:
-        model: The model, with the weights that the quantizers belong to.
-        quantizers: Site id to quantizer.
-        known: Ids of all sites of the model, where they are known.
-    """
-
-    def __init__(
-        self, model: nn.Module, quantizers: Mapping[str, Quantizer], known: Iterable[str] | None = None
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.quantizers = dict(quantizers)
-        # One for all calls: it keeps the quantized weights.
-        self._simulation = Simulation(model, quantizers, known=known)
-        self._turn = Turn()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model on quantized tensors; of several threads one at a time.
-
-        Raises:
-            QuantTuneError: If it is compiled: a compiler would see the model without its quantizers.
-        """
-        if torch.compiler.is_compiling():
-            raise QuantTuneError("a quantized model cannot be compiled; call it as it is")
-        with self._turn, self._simulation:
-            return self.model(*args, **kwargs)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model's own ``generate`` writes, if it has one, every step of it on quantized tensors."""
-        with self._turn, self._simulation:
-            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
-
-
 def quantize(
     model: nn.Module,
     batches: Iterable[Any],
@@ -336,7 +309,13 @@ def quantize(
     if not callable(chosen):
         raise ConfigError(f"rule = {rule!r}: give a range rule or the name of one")
     quantizers = build_quantizers(model, sites, statistics, wanted, chosen)
-    return Quantized(quantizers, scheme=wanted, known=sites.known)
+    return Quantized(quantizers, scheme=wanted, known=sites.known, reference=_weights_of(model))
+
+
+def _weights_of(model: nn.Module) -> str:
+    """Digest of a model's state dict, in which a module may have more than tensors."""
+    state = model.state_dict()
+    return tensor_digest({name: each for name, each in state.items() if isinstance(each, Tensor)})
 
 
 def _state(name: str, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> State:

@@ -26,7 +26,7 @@ from benchmark.keep.store import Store
 from benchmark.subject.lookup import get_model
 from benchmark.subject.tasks.task import get_task
 from quanttune.digests import json_digest
-from quanttune.errors import StoreError, UnknownNameError
+from quanttune.errors import ConfigError, StoreError, UnknownNameError
 
 
 def cells_of(suite: Suite, *methods: str) -> list[Cell]:
@@ -60,6 +60,15 @@ def test_the_reopened_model_gives_every_item_of_the_cell(store: Store, measured:
         for name, array in kept.items():
             assert np.array_equal(found[name], array), f"{cell}: {name}"
     assert all(torch.equal(tensor, before[name]) for name, tensor in reference.state_dict().items())
+
+
+def test_a_reopened_model_knows_its_reference(store: Store, measured: list[Cell]) -> None:
+    (minmax, *_) = (cell for cell in measured if cell.method == "minmax")
+    reference = benchmark.reference("toy", results=store.root)
+    with torch.no_grad():
+        next(reference.parameters()).mul_(1.5)
+    with pytest.raises(ConfigError, match="has other weights"):
+        benchmark.load(minmax.cell_id[:16], results=store.root).apply(reference)
 
 
 def test_weights_are_kept_once_and_named(store: Store, measured: list[Cell]) -> None:

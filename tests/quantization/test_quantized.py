@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -142,6 +143,30 @@ def test_weights_travel_with_the_model(tmp_path: Path) -> None:
 def test_weights_of_another_model_are_refused() -> None:
     with pytest.raises(ConfigError, match="are not those of a VisionTransformer"):
         Quantized({}, weights=dict(nn.Linear(2, 2).state_dict())).apply(build("vit"))
+
+
+def test_ranges_are_not_put_upon_other_weights(tmp_path: Path) -> None:
+    """Found: a model before its fine-tuning took the ranges of the one after it, and nothing said so."""
+    model = build("vit")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(other.parameters()).add_(1.0)
+    quantized = quantize(model, [inputs("vit", 2)])
+    again = Quantized.load(quantized.save(tmp_path))
+    assert again.reference == quantized.reference
+    for each in (quantized, again):
+        each.apply(copy.deepcopy(model))
+        with pytest.raises(ConfigError, match="this VisionTransformer has other weights") as refused:
+            each.apply(other)
+        assert "\n" not in str(refused.value)
+        applied = each.apply(other, other_weights=True)
+        assert torch.equal(next(applied.model.parameters()), next(other.parameters()))
+    # weights of its own are whole
+    Quantized({}, weights=dict(other.state_dict()), reference=quantized.reference).apply(other)
+    # what was kept before knows of none
+    document, tensors = quantized.to_state()
+    del document["reference"]
+    Quantized.from_state(document, tensors).apply(other)
 
 
 def edited(path: Path) -> None:
