@@ -19,7 +19,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from baselines.method import Batch, Context, Method
+from baselines.method import METHODS, Batch, Context, Method
 from quanttune.digests import canonical_json, tensor_digest
 from quanttune.errors import QuantTuneError
 from quanttune.quantization import Scheme, discover_sites
@@ -148,7 +148,7 @@ def trial_of_all(kinds: Iterable[type[Method]]) -> Trial:
 
 
 def alternatives(kind: type[Method]) -> dict[str, list[Method]]:
-    """By parameter: the method with another value of it, every word that fits or two numbers.
+    """By parameter: the method with another value of it, every word that fits or two values.
 
     Raises:
         AssertionError: If a parameter cannot be changed in any of them.
@@ -162,8 +162,16 @@ def alternatives(kind: type[Method]) -> dict[str, list[Method]]:
             with suppress(QuantTuneError):
                 methods.append(kind(**{parameter.name: other}))
         assert methods, f"{kind.name}: no other value of parameter {parameter.name} is known"
-        found[parameter.name] = methods if isinstance(value, str) else methods[:2]
+        every = isinstance(value, str) and _first_with(kind, parameter.name)
+        found[parameter.name] = methods if every else methods[:2]
     return found
+
+
+def _first_with(kind: type[Method], parameter: str) -> bool:
+    """Whether no method before it has the parameter of the same class: what is inherited is tried once."""
+    owner = next(base for base in kind.__mro__ if parameter in vars(base).get("__annotations__", {}))
+    heirs = [other for _, other in METHODS.items() if issubclass(other, owner)]
+    return heirs[:1] in ([], [kind])
 
 
 def _others(kind: type[Method], value: Any, hint: Any) -> list[Any]:
