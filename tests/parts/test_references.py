@@ -17,6 +17,7 @@ from benchmark.subject.assets.catalogue import ASSETS, Asset
 from benchmark.subject.assets.fetch import Fetched
 from benchmark.subject.lookup import get_model
 from benchmark.subject.models.bert import FineTunedBert
+from benchmark.subject.models.entry import MODELS
 from benchmark.subject.models.vit import LinearProbe
 from benchmark.subject.tasks.image_classification import ImageClassification
 from benchmark.subject.tasks.task import TASKS, Task
@@ -113,6 +114,40 @@ def test_the_reference_is_made_once(probe: LinearProbe, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(LinearProbe, "_reference", never)
     assert probe.make_reference(stages, lambda *_: None) is first
+
+
+def test_a_fit_that_comes_with_the_code_is_taken_as_it_is(
+    probe: LinearProbe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = probe.fit(lambda *_: None, torch.device("cpu"))
+    assert set(fit) == {"head.weight", "head.bias", "pos_embed"}
+    path = tmp_path / "fit.safetensors"
+    # another machine's last digits
+    there = {name: tensor * (1 + 1e-6) for name, tensor in fit.items()}
+    save_file(there, path)
+    kept = dataclasses.replace(probe, fitted=path, fitted_digest=tensor_digest(there))
+    assert kept.identity() == probe.identity()
+    monkeypatch.setattr(LinearProbe, "fit", None)
+    state = kept.make_reference(MemoryStages(), lambda *_: None)
+    assert all(torch.equal(state[name], tensor) for name, tensor in there.items())
+    backbone = probe.backbone()
+    assert all(torch.equal(state[name], backbone[name]) for name in set(backbone) - set(there))
+    save_file(fit, path)
+    with pytest.raises(AssetError, match=r"has digest .*, model small_vit needs .*; restore it with"):
+        kept.make_reference(MemoryStages(), lambda *_: None)
+    path.write_bytes(b"cut")
+    with pytest.raises(AssetError, match="cannot read"):
+        kept.make_reference(MemoryStages(), lambda *_: None)
+
+
+def test_every_fit_that_comes_with_the_code_is_the_one_that_its_entry_names() -> None:
+    probes = [entry for _, entry in MODELS.items() if isinstance(entry, LinearProbe)]
+    assert any(entry.fitted for entry in probes)
+    for entry in probes:
+        fit = entry.kept_fit()
+        assert fit is not None
+        state = entry.build().state_dict()
+        assert all(tensor.shape == state[name].shape for name, tensor in fit.items())
 
 
 def write_tokenizer(folder: Path, words: Sequence[str]) -> None:
