@@ -40,6 +40,12 @@ SUITE = (
 )
 
 
+def _as_in_a_terminal() -> None:
+    """Under nohup, or behind a script's ``&``, these signals are ignored, and children inherit that."""
+    for each in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(each, signal.SIG_DFL)
+
+
 @pytest.fixture
 def begun(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A run that has begun to measure a cell of a minute."""
@@ -50,7 +56,9 @@ def begun(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[subprocess
     command += ["--include", str(tmp_path / "slow.py"), "--results", str(tmp_path / "results")]
     command += ["--no-tracking", "--threads", "1", "--jobs", str(jobs)]
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, start_new_session=True, preexec_fn=_as_in_a_terminal
+    )
     try:
         for _ in range(jobs):
             assert process.stdout is not None
