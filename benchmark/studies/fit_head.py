@@ -9,6 +9,8 @@ is printed: the reference is then another, and so is every number of the model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import click
 import torch
 
@@ -17,7 +19,7 @@ from benchmark.engine.progress import Display
 from benchmark.subject.lookup import get_model
 from benchmark.subject.models.vit import LinearProbe
 from quanttune.digests import tensor_digest
-from quanttune.errors import ConfigError
+from quanttune.errors import ConfigError, QuantTuneError
 
 
 def validation_logits(entry: LinearProbe, fit: dict[str, torch.Tensor], display: Display) -> torch.Tensor:
@@ -36,26 +38,39 @@ def validation_logits(entry: LinearProbe, fit: dict[str, torch.Tensor], display:
 @click.option("--write", is_flag=True, help="Keep the new fit in place of the old one.")
 def main(model: str, threads: int, write: bool) -> None:
     """Fit, compare, and perhaps keep."""
-    device = prepare_torch(threads, "cpu")
-    entry = get_model(model)
-    if not isinstance(entry, LinearProbe) or entry.fitted is None:
-        raise ConfigError(f"model {model} has no head that comes with the code")
-    display = Display((), 1, live=False)
+    try:
+        entry = _probe(model)
+        kept = entry.kept_fit()
+    except QuantTuneError as error:
+        raise click.ClickException(str(error)) from error
+    device, display = prepare_torch(threads, "cpu"), Display((), 1, live=False)
     fit = entry.fit(lambda *told: display.stage(0, *told), device)
-    if entry.fitted.is_file():
-        kept = entry.kept_fit() or {}
-        for name in sorted(fit):
-            change = (fit[name] - kept[name]).abs().max() / kept[name].abs().max()
-            click.echo(f"{name}: largest difference {float(change):.1e} of the largest value")
-        new, old = (validation_logits(entry, each, display) for each in (fit, kept))
-        change, same = (new - old).abs().max() / old.abs().max(), int((new.argmax(1) == old.argmax(1)).sum())
-        click.echo(f"logits: largest difference {float(change):.1e} of the largest value")
-        click.echo(f"{same} of {len(old)} validation items have the same answer")
-    if write:
+    for line in _compared(entry, fit, kept or {}, display):
+        click.echo(line)
+    if write and entry.fitted is not None:
         from safetensors.torch import save_file
 
         save_file(fit, entry.fitted, metadata={"format": "pt"})
         click.echo(f"kept in {entry.fitted}; its digest is {tensor_digest(fit)}")
+
+
+def _probe(model: str) -> LinearProbe:
+    entry = get_model(model)
+    if not isinstance(entry, LinearProbe) or entry.fitted is None:
+        raise ConfigError(f"model {model} has no head that comes with the code; dinov2_vits14 has one")
+    return entry
+
+
+def _compared(
+    entry: LinearProbe, fit: dict[str, torch.Tensor], kept: dict[str, torch.Tensor], display: Display
+) -> Iterator[str]:
+    for name in sorted(fit):
+        change = (fit[name] - kept[name]).abs().max() / kept[name].abs().max()
+        yield f"{name}: largest difference {float(change):.1e} of the largest value"
+    new, old = (validation_logits(entry, each, display) for each in (fit, kept))
+    change, same = (new - old).abs().max() / old.abs().max(), int((new.argmax(1) == old.argmax(1)).sum())
+    yield f"logits: largest difference {float(change):.1e} of the largest value"
+    yield f"{same} of {len(old)} validation items have the same answer"
 
 
 if __name__ == "__main__":
